@@ -1,0 +1,24 @@
+# Everything the build takes from elsewhere, found here and nowhere else.
+
+find_package(Threads REQUIRED)
+find_package(fmt REQUIRED)
+find_package(spdlog REQUIRED)
+find_package(nlohmann_json REQUIRED)
+find_package(CLI11 REQUIRED)
+
+# tvm-ffi is a Python package: its CMake files ask the interpreter that has it for their paths.
+if(NOT Python_EXECUTABLE AND EXISTS ${PROJECT_SOURCE_DIR}/.venv/bin/python)
+  set(Python_EXECUTABLE ${PROJECT_SOURCE_DIR}/.venv/bin/python)
+endif()
+find_package(Python COMPONENTS Interpreter REQUIRED)
+execute_process(
+  COMMAND ${Python_EXECUTABLE} -m tvm_ffi.config --cmakedir
+  OUTPUT_VARIABLE tvm_ffi_cmake_dir OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE tvm_ffi_missing)
+if(tvm_ffi_missing)
+  message(FATAL_ERROR "${Python_EXECUTABLE} has no apache-tvm-ffi. Run `make setup`, or pass -DPython_EXECUTABLE.")
+endif()
+find_package(tvm_ffi CONFIG REQUIRED PATHS ${tvm_ffi_cmake_dir} NO_DEFAULT_PATH)
+
+# The copy beside our own libraries makes a build or install tree movable; its headers are not ours to warn about.
+configure_file(${tvm_ffi_LIB_FILES} ${PROJECT_BINARY_DIR}/lib/libtvm_ffi.so COPYONLY)
+set_target_properties(tvm_ffi::shared PROPERTIES IMPORTED_LOCATION ${PROJECT_BINARY_DIR}/lib/libtvm_ffi.so)

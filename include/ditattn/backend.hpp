@@ -1,0 +1,139 @@
+#pragma once
+
+/// The two interfaces of a backend: the class (`AttentionBackend`) and what it builds for one layer
+/// (`AttentionImpl`). Users call them; authors of backends derive from them.
+
+#include <tvm/ffi/any.h>
+#include <tvm/ffi/container/map.h>
+#include <tvm/ffi/string.h>
+
+#include <array>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ditattn/export.hpp"
+#include "ditattn/metadata.hpp"
+#include "ditattn/problem.hpp"
+#include "ditattn/tensor.hpp"
+
+namespace ditattn {
+
+using BackendKwargs = tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any>;
+
+/// What an implementation is built from, once per attention layer.
+struct ImplConfig {
+  std::int64_t num_heads = 1;
+  std::int64_t head_size = 1;
+  std::optional<double> softmax_scale = std::nullopt;  ///< none: 1/√head_size
+  bool causal = false;
+  std::optional<std::int64_t> num_kv_heads = std::nullopt;  ///< none: num_heads
+  std::string prefix = {};                                  ///< the layer's name, for messages
+  BackendKwargs backend_kwargs = {};                        ///< unknown keys: one warning
+};
+
+/// Tensors a caller gives to receive results; null means "allocate" (out) or "not wanted" (lse).
+struct ForwardOutputs {
+  Tensor out = {};  ///< (B, Sq, H, D), query's dtype and device, any non-overlapping strides with a unit last one
+  Tensor lse = {};  ///< float32 (B, H, Sq), any non-overlapping strides
+};
+
+/// A mask as kernels read it: element (b, h, i, j) at `strides`, zero where broadcast.
+struct MaskView {
+  const void* data = nullptr;  ///< null: no mask has to be read
+  DLDataType dtype = kBool;
+  std::array<std::int64_t, 4> strides = {};
+};
+
+/// One checked forward call, as `AttentionImpl::run` gets it. Valid during the call only.
+struct AttentionCall {
+  const Tensor& query;  ///< (B, Sq, H, D)
+  const Tensor& key;    ///< (B, Skv, Hkv, D)
+  const Tensor& value;  ///< (B, Skv, Hkv, D)
+  const Tensor& out;    ///< (B, Sq, H, D)
+  const Tensor& lse;    ///< float32 (B, H, Sq), or null
+  const AttentionMetadata& metadata;
+
+  /// What the mask hides; `none` without a mask.
+  [[nodiscard]] DITATTN_API const MaskDescription& mask_description() const;
+  /// The mask to be read element by element; its `data` is null unless the description says `dense`.
+  [[nodiscard]] DITATTN_API MaskView mask_view() const;
+};
+
+class AttentionBackend;
+
+/// An attention layer's implementation. Immutable: `forward` may be called by many threads at once.
+class DITATTN_API AttentionImpl {
+ public:
+  explicit AttentionImpl(ImplConfig config);
+  virtual ~AttentionImpl();
+  AttentionImpl(const AttentionImpl&) = delete;
+  AttentionImpl& operator=(const AttentionImpl&) = delete;
+
+  /// Attention: out = softmax(scale · query · keyᵀ + mask) · value, per head.
+  ///
+  /// query (B, Sq, H, D), key and value (B, Skv, Hkv, D) on one device and of one dtype, any strides with a unit last
+  /// one (zero strides included). Everything is checked first: ValueError or NotImplementedError name what is
+  /// wrong, the value and what is allowed, and nothing is written then. Rows that see no key give zeros and an LSE
+  /// of −∞. Returns `outputs.out`, or a new contiguous tensor.
+  Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionMetadata& metadata = {},
+                 const ForwardOutputs& outputs = {}) const;
+
+  /// What `forward` does once its arguments are checked. `call.out` never overlaps the inputs and has elements.
+  virtual void run(const AttentionCall& call) const = 0;
+
+  /// The class that built this; set by `AttentionBackend::make`.
+  [[nodiscard]] const AttentionBackend& backend() const { return *backend_; }
+  [[nodiscard]] const ImplConfig& config() const { return config_; }
+  [[nodiscard]] double softmax_scale() const { return scale_; }
+  [[nodiscard]] std::int64_t num_kv_heads() const { return config_.num_kv_heads.value_or(config_.num_heads); }
+
+ private:
+  friend struct BackendAccess;
+  ImplConfig config_;
+  double scale_;
+  std::shared_ptr<const AttentionBackend> backend_;
+};
+
+using ImplFactory = std::function<std::unique_ptr<AttentionImpl>(const ImplConfig&)>;
+
+/// A backend class: stateless, one object per class, all methods thread-safe.
+class DITATTN_API AttentionBackend : public std::enable_shared_from_this<AttentionBackend> {
+ public:
+  virtual ~AttentionBackend();
+
+  /// The member's name ("SDPA" for TORCH_SDPA, as in vLLM-Omni).
+  [[nodiscard]] virtual std::string get_name() const = 0;
+  /// The same object at every call.
+  [[nodiscard]] virtual const Capabilities& capabilities() const = 0;
+  /// Throws ImportError with the reason where this backend cannot run here (library or device missing).
+  virtual void validate_available() const {}
+  /// Yes, or each reason with its values. By default `check_capabilities`.
+  [[nodiscard]] virtual Verdict explain(const Problem& problem) const;
+
+  /// Builds an implementation; checks `config` first (ValueError).
+  [[nodiscard]] std::unique_ptr<AttentionImpl> make(const ImplConfig& config) const;
+  /// `make` as a factory that keeps this class alive.
+  [[nodiscard]] ImplFactory get_impl_cls() const;
+
+  /// Head sizes as a list; empty means any.
+  [[nodiscard]] std::vector<std::int64_t> get_supported_head_sizes() const;
+  [[nodiscard]] bool supports_head_size(std::int64_t head_size) const;
+  [[nodiscard]] bool supports_attention_mask() const;
+  [[nodiscard]] bool supports_piecewise_spans() const;
+
+ protected:
+  /// Builds an implementation from a checked config.
+  [[nodiscard]] virtual std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const = 0;
+  /// Keys of `backend_kwargs` this backend knows; others are warned about, once per `make`.
+  [[nodiscard]] virtual std::vector<std::string> known_kwargs() const { return {}; }
+
+  friend struct BackendAccess;
+};
+
+/// "The class" as look-ups return it.
+using BackendClass = std::shared_ptr<const AttentionBackend>;
+
+}  // namespace ditattn

@@ -1,0 +1,35 @@
+#pragma once
+
+/// \file
+/// ditattn: attention for diffusion transformers. One name picks the kernel, and every name works.
+///
+///     #include <ditattn/ditattn.hpp>
+///
+///     int main() {
+///       using namespace ditattn;
+///       Tensor query = empty({1, 4096, 24, 128}, kBFloat16);  // (batch, tokens, heads, head size)
+///       Tensor key = empty({1, 4096, 24, 128}, kBFloat16);
+///       Tensor value = empty({1, 4096, 24, 128}, kBFloat16);
+///       // ... fill them ...
+///       BackendClass backend = DiffusionAttentionBackendEnum::from_name("FLASH_ATTN").get_class();
+///       auto attention = backend->make({.num_heads = 24, .head_size = 128});
+///       Tensor out = attention->forward(query, key, value);
+///     }
+///
+/// Names are looked up in the registry (registry.hpp), where each has a class path that can be overridden; the class
+/// says what it can do (problem.hpp) and builds implementations (backend.hpp), whose `forward` takes tensors
+/// (tensor.hpp) and metadata such as masks (metadata.hpp). Errors: errors.hpp. Writing a backend: plugin.hpp.
+
+// IWYU pragma: begin_exports
+#include "ditattn/backend.hpp"
+#include "ditattn/errors.hpp"
+#include "ditattn/log.hpp"
+#include "ditattn/metadata.hpp"
+#include "ditattn/problem.hpp"
+#include "ditattn/registry.hpp"
+#include "ditattn/safetensors.hpp"
+#include "ditattn/selector.hpp"
+#include "ditattn/tensor.hpp"
+#include "ditattn/threads.hpp"
+#include "ditattn/version.hpp"
+// IWYU pragma: end_exports

@@ -1,0 +1,85 @@
+#pragma once
+
+/// A problem (what is asked), capabilities (what a backend can do) and the verdict between them.
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ditattn/export.hpp"
+#include "ditattn/tensor.hpp"
+
+namespace ditattn {
+
+/// What kind of mask a problem has, as far as a backend must care.
+enum class MaskKind : std::int32_t {
+  none,
+  padding,   ///< the same for every head and row: which keys of a batch entry exist
+  boolean,   ///< true = attend, varies by row or head
+  additive,  ///< added to the logits
+};
+DITATTN_API const char* mask_kind_name(MaskKind kind);
+
+/// One attention problem: query (B, Sq, H, D), key and value (B, Skv, Hkv, D).
+struct Problem {
+  std::int64_t batch = 1;
+  std::int64_t num_heads = 1;
+  std::int64_t num_kv_heads = 1;
+  std::int64_t seq_q = 1;
+  std::int64_t seq_kv = 1;
+  std::int64_t head_size = 1;
+  DLDataType dtype = kFloat32;
+  DLDevice device = kCpu;
+  MaskKind mask = MaskKind::none;
+  bool causal = false;
+  bool lse = false;  ///< log-sum-exp wanted too
+};
+
+/// Where causal's diagonal ends when Sq ≠ Skv: row i sees keys j ≤ i (top_left, PyTorch's rule) or
+/// j ≤ i + Skv − Sq (bottom_right, FlashAttention's).
+enum class CausalAlignment : std::int32_t { top_left, bottom_right };
+
+/// Head sizes a backend takes: a list, a range with a step, or any.
+struct HeadSizes {
+  std::vector<std::int64_t> list;  ///< if not empty: these only
+  std::int64_t min = 1;            ///< otherwise min…max in steps of `multiple`
+  std::int64_t max = 0;            ///< 0: no limit
+  std::int64_t multiple = 1;
+
+  [[nodiscard]] bool any() const { return list.empty() && min <= 1 && max == 0 && multiple == 1; }
+  [[nodiscard]] DITATTN_API bool contains(std::int64_t head_size) const;
+  /// "any", "64, 128, 256" or "1…256 in multiples of 8".
+  [[nodiscard]] DITATTN_API std::string describe() const;
+};
+
+/// What a backend declares. Unset lists mean "nothing".
+struct Capabilities {
+  std::string engine;                ///< what really computes, e.g. "own kernels, AVX-512"
+  std::vector<std::string> devices;  ///< "cpu", "cuda"
+  std::vector<DLDataType> dtypes;
+  HeadSizes head_sizes;
+  std::vector<std::string> masks;  ///< of "padding", "bool", "additive", "spans"
+  bool gqa = false;
+  bool causal = false;
+  CausalAlignment causal_alignment = CausalAlignment::bottom_right;
+  bool lse = false;
+  bool graph_safe = false;             ///< may be captured in a device graph once warmed up
+  bool masked_nan_propagates = false;  ///< NaN or Inf in masked positions shows in the output
+
+  [[nodiscard]] DITATTN_API bool has_mask(std::string_view name) const;
+};
+
+/// Yes, or every reason against, each with its values.
+struct Verdict {
+  std::vector<std::string> reasons;
+  explicit operator bool() const { return reasons.empty(); }
+  /// Reasons joined by "; ".
+  [[nodiscard]] DITATTN_API std::string text() const;
+};
+
+/// Compares a problem with capabilities; `backend` is named in the reasons. The default of
+/// `AttentionBackend::explain`.
+DITATTN_API Verdict check_capabilities(const std::string& backend, const Capabilities& can, const Problem& problem);
+
+}  // namespace ditattn

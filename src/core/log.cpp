@@ -1,0 +1,32 @@
+#include "ditattn/log.hpp"
+
+#include <mutex>
+#include <utility>
+
+namespace ditattn {
+namespace {
+
+struct Sink {
+  std::mutex mutex;
+  LogHandler handler;
+};
+
+// Never destroyed: a back end may log while the process ends.
+Sink& sink() {
+  static Sink& instance = *new Sink;
+  return instance;
+}
+
+}  // namespace
+
+void set_log_handler(LogHandler handler) {
+  std::lock_guard lock(sink().mutex);
+  sink().handler = std::move(handler);
+}
+
+void log(LogLevel level, std::string_view message) {
+  std::lock_guard lock(sink().mutex);
+  if (sink().handler) sink().handler(level, message);
+}
+
+}  // namespace ditattn

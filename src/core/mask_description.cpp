@@ -1,0 +1,99 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "ditattn/metadata.hpp"
+
+namespace ditattn {
+namespace {
+
+// A mask as a grid of rows of keys; reads "hidden?" and "neutral?" of an element.
+class MaskReader {
+ public:
+  explicit MaskReader(const Tensor& mask)
+      : data_(data_pointer(mask)), dtype_(mask.dtype()), step_(mask.stride(-1)), keys_(mask.size(-1)) {}
+
+  [[nodiscard]] std::int64_t keys() const { return keys_; }
+
+  // Length of the prefix of seen keys where row `offset` is a prefix followed by hidden keys alone; −1 otherwise.
+  [[nodiscard]] std::int64_t prefix_length(std::int64_t offset) const {
+    if (is_bool() && step_ == 1) return prefix_length_of_bytes(static_cast<const unsigned char*>(data_) + offset);
+    std::int64_t length = 0;
+    while (length < keys_ && sees_fully(offset + length * step_)) ++length;
+    for (std::int64_t key = length; key < keys_; ++key) {
+      if (!hides(offset + key * step_)) return -1;
+    }
+    return length;
+  }
+
+ private:
+  // The common case, a whole score matrix of bytes, at memory speed.
+  [[nodiscard]] std::int64_t prefix_length_of_bytes(const unsigned char* row) const {
+    const auto* hidden = static_cast<const unsigned char*>(std::memchr(row, 0, static_cast<std::size_t>(keys_)));
+    if (hidden == nullptr) return keys_;
+    return std::any_of(hidden, row + keys_, [](unsigned char value) { return value != 0; }) ? -1 : hidden - row;
+  }
+  [[nodiscard]] bool is_bool() const { return dtype_ == kBool; }
+  [[nodiscard]] bool sees_fully(std::int64_t index) const {
+    const double value = load_element(data_, index, dtype_);
+    return is_bool() ? value != 0 : value == 0;
+  }
+  [[nodiscard]] bool hides(std::int64_t index) const {
+    const double value = load_element(data_, index, dtype_);
+    return is_bool() ? value == 0 : std::isinf(value) && value < 0;
+  }
+
+  const void* data_;
+  DLDataType dtype_;
+  std::int64_t step_;
+  std::int64_t keys_;
+};
+
+// Rows of the mask are those of its dimensions between batch and keys that are not broadcast.
+MaskDescription describe(const Tensor& mask) {
+  const MaskDescription dense{MaskDescription::Kind::dense, {}};
+  const int rank = mask.ndim();
+  if (rank < 1 || rank > 4 || mask.device().device_type != kDLCPU || mask.numel() == 0) return dense;
+
+  const MaskReader reader(mask);
+  const bool has_batch = rank == 2 || rank == 4;
+  const std::int64_t batches = has_batch ? mask.size(0) : 1;
+  const auto extent = [&](int from_end) {  // of a middle dimension: 2 = query, 3 = head
+    return rank > 2 && from_end <= rank && !(has_batch && from_end == rank) && mask.stride(-from_end) != 0
+               ? mask.size(-from_end)
+               : std::int64_t{1};
+  };
+  std::vector<std::int64_t> lengths;
+  for (std::int64_t batch = 0; batch < batches; ++batch) {
+    std::int64_t common = -1;
+    for (std::int64_t head = 0; head < extent(3); ++head) {
+      for (std::int64_t row = 0; row < extent(2); ++row) {
+        std::int64_t offset = has_batch ? batch * mask.stride(0) : 0;
+        if (rank > 2) offset += row * mask.stride(-2) + (rank > 3 || !has_batch ? head * mask.stride(-3) : 0);
+        const std::int64_t length = reader.prefix_length(offset);
+        if (length < 0 || (common >= 0 && length != common)) return dense;
+        common = length;
+      }
+    }
+    lengths.push_back(common);
+  }
+  if (std::ranges::all_of(lengths, [&](std::int64_t length) { return length == reader.keys(); })) return {};
+  return {MaskDescription::Kind::key_prefix, std::move(lengths)};
+}
+
+}  // namespace
+
+AttentionMetadata::AttentionMetadata(AttentionMetadataFields fields) {
+  auto object = tvm::ffi::make_object<AttentionMetadataObj>();
+  object->fields = std::move(fields);
+  data_ = std::move(object);
+}
+
+const MaskDescription& AttentionMetadataObj::mask_description() const {
+  std::call_once(described_, [this] {
+    if (fields.attn_mask.has_value()) description_ = describe(*fields.attn_mask);
+  });
+  return description_;
+}
+
+}  // namespace ditattn

@@ -1,0 +1,100 @@
+#include "ditattn/problem.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+
+namespace ditattn {
+namespace {
+
+// The capability a mask kind needs; null for none.
+const char* needed_mask(MaskKind kind) {
+  switch (kind) {
+    case MaskKind::none:
+      return nullptr;
+    case MaskKind::padding:
+      return "padding";
+    case MaskKind::boolean:
+      return "bool";
+    case MaskKind::additive:
+      return "additive";
+  }
+  return nullptr;
+}
+
+// "cpu", "cuda", …; called on every forward, so no strings are made.
+std::string_view device_type(DLDevice device) {
+  switch (device.device_type) {
+    case kDLCPU:
+      return "cpu";
+    case kDLCUDA:
+      return "cuda";
+    case kDLROCM:
+      return "rocm";
+    default:
+      return "unknown";
+  }
+}
+
+std::string names(const std::vector<DLDataType>& dtypes) {
+  std::vector<std::string> result;
+  for (DLDataType dtype : dtypes) result.push_back(dtype_name(dtype));
+  return fmt::format("{}", fmt::join(result, ", "));
+}
+
+}  // namespace
+
+const char* mask_kind_name(MaskKind kind) {
+  const char* needed = needed_mask(kind);
+  return needed != nullptr ? needed : "none";
+}
+
+bool HeadSizes::contains(std::int64_t head_size) const {
+  if (!list.empty()) return std::ranges::find(list, head_size) != list.end();
+  return head_size >= min && (max == 0 || head_size <= max) && head_size % multiple == 0;
+}
+
+std::string HeadSizes::describe() const {
+  if (any()) return "any";
+  if (!list.empty()) return fmt::format("{}", fmt::join(list, ", "));
+  const std::string step = multiple == 1 ? "" : fmt::format(" in multiples of {}", multiple);
+  return max == 0 ? fmt::format("from {}{}", min, step) : fmt::format("{} to {}{}", min, max, step);
+}
+
+bool Capabilities::has_mask(std::string_view name) const { return std::ranges::find(masks, name) != masks.end(); }
+
+std::string Verdict::text() const { return fmt::format("{}", fmt::join(reasons, "; ")); }
+
+Verdict check_capabilities(const std::string& backend, const Capabilities& can, const Problem& problem) {
+  Verdict verdict;
+  const auto refuse = [&]<class... Args>(fmt::format_string<Args...> format, Args&&... args) {
+    verdict.reasons.push_back(backend + " " + fmt::format(format, std::forward<Args>(args)...));
+  };
+  if (std::ranges::find(can.devices, device_type(problem.device)) == can.devices.end()) {
+    refuse("does not support device={}. Supported devices: {}.", device_name(problem.device),
+           fmt::join(can.devices, ", "));
+  }
+  if (std::ranges::find(can.dtypes, problem.dtype) == can.dtypes.end()) {
+    refuse("does not support dtype={}. Supported dtypes: {}.", dtype_name(problem.dtype), names(can.dtypes));
+  }
+  if (!can.head_sizes.contains(problem.head_size)) {
+    refuse("does not support head_size={}. Supported head sizes: {}.", problem.head_size, can.head_sizes.describe());
+  }
+  if (const char* mask = needed_mask(problem.mask); mask != nullptr && !can.has_mask(mask)) {
+    if (can.masks.empty()) {
+      refuse("does not support attn_mask. Select a mask-capable backend.");
+    } else {
+      refuse("does not support a mask of kind {}. Supported kinds: {}.", mask, fmt::join(can.masks, ", "));
+    }
+  }
+  if (!can.gqa && problem.num_kv_heads != problem.num_heads) {
+    refuse("does not support GQA/MQA (q_heads={}, kv_heads={}). Select a GQA-capable backend.", problem.num_heads,
+           problem.num_kv_heads);
+  }
+  if (!can.causal && problem.causal) refuse("does not support causal=True.");
+  if (!can.lse && problem.lse) refuse("does not return the log-sum-exp.");
+  return verdict;
+}
+
+}  // namespace ditattn

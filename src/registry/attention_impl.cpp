@@ -1,0 +1,80 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "ditattn/backend.hpp"
+#include "ditattn/errors.hpp"
+#include "ditattn/registry.hpp"
+#include "registry/check_call.hpp"
+
+namespace ditattn {
+namespace {
+
+const MaskDescription kNoMask;
+
+// A backend that takes `problem`, to name in the refusal of another. Looks at what can be imported; empty if none.
+std::string other_backend_for(const Problem& problem, const AttentionBackend& refusing) {
+  for (const DiffusionAttentionBackendEnum member : DiffusionAttentionBackendEnum::members()) {
+    try {
+      const BackendClass backend = member.get_class();
+      if (backend.get() == &refusing || !backend->explain(problem)) continue;
+      backend->validate_available();
+      return member.name();
+    } catch (const Error&) {
+      continue;  // unavailable here: not a candidate
+    }
+  }
+  return {};
+}
+
+[[noreturn]] void refuse(const Verdict& verdict, const Problem& problem, const AttentionBackend& backend) {
+  const std::string other = other_backend_for(problem, backend);
+  throw ValueError(other.empty() ? verdict.text() : fmt::format("{} {} would do.", verdict.text(), other));
+}
+
+}  // namespace
+
+AttentionImpl::AttentionImpl(ImplConfig config)
+    : config_(std::move(config)),
+      scale_(config_.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(config_.head_size)))) {}
+
+AttentionImpl::~AttentionImpl() = default;
+
+Tensor AttentionImpl::forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                              const AttentionMetadata& metadata, const ForwardOutputs& outputs) const {
+  Problem problem = check_call(*this, query, key, value, metadata);
+  problem.lse = outputs.lse.defined();
+  check_outputs(outputs, query, key, value, metadata);
+  if (const Verdict verdict = backend().explain(problem); !verdict) refuse(verdict, problem, backend());
+  Tensor out = outputs.out;
+  if (!out.defined()) {
+    if (query.device().device_type != kDLCPU) {
+      throw NotImplementedError(
+          fmt::format("No output can be allocated on {}; give one.", device_name(query.device())));
+    }
+    out = empty({query.size(0), query.size(1), query.size(2), query.size(3)}, query.dtype());
+  }
+  if (out.numel() > 0) {
+    run({.query = query, .key = key, .value = value, .out = out, .lse = outputs.lse, .metadata = metadata});
+  }
+  return out;
+}
+
+const MaskDescription& AttentionCall::mask_description() const {
+  return metadata.defined() ? metadata->mask_description() : kNoMask;
+}
+
+MaskView AttentionCall::mask_view() const {
+  if (mask_description().kind != MaskDescription::Kind::dense) return {};
+  const Tensor& mask = metadata->fields.attn_mask.value();
+  MaskView view{.data = data_pointer(mask), .dtype = mask.dtype()};
+  const auto stride = [&](int from_end) {
+    return from_end <= mask.ndim() && mask.size(-from_end) > 1 ? mask.stride(-from_end) : std::int64_t{0};
+  };
+  view.strides = mask.ndim() == 2 ? std::array<std::int64_t, 4>{stride(2), 0, 0, stride(1)}
+                                  : std::array<std::int64_t, 4>{stride(4), stride(3), stride(2), stride(1)};
+  return view;
+}
+
+}  // namespace ditattn

@@ -1,0 +1,114 @@
+// The exporting side of a backend's table: from a C++ class to functions (table_backend.cpp is the way back).
+
+#include <fmt/format.h>
+#include <tvm/ffi/container/array.h>
+
+#include "ditattn/errors.hpp"
+#include "ditattn/plugin.hpp"
+#include "registry/table_backend.hpp"
+
+namespace ditattn {
+namespace {
+
+using tvm::ffi::Any;
+using tvm::ffi::Array;
+using tvm::ffi::Function;
+using tvm::ffi::Map;
+using tvm::ffi::Optional;
+using tvm::ffi::String;
+
+Array<String> to_array(const std::vector<std::string>& texts) {
+  Array<String> result;
+  for (const std::string& text : texts) result.push_back(String(text));
+  return result;
+}
+
+template <class T>
+std::optional<T> from_optional(const Optional<T>& value) {
+  return value.has_value() ? std::optional<T>(value.value()) : std::nullopt;
+}
+
+Function forward_function(std::shared_ptr<const AttentionImpl> impl) {
+  return Function::FromTyped([impl = std::move(impl)](const Tensor& query, const Tensor& key, const Tensor& value,
+                                                      const Tensor& out, const Optional<Tensor>& lse,
+                                                      const AttentionMetadata& metadata) {
+    impl->run(
+        {.query = query, .key = key, .value = value, .out = out, .lse = lse.value_or(Tensor()), .metadata = metadata});
+  });
+}
+
+Function create_function(BackendClass backend) {
+  return Function::FromTyped([backend = std::move(backend)](std::int64_t num_heads, std::int64_t head_size,
+                                                            const Optional<double>& softmax_scale, bool causal,
+                                                            const Optional<std::int64_t>& num_kv_heads,
+                                                            const String& prefix, const BackendKwargs& kwargs) {
+    return forward_function(BackendAccess::create(backend, {.num_heads = num_heads,
+                                                            .head_size = head_size,
+                                                            .softmax_scale = from_optional(softmax_scale),
+                                                            .causal = causal,
+                                                            .num_kv_heads = from_optional(num_kv_heads),
+                                                            .prefix = prefix,
+                                                            .backend_kwargs = kwargs}));
+  });
+}
+
+Function explain_function(BackendClass backend) {
+  return Function::FromTyped(
+      [backend = std::move(backend)](std::int64_t batch, std::int64_t num_heads, std::int64_t num_kv_heads,
+                                     std::int64_t seq_q, std::int64_t seq_kv, std::int64_t head_size, DLDataType dtype,
+                                     DLDevice device, std::int64_t mask, bool causal, bool lse) -> Any {
+        const Verdict verdict = backend->explain({.batch = batch,
+                                                  .num_heads = num_heads,
+                                                  .num_kv_heads = num_kv_heads,
+                                                  .seq_q = seq_q,
+                                                  .seq_kv = seq_kv,
+                                                  .head_size = head_size,
+                                                  .dtype = dtype,
+                                                  .device = device,
+                                                  .mask = static_cast<MaskKind>(mask),
+                                                  .causal = causal,
+                                                  .lse = lse});
+        return verdict ? Any() : Any(to_array(verdict.reasons));
+      });
+}
+
+}  // namespace
+
+std::unique_ptr<AttentionImpl> BackendAccess::create(const BackendClass& backend, const ImplConfig& config) {
+  std::unique_ptr<AttentionImpl> impl = backend->create(config);
+  impl->backend_ = backend;
+  return impl;
+}
+
+Any backend_table(FindBackend find, std::string_view class_name, int interface_version) {
+  const BackendClass backend = find(class_name);
+  if (!backend) return {};
+  return Map<String, Any>{
+      {"interface_version", static_cast<std::int64_t>(interface_version)},
+      {"get_name", Function::FromTyped([backend] { return String(backend->get_name()); })},
+      {"capabilities", Function::FromTyped([backend] { return capabilities_to_map(backend->capabilities()); })},
+      {"validate_available", Function::FromTyped([backend] { backend->validate_available(); })},
+      {"known_kwargs", Function::FromTyped([backend] { return to_array(BackendAccess::known_kwargs(*backend)); })},
+      {"explain", explain_function(backend)},
+      {"create", create_function(backend)},
+  };
+}
+
+int export_backend_table(FindBackend find, int interface_version, const TVMFFIAny* args, int num_args,
+                         TVMFFIAny* result) noexcept {
+  try {
+    if (num_args != 1) throw Error("TypeError", "ditattn_backend takes one argument, a class name");
+    const auto name = reinterpret_cast<const tvm::ffi::AnyView*>(args)->cast<String>();
+    *reinterpret_cast<Any*>(result) = backend_table(find, std::string(name), interface_version);
+    return 0;
+  } catch (const tvm::ffi::Error& error) {
+    tvm::ffi::detail::SetSafeCallRaised(error);
+  } catch (const std::exception& error) {
+    tvm::ffi::detail::SetSafeCallRaised(Error("RuntimeError", error.what()));
+  } catch (...) {
+    tvm::ffi::detail::SetSafeCallRaised(Error("RuntimeError", "something that is not a std::exception was thrown"));
+  }
+  return -1;
+}
+
+}  // namespace ditattn
