@@ -1,0 +1,47 @@
+# The front door. `make demo` and `make test` set up what they need; `make help` lists the rest.
+PRESET ?= release
+BUILD := build/$(PRESET)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help setup build demo test test-full sanitize bench format lint install clean
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## Install what is missing (Debian packages, .venv), nothing else
+	@scripts/setup.sh
+
+build: setup ## Configure and build (PRESET=release, dev, asan, tsan, cuda)
+	@mkdir -p build
+	@cmake --preset $(PRESET) >$(BUILD).configure.log 2>&1 || { cat $(BUILD).configure.log; exit 1; }
+	@cmake --build $(BUILD)
+
+demo: build ## The main job: list, compare on real Q/K/V, sample digits with every back end
+	@scripts/demo.sh $(BUILD)
+
+test: build ## All tests but the full product
+	@ctest --test-dir $(BUILD) --output-on-failure -j 2
+
+test-full: build ## Conformance over the full product of all values (hours; prints progress)
+	@$(BUILD)/bin/conformance_test --full
+
+sanitize: setup ## Unit and plug-in tests under the address, undefined-behaviour and thread sanitizers
+	@scripts/sanitize.sh
+
+bench: build ## Library overhead and CPU back ends on model shapes
+	@$(BUILD)/bin/ditattn_bench --benchmark_min_time=0.2
+
+format: ## Format all C++
+	@scripts/setup.sh lint
+	@git ls-files '*.cpp' '*.hpp' | xargs clang-format-14 -i
+
+lint: ## Formatting and clang-tidy, no changes
+	@scripts/setup.sh lint
+	@$(MAKE) --no-print-directory build
+	@scripts/lint.sh $(BUILD)
+
+install: build ## Install to PREFIX (default out/)
+	@cmake --install $(BUILD) --prefix $(or $(PREFIX),out)
+
+clean: ## Remove build products, keep .venv
+	@rm -rf build out

@@ -1,0 +1,51 @@
+#pragma once
+
+/// AVX2 with FMA and F16C: Haswell (2013), Zen (2017) and later.
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace ditattn::kernels::cpu {
+namespace {
+
+struct Simd {
+  using Vec = __m256;
+  static constexpr int kWidth = 8;
+  static constexpr int kVectors = 2;  ///< vectors per panel row: 6 × 2 accumulators of 16 registers
+  static constexpr int kMaxRows = 6;
+
+  static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+  static Vec set1(float x) { return _mm256_set1_ps(x); }
+  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  /// b where either is NaN.
+  static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  /// a < b ? x : y; y where either is NaN.
+  static Vec select_less(Vec a, Vec b, Vec x, Vec y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+  static Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+  }
+  static bool any_nan(Vec v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
+
+  static Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  /// v · 2ⁿ for whole n from −126 to 127.
+  static Vec scale_by_power(Vec v, Vec n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return mul(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+  static Vec load_bf16(const std::uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static Vec load_f16(const std::uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+};
+
+}  // namespace
+}  // namespace ditattn::kernels::cpu

@@ -1,0 +1,50 @@
+#pragma once
+
+/// AVX-512 F, BW, DQ, VL: Skylake-X (2017), Zen 4 (2022) and later.
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace ditattn::kernels::cpu {
+namespace {
+
+struct Simd {
+  using Vec = __m512;
+  static constexpr int kWidth = 16;
+  static constexpr int kVectors = 4;  ///< vectors per panel row: 6 × 4 accumulators of 32 registers
+  static constexpr int kMaxRows = 6;
+
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  static Vec set1(float x) { return _mm512_set1_ps(x); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  /// b where either is NaN.
+  static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  /// a < b ? x : y; y where either is NaN.
+  static Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+  }
+  static Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
+  }
+  static bool any_nan(Vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
+
+  static Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  /// v · 2ⁿ for whole n.
+  static Vec scale_by_power(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
+  static Vec load_bf16(const std::uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static Vec load_f16(const std::uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+};
+
+}  // namespace
+}  // namespace ditattn::kernels::cpu

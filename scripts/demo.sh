@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The main job: which back ends there are, how fast and how exact they are on real and on model-sized inputs, and a real
+# model sampled with each.  Usage: scripts/demo.sh BUILD_DIR
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bin=$1/bin
+out=out/demo
+mkdir -p "$out"
+
+echo "== Back ends"
+"$bin/ditattn" list
+
+echo
+echo "== Q/K/V captured from a real diffusion transformer, and two model shapes (DiT-XL/2 at 512 px, SD 3 at 512 px)"
+"$bin/ditattn" compare --input examples/digits/capture.safetensors \
+  --shape 2,16,1024,1024,72 --shape 2,24,1024,1024,64 --report "$out/compare.html"
+
+echo
+echo "== Digits from one seed with every available back end"
+backends=$("$bin/ditattn" list --json |
+  .venv/bin/python -c 'import json, sys; print(" ".join("--backend " + b["name"] for b in json.load(sys.stdin)["backends"] if b["available"]))')
+# shellcheck disable=SC2086  # one word per flag
+"$bin/digits" $backends --seed 1 --count 20 --out "$out/digits.png" --samples "$out/digits.safetensors"
+
+echo
+echo "Report:  $out/compare.html"
+echo "Picture: $out/digits.png"
+echo "Samples: $out/digits.safetensors (score them: .venv/bin/python examples/digits/score.py)"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Unit and plug-in tests under sanitizers: address and undefined behaviour, then threads.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+
+for preset in asan tsan; do
+  cmake --preset "$preset" >"build/$preset.configure.log" 2>&1 || { cat "build/$preset.configure.log"; exit 1; }
+  cmake --build "build/$preset"
+  TSAN_OPTIONS="suppressions=$PWD/tests/tsan.supp" \
+    ctest --test-dir "build/$preset" --output-on-failure -j 2 -L 'unit|abi'
+done
