@@ -6,6 +6,9 @@ target_compile_options(ditattn_options INTERFACE -Wall -Wextra -Wpedantic -Wshad
 if(DITATTN_SANITIZE)
   target_compile_options(ditattn_options INTERFACE -fsanitize=${DITATTN_SANITIZE} -fno-sanitize-recover=all)
   target_link_options(ditattn_options INTERFACE -fsanitize=${DITATTN_SANITIZE})
+  if(DITATTN_SANITIZE STREQUAL thread)
+    target_compile_options(ditattn_options INTERFACE -Wno-tsan)  # tvm-ffi's headers have fences, which it cannot see
+  endif()
 endif()
 
 # Finds its libraries beside itself (build/lib, build/bin) and in an installed tree alike.
@@ -33,6 +36,7 @@ function(ditattn_add_backend folder)
     PREFIX "" OUTPUT_NAME ${stem}
     LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/lib/${DITATTN_BACKENDS_DIR}/${directory}
     INSTALL_RPATH "$ORIGIN/${to_lib}")
+  set_property(GLOBAL APPEND PROPERTY ditattn_backend_plugins ditattn_${folder}_plugin)
   install(TARGETS ditattn_${folder}_plugin
           LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/${DITATTN_BACKENDS_DIR}/${directory})
 endfunction()

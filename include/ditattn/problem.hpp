@@ -49,7 +49,7 @@ struct HeadSizes {
 
   [[nodiscard]] bool any() const { return list.empty() && min <= 1 && max == 0 && multiple == 1; }
   [[nodiscard]] DITATTN_API bool contains(std::int64_t head_size) const;
-  /// "any", "64, 128, 256" or "1…256 in multiples of 8".
+  /// "any", "64, 128, 256" or "8 to 256 in multiples of 8".
   [[nodiscard]] DITATTN_API std::string describe() const;
 };
 

@@ -7,7 +7,7 @@ namespace ditattn {
 namespace {
 
 struct Sink {
-  std::mutex mutex;
+  std::recursive_mutex mutex;  // a handler may log
   LogHandler handler;
 };
 

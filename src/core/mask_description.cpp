@@ -78,6 +78,9 @@ MaskDescription describe(const Tensor& mask) {
     lengths.push_back(common);
   }
   if (std::ranges::all_of(lengths, [&](std::int64_t length) { return length == reader.keys(); })) return {};
+  // One mask key that stands for all keys: "seen" is then no prefix of one. Two dimensions are (batch, keys) as they
+  // are.
+  if (reader.keys() == 1 && rank != 2 && std::ranges::count(lengths, 1) > 0) return dense;
   return {MaskDescription::Kind::key_prefix, std::move(lengths)};
 }
 

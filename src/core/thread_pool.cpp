@@ -11,11 +11,13 @@
 #include <charconv>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "core/environment.hpp"
 #include "ditattn/errors.hpp"
+#include "ditattn/log.hpp"
 #include "ditattn/threads.hpp"
 
 namespace ditattn {
@@ -60,10 +62,7 @@ class Pool {
   void run(Job& job, int threads) {
     {
       std::lock_guard lock(mutex_);
-      while (static_cast<int>(workers_.size()) < threads - 1) {
-        workers_.emplace_back([this] { serve(); });
-        workers_.back().detach();  // workers serve until the process ends
-      }
+      add_workers(threads - 1);
       jobs_.push_back(&job);
     }
     wake_.notify_all();
@@ -76,11 +75,21 @@ class Pool {
  private:
   void serve();
 
+  // Workers serve until the process ends. Where no more threads can be had, those there are do the work.
+  void add_workers(int wanted) {
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error& error) {
+      log(LogLevel::warning,
+          fmt::format("Only {} of {} worker threads could be started: {}", workers_, wanted, error.what()));
+    }
+  }
+
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable done_;
   std::vector<Job*> jobs_;
-  std::vector<std::thread> workers_;
+  int workers_ = 0;
 };
 
 // True on pool threads and inside parallel_for: nested calls then run where they are.

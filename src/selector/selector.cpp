@@ -2,21 +2,13 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
-
 #include "core/environment.hpp"
+#include "core/text.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
 
 namespace ditattn {
 namespace {
-
-// Names from the environment come in any case; members are upper case. ASCII only, whatever the locale.
-std::string upper(std::string text) {
-  std::ranges::transform(text, text.begin(),
-                         [](char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; });
-  return text;
-}
 
 Selection chosen(DiffusionAttentionBackendEnum member, std::string source, bool is_explicit) {
   Selection selection{
@@ -35,8 +27,8 @@ std::vector<DiffusionAttentionBackendEnum> platform_candidates(const std::string
 }
 
 Selection select_backend(const Problem& problem) {
-  if (const auto name = environment(Env::DIFFUSION_ATTENTION_BACKEND); name && upper(*name) != "AUTO") {
-    return chosen(DiffusionAttentionBackendEnum::from_name(upper(*name)), "DIFFUSION_ATTENTION_BACKEND", true);
+  if (const auto name = environment(Env::DIFFUSION_ATTENTION_BACKEND); name && upper_case(*name) != "AUTO") {
+    return chosen(DiffusionAttentionBackendEnum::from_name(upper_case(*name)), "DIFFUSION_ATTENTION_BACKEND", true);
   }
   std::string refusals;
   for (const DiffusionAttentionBackendEnum member : platform_candidates(device_name(problem.device))) {
