@@ -1,7 +1,7 @@
 // Background: the "math" path of PyTorch's scaled_dot_product_attention. Approach: the logits of kBlockRows query rows
 // and all their keys, softmax over whole rows, then P · V; K and V are converted to float32 one tile of kTileKeys at a
-// time. Both products run through one small matrix multiplication that the compiler vectorizes. Rejected: an online
-// softmax, which is FLASH_ATTN's way; this engine stays the plain one that others are compared with.
+// time. Both products run through one small matrix multiplication. Rejected: an online softmax, which is FLASH_ATTN's
+// way; this engine stays the plain one that others are compared with.
 
 #include "kernels/cpu/sdpa_native.hpp"
 
@@ -81,21 +81,26 @@ struct Matrix {
   std::int64_t stride;  // between rows
 };
 
+// Four floats that compilers keep in one register of any baseline (SSE2, NEON); a plain array of sums they spill.
+using Vec [[gnu::vector_size(16), gnu::aligned(4), gnu::may_alias]] = float;
+constexpr std::int64_t kVecWidth = 4;
+constexpr std::int64_t kMicroVecs = kMicroColumns / kVecWidth;
+
 // c += a · b for `rows` × `depth` times `depth` × `columns`; rows and columns are padded to the micro-tile's size.
 void multiply_add(Matrix a, Matrix b, Matrix c, std::int64_t rows, std::int64_t depth, std::int64_t columns) {
   for (std::int64_t column = 0; column < columns; column += kMicroColumns) {
     for (std::int64_t row = 0; row < rows; row += kMicroRows) {
-      float sums[kMicroRows][kMicroColumns] = {};
+      Vec sums[kMicroRows][kMicroVecs] = {};
       for (std::int64_t k = 0; k < depth; ++k) {
-        const float* b_row = b.data + k * b.stride + column;
+        const auto* b_row = reinterpret_cast<const Vec*>(b.data + k * b.stride + column);
         for (std::int64_t r = 0; r < kMicroRows; ++r) {
           const float a_value = a.data[(row + r) * a.stride + k];
-          for (std::int64_t i = 0; i < kMicroColumns; ++i) sums[r][i] += a_value * b_row[i];
+          for (std::int64_t i = 0; i < kMicroVecs; ++i) sums[r][i] += a_value * b_row[i];
         }
       }
       for (std::int64_t r = 0; r < kMicroRows; ++r) {
-        float* c_row = c.data + (row + r) * c.stride + column;
-        for (std::int64_t i = 0; i < kMicroColumns; ++i) c_row[i] += sums[r][i];
+        auto* c_row = reinterpret_cast<Vec*>(c.data + (row + r) * c.stride + column);
+        for (std::int64_t i = 0; i < kMicroVecs; ++i) c_row[i] += sums[r][i];
       }
     }
   }
@@ -113,18 +118,18 @@ float largest(const float* row, std::int64_t count) {
   return *std::max_element(lanes, lanes + kMicroColumns);
 }
 
-// Floats of scratch that one slot needs.
+// Where things lie in one slot's scratch, in floats.
 struct Scratch {
   explicit Scratch(const AttentionProblem& problem)
       : depth(round_up(problem.head_size, kMicroColumns)),
         keys(round_up(problem.seq_kv, kTileKeys)),
-        query(0),
-        tile(query + kBlockRows * depth),
+        tile(kBlockRows * depth),
         sums(tile + kTileKeys * depth),
         logits(sums + kBlockRows * depth),
         total(logits + kBlockRows * keys) {}
-  std::int64_t depth, keys;                       // padded head size and number of keys
-  std::int64_t query, tile, sums, logits, total;  // offsets
+  std::int64_t depth;                      // padded head size
+  std::int64_t keys;                       // padded number of keys
+  std::int64_t tile, sums, logits, total;  // the query block comes first
 };
 
 // One block of query rows of one head.
@@ -140,7 +145,7 @@ class Block {
         padded_rows_(round_up(rows_, kMicroRows)),
         kv_head_(head / (problem.heads / problem.kv_heads)),
         keys_(row_end(rows_ - 1)),
-        query_{scratch + layout_.query, layout_.depth},
+        query_{scratch, layout_.depth},
         tile_(scratch + layout_.tile),
         sums_{scratch + layout_.sums, layout_.depth},
         logits_{scratch + layout_.logits, layout_.keys} {}
