@@ -1,0 +1,164 @@
+// `ditattn compare`: every backend on the same problems, how fast and how exact.
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <filesystem>
+
+#include "ditattn/errors.hpp"
+#include "tools/ditattn/exit_status.hpp"
+#include "tools/ditattn/flags.hpp"
+#include "tools/ditattn/html_report.hpp"
+#include "tools/ditattn/measure.hpp"
+#include "tools/ditattn/progress.hpp"
+#include "tools/ditattn/verbs.hpp"
+
+namespace ditattn::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Options {
+  std::vector<std::string> shapes;
+  std::vector<std::string> inputs;
+  std::string device = "cpu";
+  std::string dtype;
+  std::string backends;
+  std::string report;
+  MeasureOptions measure;
+  bool json = false;
+};
+
+// What the flags ask for, checked before any file is read.
+struct Plan {
+  std::vector<std::vector<std::int64_t>> shapes;
+  std::optional<DLDataType> dtype;
+  std::vector<BackendInfo> backends;
+  bool named = false;  // by --backends
+};
+
+// The capture of a real model that ditattn ships: beside the installed command, or in the source tree.
+fs::path shipped_capture() {
+  std::error_code error;
+  const fs::path program = fs::canonical("/proc/self/exe", error);
+  const fs::path places[] = {program.parent_path().parent_path() / "share" / "ditattn" / "capture.safetensors",
+                             fs::path(DITATTN_SOURCE_DIR) / "examples" / "digits" / "capture.safetensors"};
+  for (const fs::path& place : places) {
+    if (fs::exists(place, error)) return place;
+  }
+  throw FileError(
+      fmt::format("The shipped capture, the default input, is missing; looked for '{}' and '{}'. Give "
+                  "--input FILE or --shape B,H,Sq,Skv,D.",
+                  places[0].string(), places[1].string()));
+}
+
+Plan make_plan(const Options& options) {
+  Plan plan;
+  check_thread_count();
+  for (const std::string& shape : options.shapes) plan.shapes.push_back(parse_shape(shape));
+  if (!options.dtype.empty()) plan.dtype = parse_float_dtype(options.dtype);
+  plan.named = !options.backends.empty();
+  const auto members = plan.named ? parse_members(options.backends) : DiffusionAttentionBackendEnum::members();
+  check_device(options.device);
+  for (const DiffusionAttentionBackendEnum member : members) {
+    // An explicit choice that cannot be had is an error, not a line in a table.
+    if (plan.named) member.get_class()->validate_available();
+    plan.backends.push_back(inspect(member));
+  }
+  return plan;
+}
+
+std::vector<Case> make_cases(const Options& options, const Plan& plan) {
+  std::vector<fs::path> files(options.inputs.begin(), options.inputs.end());
+  if (files.empty() && plan.shapes.empty()) files.push_back(shipped_capture());
+  std::vector<Case> cases;
+  for (const fs::path& file : files) {
+    for (Case& loaded : load_cases(file)) {
+      if (plan.dtype) loaded.inputs = converted(loaded.inputs, *plan.dtype);
+      cases.push_back(std::move(loaded));
+    }
+  }
+  for (std::size_t i = 0; i < plan.shapes.size(); ++i) {
+    cases.push_back(
+        {options.shapes[i], random_inputs(plan.shapes[i], plan.dtype.value_or(kFloat32), options.measure.seed + i)});
+  }
+  return cases;
+}
+
+Comparison measure(const std::vector<Case>& cases, const Plan& plan, const MeasureOptions& options) {
+  Comparison comparison{.machine = this_machine(), .cases = {}};
+  Progress progress(static_cast<std::int64_t>(cases.size()));
+  for (const Case& problem_case : cases) {
+    const auto report = [&](std::string_view step) {
+      progress.update(static_cast<std::int64_t>(comparison.cases.size()),
+                      fmt::format("{}: {}", problem_case.name, step));
+    };
+    comparison.cases.push_back(measure_case(problem_case, plan.backends, options, report));
+  }
+  return comparison;
+}
+
+// Backends named by --backends have to do what was asked; each that did not is told on stderr.
+ExitStatus verdict(const Comparison& comparison, const MeasureOptions& options) {
+  bool exceeded = false;
+  bool refused = false;
+  bool failed = false;
+  for (const CaseResult& result : comparison.cases) {
+    for (const BackendResult& entry : result.results) {
+      const bool too_far = options.max_error && entry.accuracy && !is_within(entry, *options.max_error);
+      if (entry.status == Status::ok && !too_far) continue;
+      exceeded |= too_far;
+      refused |= entry.status == Status::unsupported;
+      failed |= entry.status == Status::failed;
+      fmt::print(stderr, "ditattn: error: {} on {}: {}\n", entry.backend, printable(result.name),
+                 printable(entry.reason));
+    }
+  }
+  if (exceeded) return kErrorExceeded;
+  if (refused) return kRefused;
+  return failed ? kFailure : kDone;
+}
+
+int compare(const Options& options) {
+  const Plan plan = make_plan(options);
+  const Comparison comparison = measure(make_cases(options, plan), plan, options.measure);
+  if (!options.report.empty()) write_text_file(options.report, html_report(comparison));
+  if (options.json) {
+    print_json(to_json(comparison));
+  } else {
+    print(format_comparison(comparison, use_colour()));
+  }
+  return plan.named ? verdict(comparison, options.measure) : kDone;
+}
+
+}  // namespace
+
+void add_compare_verb(CLI::App& app, Action& action) {
+  CLI::App* verb = app.add_subcommand(
+      "compare",
+      "Compare backends: speed, and error against a float64 reference (default input: Q/K/V of a real model)");
+  auto options = std::make_shared<Options>();
+  MeasureOptions& measure = options->measure;
+  const auto once_each = [](CLI::Option* option) { option->allow_extra_args(false); };
+  once_each(verb->add_option("--shape", options->shapes, "B,H,Sq,Skv,D: random Q/K/V of this shape (repeatable)"));
+  once_each(verb->add_option("--input", options->inputs,
+                             "safetensors file with query, key, value, optionally attn_mask; or a capture of many "
+                             "cases, CASE.query and so on (repeatable)"));
+  verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
+  verb->add_option("--dtype", options->dtype,
+                   "float32, float16 or bfloat16: of random inputs (default float32); files are rounded to it");
+  verb->add_option("--backends", options->backends, "A,B: these only; each must then do every case (default: all)");
+  verb->add_option("--max-error", measure.max_error, "Largest rel_l2 allowed (default: what the dtype allows)")
+      ->check(number_from(0));
+  verb->add_flag("--causal", measure.causal, "Queries do not see later keys, as each backend aligns them");
+  verb->add_option("--seed", measure.seed, "Seed of random inputs and of sampled rows")
+      ->capture_default_str()
+      ->check(number_from(0));
+  verb->add_option("--repeats", measure.repeats, "Timed rounds (default: about a second's worth, 3 to 50)")
+      ->check(CLI::Range(1, 100000));
+  verb->add_option("--report", options->report, "Write the comparison as a self-contained HTML page too");
+  add_json_flag(*verb, options->json);
+  verb->callback([&action, options] { action = [options] { return compare(*options); }; });
+}
+
+}  // namespace ditattn::cli

@@ -1,0 +1,150 @@
+#include "tools/ditattn/comparison.hpp"
+
+#include <fmt/format.h>
+
+#include "tools/ditattn/backend_info.hpp"
+
+namespace ditattn::cli {
+namespace {
+
+Json shape_of(const Problem& p) { return Json::array({p.batch, p.num_heads, p.seq_q, p.seq_kv, p.head_size}); }
+
+Json text_or_null(const std::string& text) { return text.empty() ? Json(nullptr) : Json(text); }
+
+Json to_json(const BackendResult& result) {
+  const auto time = [&](double Timing::*field) { return result.timing ? Json((*result.timing).*field) : Json(); };
+  const auto error = [&](double Accuracy::*field) {
+    return result.accuracy ? Json((*result.accuracy).*field) : Json();
+  };
+  return {{"backend", result.backend},
+          {"engine", text_or_null(result.engine)},
+          {"status", status_name(result.status)},
+          {"reason", text_or_null(result.reason)},
+          {"median_ms", time(&Timing::median_ms)},
+          {"min_ms", time(&Timing::min_ms)},
+          {"tflops", time(&Timing::tflops)},
+          {"rel_l2", error(&Accuracy::rel_l2)},
+          {"max_abs", error(&Accuracy::max_abs)},
+          {"cosine", error(&Accuracy::cosine)}};
+}
+
+Json to_json(const CaseResult& result) {
+  Json results = Json::array();
+  for (const BackendResult& entry : result.results) results.push_back(to_json(entry));
+  const Problem& problem = result.problem;
+  return {{"case", result.name},
+          {"shape", shape_of(problem)},
+          {"kv_heads", problem.num_kv_heads},
+          {"dtype", dtype_name(problem.dtype)},
+          {"device", device_name(problem.device)},
+          {"mask", mask_kind_name(problem.mask)},
+          {"causal", problem.causal},
+          {"sample_rows", result.sample_rows ? Json(*result.sample_rows) : Json(nullptr)},
+          {"error_bound", result.error_bound},
+          {"results", results},
+          {"recommended", result.recommended ? Json(*result.recommended) : Json(nullptr)}};
+}
+
+Emphasis emphasis_of(const CaseResult& result, const BackendResult& entry) {
+  if (result.recommended == entry.backend) return Emphasis::good;
+  return entry.status == Status::failed ? Emphasis::bad : Emphasis::none;
+}
+
+std::vector<Cell> row(const CaseResult& result, const BackendResult& entry) {
+  const auto time = [&](double Timing::*field, const char* format) {
+    return Cell{entry.timing ? fmt::format(fmt::runtime(format), (*entry.timing).*field) : ""};
+  };
+  const auto error = [&](double Accuracy::*field, const char* format) {
+    return Cell{entry.accuracy ? fmt::format(fmt::runtime(format), (*entry.accuracy).*field) : ""};
+  };
+  const bool recommended = result.recommended == entry.backend;
+  return {{entry.backend, emphasis_of(result, entry)},
+          {status_name(entry.status)},
+          time(&Timing::median_ms, "{:.4g}"),
+          time(&Timing::min_ms, "{:.4g}"),
+          time(&Timing::tflops, "{:.3g}"),
+          error(&Accuracy::rel_l2, "{:.2e}"),
+          error(&Accuracy::max_abs, "{:.2e}"),
+          error(&Accuracy::cosine, "{:.7f}"),
+          {entry.engine},
+          {recommended ? "recommended" : entry.reason, emphasis_of(result, entry)}};
+}
+
+}  // namespace
+
+const char* status_name(Status status) {
+  switch (status) {
+    case Status::ok:
+      return "ok";
+    case Status::unavailable:
+      return "unavailable";
+    case Status::unsupported:
+      return "unsupported";
+    case Status::failed:
+      break;
+  }
+  return "failed";
+}
+
+bool is_within(const BackendResult& result, double bound) {
+  return result.status == Status::ok && result.accuracy && result.accuracy->rel_l2 <= bound;
+}
+
+Json to_json(const Comparison& comparison) {
+  Json cases = Json::array();
+  for (const CaseResult& result : comparison.cases) cases.push_back(to_json(result));
+  return {{"machine", to_json(comparison.machine)}, {"cases", cases}};
+}
+
+std::string describe(const CaseResult& result) {
+  const Problem& p = result.problem;
+  std::string text = fmt::format("{}: B={} H={} Sq={} Skv={} D={}, {} on {}", result.name, p.batch, p.num_heads,
+                                 p.seq_q, p.seq_kv, p.head_size, dtype_name(p.dtype), device_name(p.device));
+  if (p.num_kv_heads != p.num_heads) text += fmt::format(", {} K/V heads", p.num_kv_heads);
+  if (p.mask != MaskKind::none) text += fmt::format(", {} mask", mask_kind_name(p.mask));
+  if (p.causal) text += ", causal";
+  text +=
+      result.sample_rows ? fmt::format("; errors over {} sampled rows", *result.sample_rows) : "; errors over all rows";
+  return text + fmt::format(", bound {:.1e}", result.error_bound);
+}
+
+Table results_table(const CaseResult& result) {
+  Table table{.columns = {{"backend"},
+                          {"status"},
+                          {"median ms", true},
+                          {"min ms", true},
+                          {"TFLOP/s", true},
+                          {"rel L2 error", true},
+                          {"max abs error", true},
+                          {"cosine", true},
+                          {"engine"},
+                          {"note"}},
+              .rows = {}};
+  for (const BackendResult& entry : result.results) {
+    if (entry.status != Status::unavailable) table.rows.push_back(row(result, entry));
+  }
+  return table;
+}
+
+Table unavailable_table(const Comparison& comparison) {
+  Table table{.columns = {{"not available here"}, {"reason"}}, .rows = {}};
+  if (comparison.cases.empty()) return table;
+  for (const BackendResult& entry : comparison.cases.front().results) {
+    if (entry.status != Status::unavailable) continue;
+    table.rows.push_back({{entry.backend, Emphasis::faint}, {short_reason(entry.reason), Emphasis::faint}});
+  }
+  return table;
+}
+
+std::string format_comparison(const Comparison& comparison, bool colour) {
+  std::string text = printable(describe(comparison.machine)) + "\n";
+  if (const Table table = unavailable_table(comparison); !table.rows.empty()) {
+    text += "\n" + format_table(table, colour);
+  }
+  for (const CaseResult& result : comparison.cases) {
+    text += "\n" + printable(describe(result)) + "\n" + format_table(results_table(result), colour);
+  }
+  return text;
+}
+
+}  // namespace ditattn::cli

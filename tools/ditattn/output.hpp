@@ -1,0 +1,30 @@
+#pragma once
+
+#include <nlohmann/json.hpp>
+
+#include <filesystem>
+#include <string>
+#include <string_view>
+
+namespace ditattn::cli {
+
+/// Keeps fields in the order they are written.
+using Json = nlohmann::ordered_json;
+
+/// Writes to stdout and makes sure that it arrived: FileError otherwise (a full disk must not look like success).
+void print(std::string_view text);
+
+/// Writes one JSON document to stdout. Numbers that JSON does not have become null, broken UTF-8 is replaced.
+void print_json(const Json& document);
+
+/// True where stdout is a terminal and NO_COLOR (no-color.org) is unset or empty.
+bool use_colour();
+
+/// `text` with '?' for control characters (but newlines) and broken UTF-8: names from files must not command the
+/// terminal.
+std::string printable(std::string_view text);
+
+/// Writes `text` aside and renames it to `file`: a failure (FileError) leaves what was there before.
+void write_text_file(const std::filesystem::path& file, std::string_view text);
+
+}  // namespace ditattn::cli

@@ -1,0 +1,122 @@
+// `ditattn run`: attention over the tensors of one file, into another.
+
+#include <fmt/format.h>
+
+#include <chrono>
+
+#include "ditattn/errors.hpp"
+#include "ditattn/safetensors.hpp"
+#include "ditattn/selector.hpp"
+#include "tools/ditattn/exit_status.hpp"
+#include "tools/ditattn/flags.hpp"
+#include "tools/ditattn/inputs.hpp"
+#include "tools/ditattn/output.hpp"
+#include "tools/ditattn/verbs.hpp"
+
+namespace ditattn::cli {
+namespace {
+
+struct Options {
+  std::string backend;
+  std::string input;
+  std::string output;
+  std::string device = "cpu";
+  std::string role;
+  std::optional<double> scale;
+  bool causal = false;
+  bool lse = false;
+  bool json = false;
+};
+
+// The backend named by the flag, none without one.
+std::optional<Selection> named_backend(const Options& options) {
+  if (options.backend.empty()) {
+    check_backend_from_environment();
+    return std::nullopt;
+  }
+  const DiffusionAttentionBackendEnum member = parse_member(options.backend);
+  Selection selection{.member = member, .backend = member.get_class(), .source = "--backend", .is_explicit = true};
+  selection.backend->validate_available();
+  return selection;
+}
+
+ForwardOutputs allocate_outputs(const Inputs& inputs, bool lse) {
+  const Tensor& query = inputs.query;
+  ForwardOutputs outputs;
+  outputs.out = empty({query.size(0), query.size(1), query.size(2), query.size(3)}, query.dtype());
+  if (lse) outputs.lse = empty({query.size(0), query.size(2), query.size(1)}, kFloat32);
+  return outputs;
+}
+
+void save(const Options& options, const ForwardOutputs& outputs) {
+  SafetensorsFile file;
+  file.tensors.emplace("out", outputs.out);
+  if (options.lse) file.tensors.emplace("lse", outputs.lse);
+  save_safetensors(options.output, file);
+}
+
+void report(const Options& options, const Selection& selection, const Tensor& out, double milliseconds) {
+  const std::string engine = selection.backend->capabilities().engine;
+  if (options.json) {
+    print_json({{"backend", selection.member.name()},
+                {"engine", engine},
+                {"source", selection.source},
+                {"input", options.input},
+                {"output", options.output},
+                {"shape", std::vector<std::int64_t>(out.shape().begin(), out.shape().end())},
+                {"dtype", dtype_name(out.dtype())},
+                {"device", options.device},
+                {"lse", options.lse},
+                {"ms", milliseconds}});
+  } else {
+    print(printable(fmt::format("{}: out {} {} by {} ({}; {}) in {:.3f} ms\n", options.output, shape_name(out),
+                                dtype_name(out.dtype()), selection.member.name(), engine, selection.source,
+                                milliseconds)));
+  }
+}
+
+int run(const Options& options) {
+  // What the command line alone can have wrong comes first, then the device, then the files.
+  check_thread_count();
+  const std::optional<Selection> named = named_backend(options);
+  check_device(options.device);
+
+  const Inputs inputs = load_inputs(options.input);
+  ImplConfig config = config_for(inputs);
+  config.softmax_scale = options.scale;
+  config.causal = options.causal;
+  config.prefix = options.role;
+  const ForwardOutputs outputs = allocate_outputs(inputs, options.lse);
+  const Problem problem = check_inputs(inputs, config, outputs);
+  const Selection selection = named ? *named : select_backend(problem);
+
+  const auto attention = selection.backend->make(config);
+  const auto start = std::chrono::steady_clock::now();
+  attention->forward(inputs.query, inputs.key, inputs.value, inputs.metadata, outputs);
+  const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
+  save(options, outputs);
+  report(options, selection, outputs.out, elapsed.count());
+  return kDone;
+}
+
+}  // namespace
+
+void add_run_verb(CLI::App& app, Action& action) {
+  CLI::App* verb = app.add_subcommand("run", "Run attention over the tensors of a safetensors file");
+  auto options = std::make_shared<Options>();
+  verb->add_option("--backend", options->backend,
+                   "The backend, in any case (default: DIFFUSION_ATTENTION_BACKEND, then the platform's choice)");
+  verb->add_option("--input", options->input,
+                   "safetensors file with query (B, Sq, H, D), key and value (B, Skv, Hkv, D), optionally attn_mask")
+      ->required();
+  verb->add_option("--output", options->output, "safetensors file to write `out` to, in query's dtype")->required();
+  verb->add_flag("--causal", options->causal, "Queries do not see later keys");
+  verb->add_option("--scale", options->scale, "Factor of the logits (default: 1/sqrt(D))")->check(number_from());
+  verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
+  verb->add_option("--role", options->role, "The layer's role (self, cross, ...), for messages");
+  verb->add_flag("--lse", options->lse, "Write the log-sum-exp too: `lse`, float32 (B, H, Sq)");
+  add_json_flag(*verb, options->json);
+  verb->callback([&action, options] { action = [options] { return run(*options); }; });
+}
+
+}  // namespace ditattn::cli

@@ -1,0 +1,18 @@
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+#include <functional>
+
+namespace ditattn::cli {
+
+/// What the parsed command line asks for; returns the exit status.
+using Action = std::function<int()>;
+
+// Each verb adds its subcommand to `app`. Parsing a command line with that verb stores what to do in `action`.
+void add_list_verb(CLI::App& app, Action& action);
+void add_info_verb(CLI::App& app, Action& action);
+void add_run_verb(CLI::App& app, Action& action);
+void add_compare_verb(CLI::App& app, Action& action);
+
+}  // namespace ditattn::cli
