@@ -1,0 +1,127 @@
+"""Structure of the tree: who may include whom, the door's size, and texts that must stand in two places alike."""
+
+import re
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+SOURCES = {".hpp", ".cpp", ".h", ".cu", ".cuh", ".def", ".in"}
+
+# Folder -> what its #include lines may name. "std" is a header without a folder, or one of the system's.
+STD = r"<(?:[a-z0-9_]+(?:\.h)?|sys/[a-z_]+\.h)>"
+RULES = {
+    "include/ditattn": rf'{STD}|[<"](?:ditattn|tvm)/',
+    "kernels": rf'{STD}|"kernels/',
+    "src/core": r'<|"(?:ditattn|core)/',
+    "src/registry": r'<|"(?:ditattn|core|registry)/',
+    "src/selector": r'<|"(?:ditattn|core|registry|selector)/',
+    "src/tuner": r'<|"(?:ditattn|core|registry|selector|tuner)/',
+    "src/parallel": r'<|"(?:ditattn|core|registry|parallel)/',
+    "backends": r'<(?!core/|registry/|selector/|src/|tools/)|"(?:ditattn|kernels|backends)/',
+}
+
+
+def includes(text):
+    """The targets of #include lines, with their quotes."""
+    return re.findall(r'^[ \t]*#[ \t]*include[ \t]+([<"][^>"]+[>"])', text, flags=re.MULTILINE)
+
+
+def violations(folder, file, text):
+    """Includes of `file` that the rule of `folder` forbids. A name that stands beside the file is its own."""
+
+    def is_beside(target):
+        return target[0] == '"' and "/" not in target and (file.parent / target[1:-1]).is_file()
+
+    return [target for target in includes(text) if not re.match(RULES[folder], target) and not is_beside(target)]
+
+
+def source_files(folder):
+    return sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in SOURCES and p.is_file())
+
+
+class IncludeArrows(unittest.TestCase):
+    def test_every_folder_keeps_its_rule(self):
+        for folder in RULES:
+            for file in source_files(folder):
+                with self.subTest(file=str(file.relative_to(ROOT))):
+                    self.assertEqual(violations(folder, file, file.read_text()), [])
+
+    def test_nothing_includes_tools(self):
+        for folder in ("include", "src", "kernels", "backends", "python", "bench", "examples"):
+            for file in source_files(folder):
+                with self.subTest(file=str(file.relative_to(ROOT))):
+                    self.assertEqual([t for t in includes(file.read_text()) if "tools/" in t], [])
+
+    def test_the_rules_see_what_they_forbid(self):
+        forbidden = [
+            ("include/ditattn", "#include <fmt/format.h>"),
+            ("include/ditattn", '#include "core/environment.hpp"'),
+            ("kernels", '#include "ditattn/tensor.hpp"'),
+            ("kernels", "#include <ditattn/threads.hpp>"),
+            ("kernels", "#include <tvm/ffi/error.h>"),
+            ("src/core", '#include "registry/loader.hpp"'),
+            ("src/registry", '  #  include "selector/selector.hpp"'),
+            ("backends", '#include "registry/loader.hpp"'),
+            ("backends", '#include "core/float_bits.hpp"'),
+            ("backends", "#include <core/float_bits.hpp>"),
+        ]
+        for folder, line in forbidden:
+            self.assertEqual(len(violations(folder, ROOT / folder / "x.cpp", line)), 1, f"{folder}: {line}")
+
+    def test_the_rules_let_through_what_is_allowed(self):
+        allowed = [
+            ("include/ditattn", "#include <tvm/ffi/error.h>"),
+            ("include/ditattn", "#include <type_traits>"),
+            ("kernels", "#include <immintrin.h>"),
+            ("kernels", '#include "kernels/cpu/x.hpp"'),
+            ("src/registry", '#include "core/environment.hpp"'),
+            ("backends", "#include <ditattn/plugin.hpp>"),
+        ]
+        for folder, line in allowed:
+            self.assertEqual(violations(folder, ROOT / folder / "x.cpp", line), [], f"{folder}: {line}")
+
+
+class Texts(unittest.TestCase):
+    def test_the_door_is_short(self):
+        lines = (ROOT / "include/ditattn/ditattn.hpp").read_text().count("\n")
+        self.assertLess(lines, 80)
+
+    def test_environment_page_lists_the_table(self):
+        table = re.findall(r'^DITATTN_ENV\((\w+), "(.*)"\)$', (ROOT / "src/core/env.def").read_text(), re.MULTILINE)
+        page = re.findall(r"^\| `(\w+)` \| (.*?) \|$", (ROOT / "docs/environment.md").read_text(), re.MULTILINE)
+        self.assertGreater(len(table), 0)
+        self.assertEqual(page, table)
+
+    def test_every_variable_read_by_name_is_in_the_table(self):
+        """Backends cannot see src/core/environment.hpp and ask for theirs by name."""
+        table = (ROOT / "src/core/env.def").read_text()
+        for folder in ("src", "backends", "tools", "kernels", "python"):
+            for file in source_files(folder):
+                for name in re.findall(r'getenv\(\s*"((?:DITATTN|DIFFUSION)\w+)"', file.read_text()):
+                    with self.subTest(file=str(file.relative_to(ROOT))):
+                        self.assertIn(f"DITATTN_ENV({name},", table)
+
+    def quickstart(self):
+        return (ROOT / "examples/quickstart.cpp").read_text()
+
+    def test_the_door_shows_the_quickstart(self):
+        prefix = "///     "
+        block = []
+        for line in (ROOT / "include/ditattn/ditattn.hpp").read_text().splitlines():
+            if line.startswith(prefix):
+                block.append(line[len(prefix) :])
+            elif line == "///" and block and block[-1] != "}":
+                block.append("")
+        self.assertEqual("\n".join(block) + "\n", self.quickstart())
+
+    def test_the_readme_shows_the_quickstart(self):
+        readme = ROOT / "README.md"
+        if not readme.exists():
+            self.skipTest("there is no README.md yet")
+        blocks = re.findall(r"^```cpp\n(.*?)^```$", readme.read_text(), re.MULTILINE | re.DOTALL)
+        self.assertTrue(blocks, "README.md has no ```cpp block")
+        self.assertEqual(blocks[0], self.quickstart())
+
+
+if __name__ == "__main__":
+    unittest.main()
