@@ -1,0 +1,66 @@
+#pragma once
+
+/// Runs one case on backends and compares with the oracle.
+
+#include <ditattn/ditattn.hpp>
+
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "backends/reference/reference.hpp"
+#include "tests/conformance/case.hpp"
+#include "tests/conformance/inputs.hpp"
+
+namespace ditattn::conformance {
+
+struct NamedBackend {
+  std::string member;
+  BackendClass backend;
+};
+
+/// Members of the registry that compute on the CPU here, in definition order.
+std::vector<NamedBackend> cpu_backends();
+
+/// Errors of one run, as the project measures them: ‖out − ref‖ / ‖Σ P·|V|‖ over the output.
+struct Measured {
+  double error = 0;
+  double bound = 0;
+  double lse_error = 0;  ///< largest |lse − ref| / max(1, |ref|)
+  double lse_bound = 0;
+  std::string wrong;  ///< what a number does not show: a NaN, a row without keys that is not zero, …
+
+  [[nodiscard]] bool ok() const { return wrong.empty() && error <= bound && lse_error <= lse_bound; }
+};
+
+/// Measures `out` and `lse` (null: not compared) against the oracle's rows.
+Measured compare(const Case& c, const Inputs& inputs, const reference::Result& expected, const Tensor& out,
+                 const Tensor& lse);
+
+/// Totals per backend and dtype.
+class Tally {
+ public:
+  enum class Outcome { measured, unsupported, engines_own };
+  void add(const std::string& backend, const Case& c, Outcome outcome, const Measured& measured);
+  /// A table: cases, unsupported, worst errors with their bounds' share and the case they came from.
+  [[nodiscard]] std::string table() const;
+
+ private:
+  struct Row {
+    std::int64_t cases = 0;
+    std::int64_t unsupported = 0;
+    std::int64_t engines_own = 0;
+    Measured worst, worst_lse;  // by share of the bound
+    std::string worst_line, worst_lse_line;
+    double largest = 0;  // error, whatever its bound
+  };
+  std::map<std::pair<std::string, std::string>, Row> rows_;
+};
+
+/// Runs `c` on every backend; the oracle runs once per causal alignment. Calls fail(text) with a full description for
+/// each failure.
+void run_case(const Case& c, const std::vector<NamedBackend>& backends, std::uint64_t seed, Tally& tally,
+              const std::function<void(const std::string&)>& fail);
+
+}  // namespace ditattn::conformance
