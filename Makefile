@@ -3,7 +3,7 @@ PRESET ?= release
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup build demo test test-full sanitize bench format lint install clean
+.PHONY: help setup configure build programs demo test test-full sanitize bench format lint install clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -11,19 +11,24 @@ help: ## This list
 setup: ## Install what is missing (Debian packages, .venv), nothing else
 	@scripts/setup.sh
 
-build: setup ## Configure and build (PRESET=release, dev, asan, tsan, cuda)
+configure: setup
 	@mkdir -p build
 	@cmake --preset $(PRESET) >$(BUILD).configure.log 2>&1 || { cat $(BUILD).configure.log; exit 1; }
+
+build: configure ## Configure and build all (PRESET=release, dev, asan, tsan, cuda)
 	@cmake --build $(BUILD)
 
-demo: build ## The main job: list, compare on real Q/K/V, sample digits with every back end
+programs: configure
+	@cmake --build $(BUILD) --target ditattn_programs
+
+demo: programs ## The main job: list, compare on real Q/K/V, sample digits with every back end
 	@scripts/demo.sh $(BUILD)
 
 test: build ## All tests but the full product
 	@ctest --test-dir $(BUILD) --output-on-failure -j 2
 
 test-full: build ## Conformance over the full product of all values (hours; prints progress)
-	@$(BUILD)/bin/conformance_test --full
+	@$(BUILD)/bin/conformance --full
 
 sanitize: setup ## Unit and plug-in tests under the address, undefined-behaviour and thread sanitizers
 	@scripts/sanitize.sh

@@ -25,4 +25,4 @@ backends=$("$bin/ditattn" list --json |
 echo
 echo "Report:  $out/compare.html"
 echo "Picture: $out/digits.png"
-echo "Samples: $out/digits.safetensors (score them: .venv/bin/python examples/digits/score.py)"
+echo "Samples: $out/digits-NAME.safetensors (score one: .venv/bin/python examples/digits/score.py FILE)"
