@@ -16,7 +16,8 @@ constexpr EnvironmentVariable kVariables[] = {
 std::span<const EnvironmentVariable> environment_variables() { return kVariables; }
 
 std::optional<std::string> environment(Env variable) {
-  const char* value = std::getenv(kVariables[static_cast<std::size_t>(variable)].name);
+  // Nothing from the environment in a set-uid process: it could name plug-ins to load.
+  const char* value = ::secure_getenv(kVariables[static_cast<std::size_t>(variable)].name);
   if (value == nullptr || *value == '\0') return std::nullopt;
   return value;
 }

@@ -78,22 +78,28 @@ MaskDescription describe(const Tensor& mask) {
     lengths.push_back(common);
   }
   if (std::ranges::all_of(lengths, [&](std::int64_t length) { return length == reader.keys(); })) return {};
+  // One mask key that stands for all keys: "seen" is then no prefix of one. Two dimensions are (batch, keys) as they
+  // are.
+  if (reader.keys() == 1 && rank != 2 && std::ranges::count(lengths, 1) > 0) return dense;
   return {MaskDescription::Kind::key_prefix, std::move(lengths)};
+}
+
+const MaskDescription& described(const tvm::ffi::Optional<Tensor>& mask, std::once_flag& once,
+                                 MaskDescription& description) {
+  std::call_once(once, [&] {
+    if (mask.has_value()) description = describe(mask.value());
+  });
+  return description;
 }
 
 }  // namespace
 
-AttentionMetadata::AttentionMetadata(AttentionMetadataFields fields) {
-  auto object = tvm::ffi::make_object<AttentionMetadataObj>();
-  object->fields = std::move(fields);
-  data_ = std::move(object);
+const MaskDescription& AttentionMetadataObj::mask_description() const {
+  return described(fields.attn_mask, mask_.once, mask_.description);
 }
 
-const MaskDescription& AttentionMetadataObj::mask_description() const {
-  std::call_once(described_, [this] {
-    if (fields.attn_mask.has_value()) description_ = describe(*fields.attn_mask);
-  });
-  return description_;
+const MaskDescription& AttentionMetadataObj::joint_mask_description() const {
+  return described(fields.joint_attn_mask, joint_mask_.once, joint_mask_.description);
 }
 
 }  // namespace ditattn

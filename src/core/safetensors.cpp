@@ -133,12 +133,15 @@ class Reader {
 
     const json shape = value.value("shape", json());
     if (!shape.is_array() || !std::ranges::all_of(shape, is_index)) bad("its shape is not a list of sizes");
+    // The product without zeros must fit too: strides are made of it. In bits, as tvm-ffi counts.
     std::uint64_t bytes = entry.dtype.bits / 8;
+    std::int64_t bits = entry.dtype.bits;
     for (const json& extent : shape) {
       const auto size = extent.get<std::uint64_t>();
-      if (size > static_cast<std::uint64_t>(INT64_MAX) || __builtin_mul_overflow(bytes, size, &bytes)) {
+      if (__builtin_mul_overflow(bits, std::max<std::uint64_t>(size, 1), &bits)) {
         bad(fmt::format("its shape {} overflows", shape.dump()));
       }
+      bytes *= size;
       entry.shape.push_back(static_cast<std::int64_t>(size));
     }
 
@@ -159,7 +162,8 @@ class Reader {
 
   // The format allows neither holes nor overlaps (so that no file can hide content).
   void check_layout(std::vector<Entry>& entries) const {
-    std::ranges::sort(entries, {}, &Entry::begin);
+    // Empty tensors first among those that start at one byte.
+    std::ranges::sort(entries, {}, [](const Entry& entry) { return std::pair(entry.begin, entry.end); });
     std::uint64_t position = 0;
     for (const Entry& entry : entries) {
       if (entry.begin != position) {
@@ -191,6 +195,7 @@ std::string make_header(const SafetensorsFile& content) {
   if (!content.metadata.empty()) header["__metadata__"] = content.metadata;
   std::uint64_t position = 0;
   for (const auto& [name, tensor] : content.tensors) {
+    if (name == "__metadata__") throw ValueError("The tensor name '__metadata__' is reserved for the file's metadata.");
     if (!tensor.IsContiguous() || tensor.device().device_type != kDLCPU) {
       throw ValueError(fmt::format("Tensor '{}' must be contiguous and in host memory to be saved.", name));
     }
@@ -200,7 +205,12 @@ std::string make_header(const SafetensorsFile& content) {
                     {"data_offsets", {position, position + bytes}}};
     position += bytes;
   }
-  std::string text = header.dump();
+  std::string text;
+  try {
+    text = header.dump();
+  } catch (const json::exception& error) {
+    throw ValueError(fmt::format("Names and metadata of a safetensors file must be UTF-8: {}.", error.what()));
+  }
   text.append((8 - text.size() % 8) % 8, ' ');  // data aligned to 8 bytes, as the format recommends
   return text;
 }

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
@@ -50,11 +51,11 @@ struct BorrowedMemory {
 };
 
 void check_shape(std::span<const std::int64_t> shape, DLDataType dtype) {
-  std::int64_t bytes = (dtype.bits + 7) / 8;
+  std::int64_t bits = std::max<std::int64_t>(std::int64_t{dtype.bits} * dtype.lanes, 8);  // tvm-ffi counts bits too
   bool overflow = false;
   for (std::int64_t extent : shape) {
     if (extent < 0) throw ValueError(fmt::format("Shape {} has a negative size.", shape_name(shape)));
-    overflow = overflow || __builtin_mul_overflow(bytes, std::max<std::int64_t>(extent, 1), &bytes);
+    overflow = overflow || __builtin_mul_overflow(bits, std::max<std::int64_t>(extent, 1), &bits);
   }
   if (overflow) throw ValueError(fmt::format("Shape {} does not fit in memory.", shape_name(shape)));
 }

@@ -5,8 +5,10 @@
 #include <dlfcn.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <link.h>
 #include <tvm/ffi/extra/module.h>
 
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -76,10 +78,31 @@ std::string reason_not_built(fs::path file) {
   return reason;
 }
 
+// Whether a library's segments reach past the end of its file, as in a copy cut short: dlopen maps such a file and the
+// process dies of SIGBUS. What is no library of this machine is left to dlopen, which says so.
+bool is_cut_short(const fs::path& file) {
+  constexpr unsigned char kClass = sizeof(void*) == 8 ? ELFCLASS64 : ELFCLASS32;
+  std::ifstream stream(file, std::ios::binary);
+  ElfW(Ehdr) header{};
+  if (!stream.read(reinterpret_cast<char*>(&header), sizeof header)) return false;
+  if (std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_ident[EI_CLASS] != kClass) return false;
+  std::error_code error;
+  const std::uintmax_t size = fs::file_size(file, error);
+  stream.seekg(static_cast<std::streamoff>(header.e_phoff));
+  for (int i = 0; i < header.e_phnum; ++i) {
+    ElfW(Phdr) segment{};
+    if (!stream.read(reinterpret_cast<char*>(&segment), sizeof segment)) return true;
+    if (segment.p_type == PT_LOAD && (segment.p_offset > size || segment.p_filesz > size - segment.p_offset))
+      return true;
+  }
+  return false;
+}
+
 // Opened by us first, eagerly, locally and for ever: tvm-ffi's own loader is lazy and closes.
 tvm::ffi::Module open_module(const fs::path& file) {
   const auto known = state().modules.find(file);
   if (known != state().modules.end()) return known->second;
+  if (is_cut_short(file)) throw ImportError("module failed to load (the file is cut short)");
   if (dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE) == nullptr) {
     const char* reason = dlerror();
     throw ImportError(fmt::format("module failed to load ({})", reason != nullptr ? reason : "no reason given"));
@@ -151,13 +174,16 @@ BackendClass find_class(const std::string& text) {
   const ClassPath path = ClassPath::parse(text);
   const auto linked = state().linked.find(path.module);
   if (linked == state().linked.end()) return find_in_files(text, path);
-  const Any table =
-      guard(path.module, [&] { return backend_table(linked->second, path.class_name, DITATTN_INTERFACE_VERSION); });
-  if (table == nullptr) {
-    throw ImportError(fmt::format("Cannot import '{}': module '{}', linked into this process, has no such class '{}'.",
-                                  text, path.module, path.class_name));
+  try {
+    const Any table =
+        guard(path.module, [&] { return backend_table(linked->second, path.class_name, DITATTN_INTERFACE_VERSION); });
+    if (table != nullptr) return backend_from_table(table, path.module);
+  } catch (const Error& error) {
+    throw ImportError(fmt::format("Cannot import '{}': module '{}', linked into this process, failed to load ({}).",
+                                  text, path.module, error.message()));
   }
-  return backend_from_table(table, path.module);
+  throw ImportError(fmt::format("Cannot import '{}': module '{}', linked into this process, has no such class '{}'.",
+                                text, path.module, path.class_name));
 }
 
 }  // namespace

@@ -44,7 +44,8 @@ std::vector<Range> row_ranges(const Tensor& tensor) {
   rows.reserve(offsets.size());
   const std::int64_t length = ((tensor.size(last) - 1) * std::abs(tensor.stride(last)) + 1) * item_size(tensor);
   for (std::int64_t offset : offsets) {
-    const std::intptr_t begin = base + offset * item_size(tensor);
+    const std::int64_t first = offset + std::min<std::int64_t>(tensor.stride(last), 0) * (tensor.size(last) - 1);
+    const std::intptr_t begin = base + first * item_size(tensor);
     rows.push_back({begin, begin + length});
   }
   std::ranges::sort(rows, {}, &Range::begin);

@@ -1,0 +1,57 @@
+// TORCH_SDPA: the semantics of torch.nn.functional.scaled_dot_product_attention, computed by the native engine.
+
+#include <ditattn/backend.hpp>
+
+#include <string_view>
+
+#include "backends/common/cpu_problem.hpp"
+#include "kernels/cpu/sdpa_native.hpp"
+
+namespace ditattn {
+namespace {
+
+constexpr CausalAlignment kAlignment = CausalAlignment::top_left;  // PyTorch's is_causal
+
+class SDPAImpl : public AttentionImpl {
+ public:
+  using AttentionImpl::AttentionImpl;
+
+  void run(const AttentionCall& call) const override {
+    const CpuCall cpu = to_cpu_call(call, *this, kAlignment);
+    kernels::cpu::sdpa_native(cpu.problem, cpu_executor());
+  }
+};
+
+class SDPABackend : public AttentionBackend {
+ public:
+  [[nodiscard]] std::string get_name() const override { return "SDPA"; }
+
+  [[nodiscard]] const Capabilities& capabilities() const override {
+    static const Capabilities can{.engine = "native (PyTorch semantics)",
+                                  .devices = {"cpu"},
+                                  .dtypes = kCpuDtypes,
+                                  .head_sizes = {},
+                                  .masks = {"padding", "bool", "additive", "spans"},
+                                  .gqa = true,
+                                  .causal = true,
+                                  .causal_alignment = kAlignment,
+                                  .lse = true,
+                                  .packed = true,
+                                  .joint = true};
+    return can;
+  }
+
+ protected:
+  [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
+    return std::make_unique<SDPAImpl>(config);
+  }
+};
+
+}  // namespace
+
+BackendClass find_torch_sdpa(std::string_view class_name) {
+  static const BackendClass backend = std::make_shared<SDPABackend>();
+  return class_name == "SDPABackend" ? backend : nullptr;
+}
+
+}  // namespace ditattn
