@@ -25,22 +25,15 @@ void flash_kernel_1_1_1_1_8(benchmark::State& state) {
   using namespace kernels::cpu;
   float out[8];
   const Strides strides{.batch = 8, .token = 8, .head = 8};
-  const AttentionProblem problem{.batch = 1,
-                                 .heads = 1,
-                                 .kv_heads = 1,
-                                 .seq_q = 1,
-                                 .seq_kv = 1,
-                                 .head_size = 8,
-                                 .query = tiny,
-                                 .key = tiny,
-                                 .value = tiny,
-                                 .out = out,
-                                 .query_strides = strides,
-                                 .key_strides = strides,
-                                 .value_strides = strides,
-                                 .out_strides = strides,
-                                 .lse_strides = {},
-                                 .mask_strides = {}};
+  AttentionProblem problem;
+  problem.batch = problem.heads = problem.kv_heads = problem.rows = problem.keys = 1;
+  problem.head_size = 8;
+  problem.num_queries = problem.num_key_segments = 1;
+  problem.queries[0] = {.data = tiny, .strides = strides};
+  problem.key_segments[0] = {
+      .key = tiny, .value = tiny, .key_strides = strides, .value_strides = strides, .keys = 1, .mask = {}};
+  problem.out = out;
+  problem.out_strides = strides;
   const Executor executor{.threads = num_threads(), .parallel_for = &parallel_for};
   const CpuLevel level = detect_cpu_level();
   for (auto _ : state) {

@@ -19,47 +19,73 @@ inline kernels::cpu::ElementType element_type(DLDataType dtype) {
   return kernels::cpu::ElementType::boolean;
 }
 
-/// Valid while `call` and the tensors in it are.
-inline kernels::cpu::AttentionProblem to_cpu_problem(const AttentionCall& call, const AttentionImpl& impl,
-                                                     CausalAlignment alignment) {
-  const auto strides = [](const Tensor& tensor) {
-    return kernels::cpu::Strides{.batch = tensor.stride(0), .token = tensor.stride(1), .head = tensor.stride(2)};
-  };
-  kernels::cpu::AttentionProblem problem{.batch = call.query.size(0),
-                                         .heads = call.query.size(2),
-                                         .kv_heads = call.key.size(2),
-                                         .seq_q = call.query.size(1),
-                                         .seq_kv = call.key.size(1),
-                                         .head_size = call.query.size(3),
-                                         .type = element_type(call.query.dtype()),
-                                         .query = data_pointer(call.query),
-                                         .key = data_pointer(call.key),
-                                         .value = data_pointer(call.value),
-                                         .out = data_pointer(call.out),
-                                         .query_strides = strides(call.query),
-                                         .key_strides = strides(call.key),
-                                         .value_strides = strides(call.value),
-                                         .out_strides = strides(call.out),
-                                         .lse_strides = {},
-                                         .scale = static_cast<float>(impl.softmax_scale()),
-                                         .causal = impl.config().causal,
-                                         .mask_strides = {}};
-  problem.causal_offset = alignment == CausalAlignment::bottom_right ? problem.seq_kv - problem.seq_q : 0;
+/// A plan and the problem that points into it. Valid while the call's tensors are.
+struct CpuCall {
+  CallPlan plan;
+  kernels::cpu::AttentionProblem problem;
+};
+
+inline kernels::cpu::Strides strides_of(const Tensor& tensor) {
+  return {.batch = tensor.stride(0), .token = tensor.stride(1), .head = tensor.stride(2)};
+}
+
+inline kernels::cpu::KeySegment to_cpu_segment(const KeySegment& segment) {
+  kernels::cpu::KeySegment result{.key = data_pointer(segment.key),
+                                  .value = data_pointer(segment.value),
+                                  .key_strides = strides_of(segment.key),
+                                  .value_strides = strides_of(segment.value),
+                                  .first_key = segment.first_key,
+                                  .keys = segment.keys,
+                                  .mask = {}};
+  if (segment.lengths != nullptr) {
+    result.lengths = segment.lengths->data();
+    result.length_stride = segment.lengths->size() > 1 ? 1 : 0;
+    result.length_offset = segment.length_offset;
+  }
+  if (const MaskView& mask = segment.mask; mask.data != nullptr) {
+    result.mask = {.data = mask.data,
+                   .type = element_type(mask.dtype),
+                   .strides = {.batch = mask.strides[0], .token = mask.strides[2], .head = mask.strides[1]},
+                   .key_stride = mask.strides[3],
+                   .first_row = mask.first_row,
+                   .rows = mask.rows};
+  }
+  return result;
+}
+
+inline CpuCall to_cpu_call(const AttentionCall& call, const AttentionImpl& impl, CausalAlignment alignment) {
+  CpuCall result{.plan = call.plan(impl.config().causal, alignment), .problem = {}};
+  const CallPlan& plan = result.plan;
+  kernels::cpu::AttentionProblem& problem = result.problem;
+  problem.batch = call.query.size(0);
+  problem.heads = call.query.size(2);
+  problem.kv_heads = call.key.size(2);
+  problem.rows = plan.total_rows;
+  problem.keys = plan.total_keys;
+  problem.head_size = call.query.size(3);
+  problem.type = element_type(call.query.dtype());
+  problem.scale = static_cast<float>(impl.softmax_scale());
+  problem.num_queries = plan.num_queries;
+  for (int i = 0; i < plan.num_queries; ++i) {
+    problem.queries[i] = {.data = data_pointer(plan.queries[i].tensor),
+                          .strides = strides_of(plan.queries[i].tensor),
+                          .first_row = plan.queries[i].first_row};
+  }
+  problem.num_key_segments = plan.num_keys;
+  for (int i = 0; i < plan.num_keys; ++i) problem.key_segments[i] = to_cpu_segment(plan.keys[i]);
+  problem.out = data_pointer(call.out);
+  problem.out_strides = strides_of(call.out);
   if (call.lse.defined()) {
     problem.lse = static_cast<float*>(data_pointer(call.lse));
     problem.lse_strides = {.batch = call.lse.stride(0), .token = call.lse.stride(2), .head = call.lse.stride(1)};
   }
-  if (const MaskView mask = call.mask_view(); mask.data != nullptr) {
-    problem.mask = mask.data;
-    problem.mask_type = element_type(mask.dtype);
-    problem.mask_strides = {.batch = mask.strides[0], .token = mask.strides[2], .head = mask.strides[1]};
-    problem.mask_key_stride = mask.strides[3];
+  problem.causal = plan.causal;
+  problem.causal_offset = plan.causal_offset;
+  if (plan.ranges) {
+    problem.ranges = plan.ranges->bounds.data();
+    problem.range_batch_stride = plan.ranges->batch_stride;
   }
-  if (const MaskDescription& mask = call.mask_description(); mask.kind == MaskDescription::Kind::key_prefix) {
-    problem.kv_lengths = mask.kv_lengths.data();
-    problem.kv_length_stride = mask.kv_lengths.size() > 1 ? 1 : 0;
-  }
-  return problem;
+  return result;
 }
 
 /// The process's thread pool, for the kernels.

@@ -34,8 +34,8 @@ class FlashAttentionImpl final : public AttentionImpl {
  public:
   using AttentionImpl::AttentionImpl;
   void run(const AttentionCall& call) const override {
-    kernels::cpu::flash_attention(to_cpu_problem(call, *this, CausalAlignment::bottom_right), cpu_executor(),
-                                  cpu_level());
+    const CpuCall cpu = to_cpu_call(call, *this, CausalAlignment::bottom_right);
+    kernels::cpu::flash_attention(cpu.problem, cpu_executor(), cpu_level());
   }
 };
 
@@ -50,11 +50,13 @@ class FlashAttentionBackend final : public AttentionBackend {
             .devices = {"cpu"},
             .dtypes = kCpuDtypes,
             .head_sizes = {},
-            .masks = {"padding", "bool", "additive"},
+            .masks = {"padding", "bool", "additive", "spans"},
             .gqa = true,
             .causal = true,
             .causal_alignment = CausalAlignment::bottom_right,
-            .lse = true} {}
+            .lse = true,
+            .packed = true,
+            .joint = true} {}
 
   [[nodiscard]] std::string get_name() const override { return "FLASH_ATTN"; }
   [[nodiscard]] const Capabilities& capabilities() const override { return capabilities_; }

@@ -10,6 +10,8 @@
 #include <map>
 #include <utility>
 
+#include "backends/reference/rules.hpp"
+
 namespace ditattn::reference {
 namespace {
 
@@ -22,61 +24,34 @@ void for_each_task(std::int64_t count, Body body) {
       count, [](void* context, std::int64_t index) { (*static_cast<Body*>(context))(index); }, &body);
 }
 
-// Elements [batch, token, head, :] of a tensor, as float64.
-class RowReader {
- public:
-  RowReader(const Tensor& tensor, std::int64_t batch, std::int64_t token, std::int64_t head)
-      : data_(data_pointer(tensor)),
-        first_(batch * tensor.stride(0) + token * tensor.stride(1) + head * tensor.stride(2)),
-        dtype_(tensor.dtype()) {}
-  [[nodiscard]] double operator[](std::int64_t d) const { return load_element(data_, first_ + d, dtype_); }
+// Element (batch, token, head, d) of a tensor (batch, token, head, head size).
+double element(const Tensor& tensor, std::int64_t batch, std::int64_t token, std::int64_t head, std::int64_t d) {
+  const std::int64_t index =
+      batch * tensor.stride(0) + token * tensor.stride(1) + head * tensor.stride(2) + d * tensor.stride(3);
+  return load_element(data_pointer(tensor), index, tensor.dtype());
+}
 
- private:
-  const void* data_;
-  std::int64_t first_;
-  DLDataType dtype_;
-};
-
-// The mask as numbers added to logits: −∞ hides. Two dimensions are (batch, keys), others line up from the last.
-class Mask {
- public:
-  Mask(const AttentionMetadata& metadata, const Tensor& query, const Tensor& key) {
-    if (!metadata.defined() || !metadata->fields.attn_mask.has_value()) return;
-    mask_ = metadata->fields.attn_mask.value();
-    const std::int64_t full[4] = {query.size(0), query.size(2), query.size(1), key.size(1)};
-    for (int i = 0; i < mask_.ndim(); ++i) {
-      const int dimension = mask_.ndim() == 2 ? (i == 0 ? 0 : 3) : 4 - mask_.ndim() + i;
-      if (mask_.size(i) == full[dimension]) strides_[dimension] = mask_.stride(i);
-    }
+// A tensor of image tokens and, where there are some, one of text tokens.
+struct Source {
+  const Tensor& image;
+  Tensor joint;
+  [[nodiscard]] double at(const Place& place, std::int64_t batch, std::int64_t head, std::int64_t d) const {
+    return element(place.joint ? joint : image, batch, place.index, head, d);
   }
-
-  [[nodiscard]] double added(const Row& row, std::int64_t key) const {
-    if (!mask_.defined()) return 0;
-    const std::int64_t index =
-        row.batch * strides_[0] + row.head * strides_[1] + row.query * strides_[2] + key * strides_[3];
-    const double value = load_element(data_pointer(mask_), index, mask_.dtype());
-    if (mask_.dtype() != kBool) return value;
-    return value != 0 ? 0 : -kInfinity;
-  }
-
- private:
-  Tensor mask_;
-  std::int64_t strides_[4] = {};
 };
 
 // What one K/V head of one batch entry has, in float64. K is transposed so that loops over keys run along memory.
 struct Plane {
-  Plane(const Tensor& key, const Tensor& value, std::int64_t batch, std::int64_t head)
-      : keys(key.size(1)),
-        head_size(key.size(3)),
+  Plane(const Rules& rules, const Source& key, const Source& value, std::int64_t batch, std::int64_t head)
+      : keys(rules.keys()),
+        head_size(key.image.size(3)),
         k_transposed(static_cast<std::size_t>(keys * head_size)),
         v(static_cast<std::size_t>(keys * head_size)) {
     for_each_task(keys, [&](std::int64_t j) {
-      const RowReader k_row(key, batch, j, head);
-      const RowReader v_row(value, batch, j, head);
+      const Place place = rules.key_place(j);
       for (std::int64_t d = 0; d < head_size; ++d) {
-        k_transposed[d * keys + j] = k_row[d];
-        v[j * head_size + d] = v_row[d];
+        k_transposed[d * keys + j] = key.at(place, batch, head, d);
+        v[j * head_size + d] = value.at(place, batch, head, d);
       }
     });
   }
@@ -86,17 +61,9 @@ struct Plane {
   std::vector<double> v;
 };
 
-// Everything but the tensors.
-struct Rules {
-  Mask mask;
-  double scale;
-  bool causal;
-  std::int64_t causal_offset;  // row i sees keys j ≤ i + offset
-};
-
 // One row: `query` are its D elements; `logits` has room for one number per key.
-void attend(const Rules& rules, const Plane& plane, const Row& row, const double* query, double* logits, double* out,
-            double* abs, double* lse) {
+void attend(const Rules& rules, double scale, const Plane& plane, const Row& row, const double* query, double* logits,
+            double* out, double* abs, double* lse) {
   std::fill_n(logits, plane.keys, 0.);
   for (std::int64_t d = 0; d < plane.head_size; ++d) {
     const double* k = plane.k_transposed.data() + d * plane.keys;
@@ -104,8 +71,9 @@ void attend(const Rules& rules, const Plane& plane, const Row& row, const double
   }
   double largest = -kInfinity;
   for (std::int64_t j = 0; j < plane.keys; ++j) {
-    const double added = rules.causal && j > row.query + rules.causal_offset ? -kInfinity : rules.mask.added(row, j);
-    logits[j] = added == -kInfinity ? -kInfinity : rules.scale * logits[j] + added;
+    const double added =
+        rules.sees(row.batch, row.query, j) ? rules.added(row.batch, row.head, row.query, j) : -kInfinity;
+    logits[j] = added == -kInfinity ? -kInfinity : scale * logits[j] + added;
     if (!(logits[j] <= largest)) largest = logits[j];
     if (std::isnan(largest)) break;  // a visible NaN: so is the whole row
   }
@@ -131,21 +99,21 @@ void attend(const Rules& rules, const Plane& plane, const Row& row, const double
   *lse = largest + std::log(sum);
 }
 
-void check_rows(std::span<const Row> rows, const Tensor& query) {
+void check_rows(std::span<const Row> rows, const Tensor& query, std::int64_t total_rows) {
   for (const Row& row : rows) {
     const auto inside = [](std::int64_t index, std::int64_t size) { return index >= 0 && index < size; };
-    if (!inside(row.batch, query.size(0)) || !inside(row.head, query.size(2)) || !inside(row.query, query.size(1))) {
+    if (!inside(row.batch, query.size(0)) || !inside(row.head, query.size(2)) || !inside(row.query, total_rows)) {
       throw ValueError(fmt::format("Row (batch {}, head {}, query {}) is outside of query {}.", row.batch, row.head,
                                    row.query, shape_name(query)));
     }
   }
 }
 
-std::vector<Row> all_rows(const Tensor& query) {
+std::vector<Row> all_rows(const Tensor& query, std::int64_t total_rows) {
   std::vector<Row> rows;
   for (std::int64_t b = 0; b < query.size(0); ++b) {
     for (std::int64_t h = 0; h < query.size(2); ++h) {
-      for (std::int64_t i = 0; i < query.size(1); ++i) rows.push_back({b, h, i});
+      for (std::int64_t i = 0; i < total_rows; ++i) rows.push_back({b, h, i});
     }
   }
   return rows;
@@ -159,14 +127,18 @@ Result attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   if (dtype != kFloat64 && dtype != kFloat32 && dtype != kFloat16 && dtype != kBFloat16) {
     throw ValueError("The reference takes float64, float32, float16 and bfloat16, not " + dtype_name(dtype) + ".");
   }
-  check_rows(wanted, query);
-  const std::vector<Row> rows = wanted.empty() ? all_rows(query) : std::vector<Row>(wanted.begin(), wanted.end());
-  const Rules rules{.mask = Mask(metadata, query, key),
-                    .scale = softmax_scale,
-                    .causal = causal,
-                    .causal_offset = alignment == CausalAlignment::bottom_right ? key.size(1) - query.size(1) : 0};
+  const Rules rules(query, key, metadata, causal, alignment);
+  check_rows(wanted, query, rules.rows());
+  const std::vector<Row> rows =
+      wanted.empty() ? all_rows(query, rules.rows()) : std::vector<Row>(wanted.begin(), wanted.end());
+  const auto joint = [&](tvm::ffi::Optional<Tensor> AttentionMetadataFields::*member) {
+    return metadata.defined() ? (metadata->fields.*member).value_or(Tensor()) : Tensor();
+  };
+  const Source queries{query, joint(&AttentionMetadataFields::joint_query)};
+  const Source key_source{key, joint(&AttentionMetadataFields::joint_key)};
+  const Source value_source{value, joint(&AttentionMetadataFields::joint_value)};
   const std::int64_t head_size = query.size(3);
-  const std::int64_t keys = key.size(1);
+  const std::int64_t keys = rules.keys();
 
   // One K/V head of one batch entry after the other, so that each is converted once and memory stays small.
   std::map<std::pair<std::int64_t, std::int64_t>, std::vector<std::size_t>> rows_of_plane;
@@ -179,15 +151,15 @@ Result attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   const std::int64_t tasks = std::int64_t{4} * num_threads();
   std::vector<double> scratch(static_cast<std::size_t>(tasks * (keys + head_size)));
   for (const auto& [which, members] : rows_of_plane) {
-    const Plane plane(key, value, which.first, which.second);
+    const Plane plane(rules, key_source, value_source, which.first, which.second);
     for_each_task(tasks, [&, &members = members](std::int64_t task) {
       double* logits = scratch.data() + task * (keys + head_size);
       double* q = logits + keys;
       for (auto m = static_cast<std::size_t>(task); m < members.size(); m += static_cast<std::size_t>(tasks)) {
         const std::size_t r = members[m];
-        const RowReader q_row(query, rows[r].batch, rows[r].query, rows[r].head);
-        for (std::int64_t d = 0; d < head_size; ++d) q[d] = q_row[d];
-        attend(rules, plane, rows[r], q, logits, &result.out[r * head_size], &result.abs[r * head_size],
+        const Place place = rules.row_place(rows[r].query);
+        for (std::int64_t d = 0; d < head_size; ++d) q[d] = queries.at(place, rows[r].batch, rows[r].head, d);
+        attend(rules, softmax_scale, plane, rows[r], q, logits, &result.out[r * head_size], &result.abs[r * head_size],
                &result.lse[r]);
       }
     });

@@ -17,7 +17,8 @@ class SDPAImpl : public AttentionImpl {
   using AttentionImpl::AttentionImpl;
 
   void run(const AttentionCall& call) const override {
-    kernels::cpu::sdpa_native(to_cpu_problem(call, *this, kAlignment), cpu_executor());
+    const CpuCall cpu = to_cpu_call(call, *this, kAlignment);
+    kernels::cpu::sdpa_native(cpu.problem, cpu_executor());
   }
 };
 
@@ -30,11 +31,13 @@ class SDPABackend : public AttentionBackend {
                                   .devices = {"cpu"},
                                   .dtypes = kCpuDtypes,
                                   .head_sizes = {},
-                                  .masks = {"padding", "bool", "additive"},
+                                  .masks = {"padding", "bool", "additive", "spans"},
                                   .gqa = true,
                                   .causal = true,
                                   .causal_alignment = kAlignment,
-                                  .lse = true};
+                                  .lse = true,
+                                  .packed = true,
+                                  .joint = true};
     return can;
   }
 

@@ -40,11 +40,46 @@ struct ForwardOutputs {
   Tensor lse = {};  ///< float32 (B, H, Sq), any non-overlapping strides
 };
 
-/// A mask as kernels read it: element (b, h, i, j) at `strides`, zero where broadcast.
+/// A mask as kernels read it: element (b, h, row − first_row, key) at `strides`, zero where broadcast. Rows outside
+/// [first_row, first_row + rows) see everything.
 struct MaskView {
   const void* data = nullptr;  ///< null: no mask has to be read
   DLDataType dtype = kBool;
   std::array<std::int64_t, 4> strides = {};
+  std::int64_t first_row = 0;
+  std::int64_t rows = 0;
+};
+
+/// Query rows [first_row, …) in joined order: `tensor` is (B, rows, H, D).
+struct QuerySegment {
+  Tensor tensor;
+  std::int64_t first_row = 0;
+};
+
+/// Keys [first_key, first_key + keys) in joined order.
+struct KeySegment {
+  Tensor key;  ///< (B, ≥ keys, Hkv, D)
+  Tensor value;
+  std::int64_t first_key = 0;
+  std::int64_t keys = 0;
+  /// Null: all keys. Else batch entry b sees the first lengths[b] (lengths[0] if there is one), relative to the
+  /// tensor whose prefix `length_offset` belongs to others: b sees keys below lengths[b] − length_offset.
+  const std::vector<std::int64_t>* lengths = nullptr;
+  std::int64_t length_offset = 0;
+  MaskView mask;
+};
+
+/// A call as kernels see it: segments in joined order, and which keys each row sees.
+struct CallPlan {
+  std::array<QuerySegment, 2> queries;
+  int num_queries = 0;
+  std::array<KeySegment, 2> keys;
+  int num_keys = 0;
+  std::int64_t total_rows = 0;
+  std::int64_t total_keys = 0;
+  bool causal = false;  ///< row i sees keys j ≤ i + causal_offset
+  std::int64_t causal_offset = 0;
+  std::shared_ptr<const KeyRanges> ranges;  ///< null: all; causality is in them where they are
 };
 
 /// One checked forward call, as `AttentionImpl::run` gets it. Valid during the call only.
@@ -52,14 +87,12 @@ struct AttentionCall {
   const Tensor& query;  ///< (B, Sq, H, D)
   const Tensor& key;    ///< (B, Skv, Hkv, D)
   const Tensor& value;  ///< (B, Skv, Hkv, D)
-  const Tensor& out;    ///< (B, Sq, H, D)
+  const Tensor& out;    ///< (B, Sq, H, D); Sq counts joint tokens
   const Tensor& lse;    ///< float32 (B, H, Sq), or null
   const AttentionMetadata& metadata;
 
-  /// What the mask hides; `none` without a mask.
-  [[nodiscard]] DITATTN_API const MaskDescription& mask_description() const;
-  /// The mask to be read element by element; its `data` is null unless the description says `dense`.
-  [[nodiscard]] DITATTN_API MaskView mask_view() const;
+  /// Segments, masks and ranges: all that the metadata says, worked out.
+  [[nodiscard]] DITATTN_API CallPlan plan(bool causal, CausalAlignment alignment) const;
 };
 
 class AttentionBackend;

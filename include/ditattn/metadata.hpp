@@ -1,16 +1,22 @@
 #pragma once
 
-/// What a forward call knows beside query, key and value: masks (and, in later versions, joint text tokens, packed
-/// sequences and spans).
+/// What a forward call knows beside query, key and value: masks, joint text tokens, packed sequences, spans.
 
+#include <tvm/ffi/any.h>
+#include <tvm/ffi/container/map.h>
 #include <tvm/ffi/object.h>
 #include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "ditattn/export.hpp"
+#include "ditattn/problem.hpp"
 #include "ditattn/tensor.hpp"
 
 namespace ditattn {
@@ -27,26 +33,103 @@ struct MaskDescription {
   std::vector<std::int64_t> kv_lengths;
 };
 
-/// Fields of `AttentionMetadata`, for construction: `AttentionMetadata({.attn_mask = mask})`.
-struct AttentionMetadataFields {
-  /// `(B, Skv)` or `(1, Skv)`: padding mask. Otherwise broadcastable to `(B, H, Sq, Skv)` by NumPy's rules, any
-  /// strides. bool: true = attend. float32, float16 or bfloat16: added to the scaled logits, −∞ hides.
-  tvm::ffi::Optional<Tensor> attn_mask;
+/// What spans and packed sequences come to: batch entry b's row r sees the keys [bounds[i], bounds[i + 1]) in joined
+/// order, i = b · batch_stride + 2 · r; masks hide more.
+struct KeyRanges {
+  std::vector<std::int64_t> bounds;
+  std::int64_t batch_stride = 0;
 };
 
-class AttentionMetadataObj : public tvm::ffi::Object {
+/// A span of full attention [begin, end), in global token coordinates.
+struct Span {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+};
+
+/// Local query rows [local_start, local_end) stand at global positions from `global_start` on.
+struct QueryRange {
+  std::int64_t local_start = 0;
+  std::int64_t local_end = 0;
+  std::int64_t global_start = 0;
+};
+
+/// Options by name. Known keys: `cu_seqlens_q`, `cu_seqlens_k` (int32 tensors), `max_seqlen_q`, `max_seqlen_k`,
+/// `valid_kv_length`, `kv_cache_dtype`. Others are ignored.
+using MetadataExtra = tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any>;
+
+/// Fields of `AttentionMetadata`, for construction: `AttentionMetadata({.attn_mask = mask})`.
+///
+/// All that is given holds together: a row sees a key where spans (or packing, or causality) and both masks let it.
+/// Spans go before packed sequences where both are given.
+struct AttentionMetadataFields {
+  /// `(B, Skv)` or `(1, Skv)`: padding mask. Otherwise broadcastable to `(B, H, Sq, Skv)` by NumPy's rules, any
+  /// strides. bool: true = attend. float32, float16 or bfloat16: added to the scaled logits, −∞ hides. With joint
+  /// tokens it may also span the joined keys (then without `joint_attn_mask`), or the joined rows; what it does not
+  /// reach is seen.
+  tvm::ffi::Optional<Tensor> attn_mask = {};
+
+  /// Text tokens, attended together with the image's: `(B, Tq, H, D)`, `(B, Tkv, Hkv, D)`. All three or none. `out`
+  /// and the LSE then have Sq + Tq rows, in joined order.
+  tvm::ffi::Optional<Tensor> joint_query = {};
+  tvm::ffi::Optional<Tensor> joint_key = {};
+  tvm::ffi::Optional<Tensor> joint_value = {};
+  /// `(B, Tkv)`, or broadcastable to `(B, H, Sq + Tq, Tkv)`; like `attn_mask` for the text's keys.
+  tvm::ffi::Optional<Tensor> joint_attn_mask = {};
+  /// Text before ("front") or after ("rear") the image.
+  std::string joint_strategy = "front";
+
+  /// Per sample (one stands for all): sorted spans. Row i sees keys [0, i]; a row inside a span [a, b) sees [0, b). No
+  /// value: unrestricted; an empty list: fully causal.
+  std::optional<std::vector<std::vector<Span>>> full_attn_spans = std::nullopt;
+  /// Where a sharded query's rows stand; empty: row i stands at i.
+  std::vector<QueryRange> query_ranges = {};
+
+  MetadataExtra extra = {};
+};
+
+/// Sizes that turn metadata into key ranges.
+struct RangeRequest {
+  std::int64_t batch = 0;
+  std::int64_t rows = 0;  ///< joined
+  std::int64_t keys = 0;  ///< joined
+  bool causal = false;
+  CausalAlignment alignment = CausalAlignment::bottom_right;
+  friend bool operator==(const RangeRequest&, const RangeRequest&) = default;
+};
+
+class DITATTN_API AttentionMetadataObj : public tvm::ffi::Object {
  public:
   AttentionMetadataFields fields;
 
-  /// The mask's description: computed by the first call, kept. Thread-safe. The mask must not be written to after.
-  DITATTN_API const MaskDescription& mask_description() const;
+  /// What `attn_mask` and `joint_attn_mask` hide: computed by the first call, kept. Thread-safe. The masks must not be
+  /// written to after.
+  const MaskDescription& mask_description() const;
+  const MaskDescription& joint_mask_description() const;
+
+  /// The ranges that spans or packed sequences come to for these sizes, causality included; null where there are
+  /// neither. ValueError for what is malformed. The last answer is kept. Thread-safe.
+  std::shared_ptr<const KeyRanges> key_ranges(const RangeRequest& request) const;
+
+  [[nodiscard]] bool has_joint() const { return fields.joint_key.has_value(); }
+  [[nodiscard]] bool joint_first() const { return fields.joint_strategy == "front"; }
+  /// Whether `extra` describes packed sequences. ValueError if only some of its four keys are there.
+  [[nodiscard]] bool is_packed() const;
+  /// The valid prefix of the image's keys, `keys` if all are. ValueError unless in [0, keys].
+  [[nodiscard]] std::int64_t valid_kv_length(std::int64_t keys) const;
 
   static constexpr bool _type_mutable = true;
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("ditattn.AttentionMetadata", AttentionMetadataObj, tvm::ffi::Object);
 
  private:
-  mutable std::once_flag described_;
-  mutable MaskDescription description_;
+  struct Described {
+    std::once_flag once;
+    MaskDescription description;
+  };
+  mutable Described mask_;
+  mutable Described joint_mask_;
+  mutable std::mutex ranges_mutex_;
+  mutable RangeRequest ranges_request_;
+  mutable std::shared_ptr<const KeyRanges> ranges_;
 };
 
 /// A reference to immutable, shareable metadata; null means "nothing special". Build it once per model step and pass

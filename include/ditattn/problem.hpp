@@ -33,7 +33,11 @@ struct Problem {
   DLDevice device = kCpu;
   MaskKind mask = MaskKind::none;
   bool causal = false;
-  bool lse = false;  ///< log-sum-exp wanted too
+  bool lse = false;     ///< log-sum-exp wanted too
+  bool packed = false;  ///< several sequences in one tensor
+  bool joint = false;   ///< text tokens in tensors of their own; seq_q and seq_kv count them
+  bool spans = false;   ///< full_attn_spans
+  bool fp8_kv = false;  ///< kv_cache_dtype = "fp8"
 };
 
 /// Where causal's diagonal ends when Sq ≠ Skv: row i sees keys j ≤ i (top_left, PyTorch's rule) or
@@ -64,6 +68,9 @@ struct Capabilities {
   bool causal = false;
   CausalAlignment causal_alignment = CausalAlignment::bottom_right;
   bool lse = false;
+  bool packed = false;                 ///< several sequences in one tensor (cu_seqlens)
+  bool joint = false;                  ///< joint text tokens
+  bool fp8_kv = false;                 ///< K and V computed in FP8 on request (kv_cache_dtype)
   bool graph_safe = false;             ///< may be captured in a device graph once warmed up
   bool masked_nan_propagates = false;  ///< NaN or Inf in masked positions shows in the output
 

@@ -15,42 +15,65 @@ struct Strides {
   std::int64_t head = 0;
 };
 
+/// A mask's element (batch, head, row − first_row, key); rows outside [first_row, first_row + rows) see everything.
+struct Mask {
+  const void* data = nullptr;               ///< null: none
+  ElementType type = ElementType::boolean;  ///< boolean (false hides), or a float type (added to the scaled logits)
+  Strides strides;                          ///< `token` is the query row's
+  std::int64_t key_stride = 0;
+  std::int64_t first_row = 0;
+  std::int64_t rows = 0;
+};
+
+/// Query rows [first_row, first_row of the next segment).
+struct QuerySegment {
+  const void* data = nullptr;
+  Strides strides;
+  std::int64_t first_row = 0;
+};
+
+/// Keys [first_key, first_key + keys).
+struct KeySegment {
+  const void* key = nullptr;
+  const void* value = nullptr;
+  Strides key_strides, value_strides;
+  std::int64_t first_key = 0;
+  std::int64_t keys = 0;
+  /// Null: all. Else batch entry b sees the first [b · length_stride] − length_offset, bounded to [0, keys].
+  const std::int64_t* lengths = nullptr;
+  std::int64_t length_stride = 0;
+  std::int64_t length_offset = 0;
+  Mask mask;
+};
+
 /// out = softmax(scale · Q · Kᵀ + mask) · V per (batch, head); query head h reads K/V head h / (heads / kv_heads).
-/// Masked means false, −∞, at or past `kv_lengths`, or past the causal diagonal; what stands there never shows.
+/// The rows of Q and the keys lie in one or two tensors each (text and image), read in place. Masked means false, −∞,
+/// past a length, outside the row's range, or past the causal diagonal; what stands there never shows.
 struct AttentionProblem {
   std::int64_t batch = 0;
   std::int64_t heads = 0;
   std::int64_t kv_heads = 0;
-  std::int64_t seq_q = 0;
-  std::int64_t seq_kv = 0;
+  std::int64_t rows = 0;  ///< of all query segments
+  std::int64_t keys = 0;  ///< of all key segments
   std::int64_t head_size = 0;
   ElementType type = ElementType::float32;  ///< of query, key, value and out
+  float scale = 1;
 
-  const void* query = nullptr;
-  const void* key = nullptr;
-  const void* value = nullptr;
-  void* out = nullptr;
-  Strides query_strides, key_strides, value_strides, out_strides;
+  QuerySegment queries[2];
+  int num_queries = 0;
+  KeySegment key_segments[2];
+  int num_key_segments = 0;
 
+  void* out = nullptr;  ///< all rows in order
+  Strides out_strides;
   float* lse = nullptr;  ///< natural log-sum-exp of the scaled, masked logits; null: not wanted
   Strides lse_strides;
 
-  float scale = 1;
   bool causal = false;
   std::int64_t causal_offset = 0;  ///< row i sees keys j ≤ i + offset
-
-  const void* mask = nullptr;  ///< null: none. boolean (false hides) or a float type (added to the scaled logits)
-  ElementType mask_type = ElementType::boolean;
-  Strides mask_strides;  ///< of batch, query row (`token`) and head
-  std::int64_t mask_key_stride = 0;
-
-  const std::int64_t* kv_lengths = nullptr;  ///< null: all keys. Else keys seen by batch entry b: [b · stride]
-  std::int64_t kv_length_stride = 0;
-
-  /// Keys that batch entry b has at all.
-  [[nodiscard]] std::int64_t kv_length(std::int64_t b) const {
-    return kv_lengths == nullptr ? seq_kv : kv_lengths[b * kv_length_stride];
-  }
+  /// Null: all. Else batch entry b's row r sees keys [ranges[i], ranges[i + 1]), i = b · range_batch_stride + 2 · r.
+  const std::int64_t* ranges = nullptr;
+  std::int64_t range_batch_stride = 0;
 };
 
 /// How a kernel spreads work: calls body(context, i) once for each i in [0, count).

@@ -56,7 +56,6 @@ struct Run {
                  {.batch = head / problem.kv_heads,
                   .kv_head = head % problem.kv_heads,
                   .first_row = first_row,
-                  .kv_length = problem.kv_length(head / problem.kv_heads),
                   .rows = static_cast<int>(std::min<std::int64_t>(kTileRows, rows_per_head - first_row))},
                  scratch + slot * scratch_per_slot);
     }
@@ -67,11 +66,12 @@ struct Run {
 
 void flash_attention(const AttentionProblem& problem, const Executor& executor, CpuLevel level) {
   const FlashKernel& kernel = kernel_for(level);
-  const std::int64_t rows_per_head = problem.heads / problem.kv_heads * problem.seq_q;
+  const std::int64_t rows_per_head = problem.heads / problem.kv_heads * problem.rows;
   const std::int64_t tiles_per_head = (rows_per_head + kTileRows - 1) / kTileRows;
   const std::int64_t tiles = problem.batch * problem.kv_heads * tiles_per_head;
   const std::int64_t slots = std::min<std::int64_t>(executor.threads, tiles);
-  const std::int64_t per_slot = (kernel.scratch_floats(problem.head_size, problem.mask != nullptr) + 15) / 16 * 16;
+  const bool has_mask = problem.key_segments[0].mask.data != nullptr || problem.key_segments[1].mask.data != nullptr;
+  const std::int64_t per_slot = (kernel.scratch_floats(problem.head_size, has_mask) + 15) / 16 * 16;
   Run run{.problem = problem,
           .kernel = kernel,
           .rows_per_head = rows_per_head,

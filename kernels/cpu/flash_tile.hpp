@@ -15,13 +15,12 @@ inline constexpr int kTileRows = 128;
 /// Keys read at a time: 128 × 128 logits and a K and a V block of head size 128 take 192 KiB, which fits every L2.
 inline constexpr int kTileKeys = 128;
 
-/// Rows [first_row, first_row + rows) of (batch entry, K/V head). Row r is query r mod seq_q of the K/V head's query
-/// head r / seq_q.
+/// Rows [first_row, first_row + rows) of (batch entry, K/V head). Row r is row r mod `rows` of the K/V head's query
+/// head r / `rows`.
 struct FlashTile {
   std::int64_t batch;
   std::int64_t kv_head;
   std::int64_t first_row;
-  std::int64_t kv_length;  ///< keys the batch entry has
   int rows;
 };
 

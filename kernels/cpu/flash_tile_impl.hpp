@@ -27,6 +27,7 @@ struct Workspace {
   float* query;       // Qᵀ, scaled: head_size deep
   float* out;         // Oᵀ, not yet divided by `sum`: head_size deep
   float* logits;      // Sᵀ, then Pᵀ: kTileKeys deep
+  float* mask_row;    // one row of kTileKeys of the mask
   float* bias;        // additive mask, transposed like the logits; null without a mask
   float* key;         // block of K, `pitch` floats a row
   float* value;       // block of V, likewise
@@ -34,7 +35,8 @@ struct Workspace {
   float* max;         // running maximum of each row's logits
   float* sum;         // running Σ exp(logit − max)
   float* rescale;     // exp(old max − new max)
-  float* limit;       // keys of the current block that each row sees, 0…kTileKeys
+  float* first;       // keys [first, limit) of the current block are those that each row sees
+  float* limit;
   std::int64_t pitch;
 };
 
@@ -53,9 +55,11 @@ Workspace carve(float* scratch, std::int64_t head_size, bool has_mask) {
   w.key = take(kTileKeys * w.pitch);
   w.value = take(kTileKeys * w.pitch);
   w.row_buffer = take(w.pitch);
+  w.mask_row = take(kTileKeys);
   w.max = take(kTileRows);
   w.sum = take(kTileRows);
   w.rescale = take(kTileRows);
+  w.first = take(kTileRows);
   w.limit = take(kTileRows);
   return w;
 }
@@ -63,11 +67,10 @@ Workspace carve(float* scratch, std::int64_t head_size, bool has_mask) {
 std::int64_t scratch_floats(std::int64_t head_size, bool has_mask) {
   const std::int64_t pitch = round_up(head_size, 16);
   return 2 * round_up(kTileRows * head_size, 16) + (has_mask ? 2 : 1) * kTileRows * kTileKeys +
-         (2 * kTileKeys + 1) * pitch + 4 * kTileRows;
+         (2 * kTileKeys + 1) * pitch + kTileKeys + 5 * kTileRows;
 }
 
-// --- Elements
-// ---------------------------------------------------------------------------------------------------------
+// --- Elements ---
 
 std::int64_t element_bytes(ElementType type) {
   return type == ElementType::float32 ? 4 : type == ElementType::boolean ? 1 : 2;
@@ -150,8 +153,7 @@ std::uint16_t to_f16(float x) {
   return static_cast<std::uint16_t>(sign | ((bits - 0x38000000U + 0xFFF + ((bits >> 13) & 1)) >> 13));
 }
 
-// --- The micro-kernel
-// -------------------------------------------------------------------------------------------------
+// --- The micro-kernel ---
 
 // c[m][lane] = c[m][lane] · rescale[lane] + Σ_k a[m · a_row + k · a_column] · b[k][lane] for M rows m and the lanes of
 // a panel; without `rescale`, c starts from zero.
@@ -210,8 +212,7 @@ void multiply(const float* a, std::int64_t a_row, std::int64_t a_column, const f
   }
 }
 
-// --- Softmax
-// ----------------------------------------------------------------------------------------------------------
+// --- Softmax ---
 
 // e^x for x ≤ 0, within 2 units in the last place; 0 below −87.3, NaN for NaN. Cody and Waite's reduction, then a
 // polynomial of degree 6 fitted to least relative error on ±ln 2 / 2.
@@ -230,11 +231,12 @@ Vec exp_negative(Vec x) {
   return Simd::select_less(x, lowest, Simd::set1(0), Simd::scale_by_power(p, n));
 }
 
-// Hides what the mask and the limits hide in one panel of logits. Selects rather than adds: a hidden NaN must go.
-void hide(float* logits, const float* bias, const float* limit, int keys) {
+// Hides what the mask and the ranges hide in one panel of logits. Selects rather than adds: a hidden NaN must go.
+void hide(float* logits, const float* bias, const float* first, const float* limit, int keys) {
   const Vec hidden = Simd::set1(-kInfinity);
   for (int v = 0; v < kLanes; v += Simd::kWidth) {
-    const Vec seen = Simd::load(limit + v);
+    const Vec seen_from = Simd::load(first + v);
+    const Vec seen_to = Simd::load(limit + v);
     for (int key = 0; key < keys; ++key) {
       float* at = logits + key * kLanes + v;
       Vec s = Simd::load(at);
@@ -242,7 +244,9 @@ void hide(float* logits, const float* bias, const float* limit, int keys) {
         const Vec b = Simd::load(bias + key * kLanes + v);
         s = Simd::select_equal(b, hidden, hidden, Simd::add(s, b));
       }
-      Simd::store(at, Simd::select_less(Simd::set1(static_cast<float>(key)), seen, s, hidden));
+      const Vec position = Simd::set1(static_cast<float>(key));
+      s = Simd::select_less(position, seen_from, hidden, s);
+      Simd::store(at, Simd::select_less(position, seen_to, s, hidden));
     }
   }
 }
@@ -273,10 +277,11 @@ void softmax(float* logits, float* max, float* sum, float* rescale, int keys) {
 
 // Oᵀ += Vᵀ · Pᵀ where V has NaN or Inf and some positions are hidden: 0 · NaN must not happen there. Slow and rare.
 void accumulate_visible(const Workspace& w, float* out, const float* probabilities, const float* bias,
-                        const float* limit, const float* rescale, int keys, std::int64_t head_size) {
+                        const float* first, const float* limit, const float* rescale, int keys,
+                        std::int64_t head_size) {
   for (int lane = 0; lane < kLanes; ++lane) {
     for (std::int64_t d = 0; d < head_size; ++d) out[d * kLanes + lane] *= rescale[lane];
-    for (int key = 0; key < keys && static_cast<float>(key) < limit[lane]; ++key) {
+    for (int key = static_cast<int>(first[lane]); key < keys && static_cast<float>(key) < limit[lane]; ++key) {
       if (bias != nullptr && bias[key * kLanes + lane] == -kInfinity) continue;
       const float p = probabilities[key * kLanes + lane];
       for (std::int64_t d = 0; d < head_size; ++d) out[d * kLanes + lane] += p * w.value[key * w.pitch + d];
@@ -284,8 +289,7 @@ void accumulate_visible(const Workspace& w, float* out, const float* probabiliti
   }
 }
 
-// --- The tile
-// ---------------------------------------------------------------------------------------------------------
+// --- The tile ---
 
 // Lanes in use: the tile's rows, rounded up to whole panels. Lanes past the rows compute on zeros and are never stored.
 int used_lanes(const FlashTile& tile) { return static_cast<int>(round_up(tile.rows, kLanes)); }
@@ -293,24 +297,48 @@ int used_lanes(const FlashTile& tile) { return static_cast<int>(round_up(tile.ro
 // What belongs to row `row` of the tile.
 struct RowPosition {
   std::int64_t head;   // query head
-  std::int64_t token;  // query row
+  std::int64_t token;  // query row, over all segments
 };
 
 RowPosition position_of(const AttentionProblem& problem, const FlashTile& tile, int row) {
   const std::int64_t index = tile.first_row + row;
-  return {.head = tile.kv_head * (problem.heads / problem.kv_heads) + index / problem.seq_q,
-          .token = index % problem.seq_q};
+  return {.head = tile.kv_head * (problem.heads / problem.kv_heads) + index / problem.rows,
+          .token = index % problem.rows};
 }
 
 std::int64_t offset_of(const Strides& strides, std::int64_t batch, RowPosition row) {
   return batch * strides.batch + row.token * strides.token + row.head * strides.head;
 }
 
-// Keys that a row sees, masks aside.
-std::int64_t visible_keys(const AttentionProblem& problem, const FlashTile& tile, int row) {
-  if (!problem.causal) return tile.kv_length;
-  const std::int64_t causal = position_of(problem, tile, row).token + problem.causal_offset + 1;
-  return causal < 0 ? 0 : causal < tile.kv_length ? causal : tile.kv_length;
+const char* query_row(const AttentionProblem& problem, std::int64_t batch, RowPosition row) {
+  const bool second = problem.num_queries == 2 && row.token >= problem.queries[1].first_row;
+  const QuerySegment& segment = problem.queries[second ? 1 : 0];
+  row.token -= segment.first_row;
+  return element_pointer(segment.data, problem.type, offset_of(segment.strides, batch, row));
+}
+
+std::int64_t clamp(std::int64_t x, std::int64_t low, std::int64_t high) { return x < low ? low : x > high ? high : x; }
+
+// Keys [begin, end) of a segment, relative to it, that a row sees, masks aside.
+struct Visible {
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+Visible visible_keys(const AttentionProblem& problem, const FlashTile& tile, const KeySegment& segment, int row) {
+  const std::int64_t token = position_of(problem, tile, row).token;
+  std::int64_t length = segment.keys;
+  if (segment.lengths != nullptr) {
+    length = clamp(segment.lengths[tile.batch * segment.length_stride] - segment.length_offset, 0, segment.keys);
+  }
+  Visible visible{.begin = 0, .end = length};
+  if (problem.causal) visible.end = clamp(token + problem.causal_offset + 1 - segment.first_key, 0, length);
+  if (problem.ranges != nullptr) {
+    const std::int64_t* range = problem.ranges + tile.batch * problem.range_batch_stride + 2 * token;
+    visible.begin = clamp(range[0] - segment.first_key, 0, length);
+    visible.end = clamp(range[1] - segment.first_key, 0, length);
+  }
+  return visible;
 }
 
 float* lane_of(float* transposed, std::int64_t depth, int row) {
@@ -321,8 +349,8 @@ void load_query(const AttentionProblem& problem, const FlashTile& tile, const Wo
   for (int row = 0; row < used_lanes(tile); ++row) {
     float* column = lane_of(w.query, problem.head_size, row);
     if (row < tile.rows) {
-      const std::int64_t offset = offset_of(problem.query_strides, tile.batch, position_of(problem, tile, row));
-      widen_row(element_pointer(problem.query, problem.type, offset), problem.type, problem.head_size, w.row_buffer);
+      const char* source = query_row(problem, tile.batch, position_of(problem, tile, row));
+      widen_row(source, problem.type, problem.head_size, w.row_buffer);
     } else {
       std::memset(w.row_buffer, 0, static_cast<std::size_t>(problem.head_size) * sizeof(float));
     }
@@ -330,34 +358,52 @@ void load_query(const AttentionProblem& problem, const FlashTile& tile, const Wo
   }
 }
 
-void load_bias(const AttentionProblem& problem, const FlashTile& tile, const Workspace& w, std::int64_t first_key,
-               int keys) {
+// Keys of a mask's row as what is added to logits.
+void load_mask_row(const Mask& mask, std::int64_t first, int keys, float* destination) {
+  if (mask.type != ElementType::boolean && mask.key_stride == 1) {
+    widen_row(element_pointer(mask.data, mask.type, first), mask.type, keys, destination);
+    return;
+  }
+  for (int key = 0; key < keys; ++key) {
+    destination[key] = load_mask_element(mask.data, mask.type, first + key * mask.key_stride);
+  }
+}
+
+void load_bias(const AttentionProblem& problem, const FlashTile& tile, const Workspace& w, const Mask& mask,
+               std::int64_t first_key, int keys) {
   for (int row = 0; row < tile.rows; ++row) {
-    const std::int64_t offset = offset_of(problem.mask_strides, tile.batch, position_of(problem, tile, row));
-    float* column = lane_of(w.bias, kTileKeys, row);
-    for (int key = 0; key < keys; ++key) {
-      const std::int64_t index = offset + (first_key + key) * problem.mask_key_stride;
-      column[static_cast<std::int64_t>(key) * kLanes] = load_mask_element(problem.mask, problem.mask_type, index);
+    RowPosition position = position_of(problem, tile, row);
+    position.token -= mask.first_row;
+    if (position.token >= 0 && position.token < mask.rows) {
+      const std::int64_t first = offset_of(mask.strides, tile.batch, position) + first_key * mask.key_stride;
+      load_mask_row(mask, first, keys, w.mask_row);
+    } else {
+      std::memset(w.mask_row, 0, sizeof(float) * kTileKeys);
     }
+    float* column = lane_of(w.bias, kTileKeys, row);
+    for (std::int64_t key = 0; key < keys; ++key) column[key * kLanes] = w.mask_row[key];
   }
 }
 
 // Each row's visible keys of the block that starts at `first_key`; true if some row does not see all of them.
-bool load_limits(const AttentionProblem& problem, const FlashTile& tile, const Workspace& w, std::int64_t first_key,
-                 int keys) {
+bool load_limits(const AttentionProblem& problem, const FlashTile& tile, const Workspace& w, const KeySegment& segment,
+                 std::int64_t first_key, int keys) {
   bool limited = false;
   for (int row = 0; row < used_lanes(tile); ++row) {
-    std::int64_t visible = row < tile.rows ? visible_keys(problem, tile, row) - first_key : keys;
-    visible = visible < 0 ? 0 : visible > keys ? keys : visible;
-    limited = limited || visible < keys;
-    w.limit[row] = static_cast<float>(visible);
+    Visible visible{.begin = first_key, .end = first_key + keys};
+    if (row < tile.rows) visible = visible_keys(problem, tile, segment, row);
+    const std::int64_t begin = clamp(visible.begin - first_key, 0, keys);
+    const std::int64_t end = clamp(visible.end - first_key, 0, keys);
+    limited = limited || begin > 0 || end < keys;
+    w.first[row] = static_cast<float>(begin);
+    w.limit[row] = static_cast<float>(end);
   }
   return limited;
 }
 
 bool panel_sees_block(const Workspace& w, int panel) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (w.limit[panel * kLanes + lane] > 0) return true;
+  for (int lane = panel * kLanes; lane < (panel + 1) * kLanes; ++lane) {
+    if (w.first[lane] < w.limit[lane]) return true;
   }
   return false;
 }
@@ -386,54 +432,69 @@ void store_out(const AttentionProblem& problem, const FlashTile& tile, const Wor
   }
 }
 
-// One block of keys against all panels of the tile.
-void attend_block(const AttentionProblem& problem, const FlashTile& tile, const Workspace& w, std::int64_t first_key,
-                  int keys) {
+// One block of a segment's keys against all panels of the tile.
+void attend_block(const AttentionProblem& problem, const FlashTile& tile, const Workspace& w, const KeySegment& segment,
+                  std::int64_t first_key, int keys) {
   const std::int64_t depth = problem.head_size;
-  const bool limited = load_limits(problem, tile, w, first_key, keys);
-  if (w.bias != nullptr) load_bias(problem, tile, w, first_key, keys);
+  const bool limited = load_limits(problem, tile, w, segment, first_key, keys);
+  const bool masked = segment.mask.data != nullptr;
+  if (masked) load_bias(problem, tile, w, segment.mask, first_key, keys);
   const auto load = [&](const void* base, const Strides& strides, float* destination) {
     const std::int64_t first = tile.batch * strides.batch + tile.kv_head * strides.head + first_key * strides.token;
     return widen_block(base, problem.type, first, strides.token, keys, depth, destination, w.pitch);
   };
-  load(problem.key, problem.key_strides, w.key);
-  const bool value_is_finite = load(problem.value, problem.value_strides, w.value);
-  const bool hides = limited || w.bias != nullptr;
+  load(segment.key, segment.key_strides, w.key);
+  const bool value_is_finite = load(segment.value, segment.value_strides, w.value);
 
   for (int panel = 0; panel * kLanes < tile.rows; ++panel) {
     if (limited && !panel_sees_block(w, panel)) continue;
     const std::int64_t row = static_cast<std::int64_t>(panel) * kLanes;
     float* logits = w.logits + row * kTileKeys;
-    const float* bias = w.bias == nullptr ? nullptr : w.bias + row * kTileKeys;
+    const float* bias = masked ? w.bias + row * kTileKeys : nullptr;
     multiply(w.key, w.pitch, 1, w.query + row * depth, nullptr, logits, keys, depth);
-    if (hides) hide(logits, bias, w.limit + row, keys);
+    if (limited || masked) hide(logits, bias, w.first + row, w.limit + row, keys);
     softmax(logits, w.max + row, w.sum + row, w.rescale + row, keys);
     float* out = w.out + row * depth;
-    if (hides && !value_is_finite) {
-      accumulate_visible(w, out, logits, bias, w.limit + row, w.rescale + row, keys, depth);
+    if ((limited || masked) && !value_is_finite) {
+      accumulate_visible(w, out, logits, bias, w.first + row, w.limit + row, w.rescale + row, keys, depth);
     } else {
       multiply(w.value, 1, w.pitch, logits, w.rescale + row, out, depth, keys);
     }
   }
 }
 
+// The blocks of a segment that some row of the tile sees. They start at multiples of kTileKeys whatever the rows, so
+// that a row's result does not depend on its neighbours.
+void attend_segment(const AttentionProblem& problem, const FlashTile& tile, const Workspace& w,
+                    const KeySegment& segment) {
+  std::int64_t begin = segment.keys;
+  std::int64_t end = 0;
+  for (int row = 0; row < tile.rows; ++row) {
+    const Visible visible = visible_keys(problem, tile, segment, row);
+    if (visible.begin >= visible.end) continue;
+    begin = visible.begin < begin ? visible.begin : begin;
+    end = visible.end > end ? visible.end : end;
+  }
+  for (std::int64_t key = begin / kTileKeys * kTileKeys; key < end; key += kTileKeys) {
+    attend_block(problem, tile, w, segment, key, static_cast<int>(end - key < kTileKeys ? end - key : kTileKeys));
+  }
+}
+
+bool has_mask(const AttentionProblem& problem) {
+  return problem.key_segments[0].mask.data != nullptr || problem.key_segments[1].mask.data != nullptr;
+}
+
 void run_tile(const AttentionProblem& problem, const FlashTile& tile, float* scratch) {
-  const Workspace w = carve(scratch, problem.head_size, problem.mask != nullptr);
+  const Workspace w = carve(scratch, problem.head_size, has_mask(problem));
   load_query(problem, tile, w);
   const auto lanes = static_cast<std::size_t>(used_lanes(tile));
   std::memset(w.out, 0, lanes * static_cast<std::size_t>(problem.head_size) * sizeof(float));
   if (w.bias != nullptr) std::memset(w.bias, 0, lanes * kTileKeys * sizeof(float));
-  std::int64_t end = 0;
   for (int row = 0; row < used_lanes(tile); ++row) {
     w.max[row] = -kInfinity;
     w.sum[row] = 0;
-    if (row >= tile.rows) continue;
-    const std::int64_t visible = visible_keys(problem, tile, row);
-    end = visible > end ? visible : end;
   }
-  for (std::int64_t key = 0; key < end; key += kTileKeys) {
-    attend_block(problem, tile, w, key, static_cast<int>(end - key < kTileKeys ? end - key : kTileKeys));
-  }
+  for (int i = 0; i < problem.num_key_segments; ++i) attend_segment(problem, tile, w, problem.key_segments[i]);
   store_out(problem, tile, w);
 }
 

@@ -84,19 +84,22 @@ MaskDescription describe(const Tensor& mask) {
   return {MaskDescription::Kind::key_prefix, std::move(lengths)};
 }
 
-}  // namespace
-
-AttentionMetadata::AttentionMetadata(AttentionMetadataFields fields) {
-  auto object = tvm::ffi::make_object<AttentionMetadataObj>();
-  object->fields = std::move(fields);
-  data_ = std::move(object);
+const MaskDescription& described(const tvm::ffi::Optional<Tensor>& mask, std::once_flag& once,
+                                 MaskDescription& description) {
+  std::call_once(once, [&] {
+    if (mask.has_value()) description = describe(mask.value());
+  });
+  return description;
 }
 
+}  // namespace
+
 const MaskDescription& AttentionMetadataObj::mask_description() const {
-  std::call_once(described_, [this] {
-    if (fields.attn_mask.has_value()) description_ = describe(*fields.attn_mask);
-  });
-  return description_;
+  return described(fields.attn_mask, mask_.once, mask_.description);
+}
+
+const MaskDescription& AttentionMetadataObj::joint_mask_description() const {
+  return described(fields.joint_attn_mask, joint_mask_.once, joint_mask_.description);
 }
 
 }  // namespace ditattn

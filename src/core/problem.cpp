@@ -94,6 +94,21 @@ Verdict check_capabilities(const std::string& backend, const Capabilities& can, 
   }
   if (!can.causal && problem.causal) refuse("does not support causal=True.");
   if (!can.lse && problem.lse) refuse("does not return the log-sum-exp.");
+  if (!can.packed && problem.packed) refuse("does not support packed sequences (cu_seqlens).");
+  if (!can.joint && problem.joint) refuse("does not support joint text tokens (joint_query, joint_key, joint_value).");
+  if (!can.has_mask("spans") && problem.spans) {
+    verdict.reasons.push_back(
+        fmt::format("Attention backend '{}' does not support piecewise attention (full_attn_spans without a 4D "
+                    "attn_mask). Use a Flash backend (FLASH_ATTN), or provide a 4D attn_mask that encodes the mixed "
+                    "causal/full pattern.",
+                    backend));
+  }
+  if (!can.fp8_kv && problem.fp8_kv) {
+    verdict.reasons.push_back(
+        fmt::format("Attention backend {} does not support kv_cache_dtype='fp8' on {}. Select a "
+                    "compatible backend or set diffusion_kv_cache_dtype='auto'.",
+                    backend, device_type(problem.device)));
+  }
   return verdict;
 }
 

@@ -11,8 +11,6 @@
 namespace ditattn {
 namespace {
 
-const MaskDescription kNoMask;
-
 // A backend that takes `problem`, to name in the refusal of another. Looks at what can be imported; empty if none.
 std::string other_backend_for(const Problem& problem, const AttentionBackend& refusing) {
   for (const DiffusionAttentionBackendEnum member : DiffusionAttentionBackendEnum::members()) {
@@ -45,7 +43,7 @@ Tensor AttentionImpl::forward(const Tensor& query, const Tensor& key, const Tens
                               const AttentionMetadata& metadata, const ForwardOutputs& outputs) const {
   Problem problem = check_call(*this, query, key, value, metadata);
   problem.lse = outputs.lse.defined();
-  check_outputs(outputs, query, key, value, metadata);
+  check_outputs(outputs, problem, query, key, value, metadata);
   if (const Verdict verdict = backend().explain(problem); !verdict) refuse(verdict, problem, backend());
   Tensor out = outputs.out;
   if (!out.defined()) {
@@ -53,28 +51,12 @@ Tensor AttentionImpl::forward(const Tensor& query, const Tensor& key, const Tens
       throw NotImplementedError(
           fmt::format("No output can be allocated on {}; give one.", device_name(query.device())));
     }
-    out = empty({query.size(0), query.size(1), query.size(2), query.size(3)}, query.dtype());
+    out = empty({problem.batch, problem.seq_q, problem.num_heads, problem.head_size}, query.dtype());
   }
   if (out.numel() > 0) {
     run({.query = query, .key = key, .value = value, .out = out, .lse = outputs.lse, .metadata = metadata});
   }
   return out;
-}
-
-const MaskDescription& AttentionCall::mask_description() const {
-  return metadata.defined() ? metadata->mask_description() : kNoMask;
-}
-
-MaskView AttentionCall::mask_view() const {
-  if (mask_description().kind != MaskDescription::Kind::dense) return {};
-  const Tensor& mask = metadata->fields.attn_mask.value();
-  MaskView view{.data = data_pointer(mask), .dtype = mask.dtype()};
-  const auto stride = [&](int from_end) {
-    return from_end <= mask.ndim() && mask.size(-from_end) > 1 ? mask.stride(-from_end) : std::int64_t{0};
-  };
-  view.strides = mask.ndim() == 2 ? std::array<std::int64_t, 4>{stride(2), 0, 0, stride(1)}
-                                  : std::array<std::int64_t, 4>{stride(4), stride(3), stride(2), stride(1)};
-  return view;
 }
 
 }  // namespace ditattn

@@ -10,7 +10,7 @@ Problem check_call(const AttentionImpl& impl, const Tensor& query, const Tensor&
                    const AttentionMetadata& metadata);
 
 /// Checks what the caller gave to receive results: shapes, dtypes, devices, no overlap with itself or an input.
-void check_outputs(const ForwardOutputs& outputs, const Tensor& query, const Tensor& key, const Tensor& value,
-                   const AttentionMetadata& metadata);
+void check_outputs(const ForwardOutputs& outputs, const Problem& problem, const Tensor& query, const Tensor& key,
+                   const Tensor& value, const AttentionMetadata& metadata);
 
 }  // namespace ditattn

@@ -77,7 +77,7 @@ class TableBackend final : public AttentionBackend {
   [[nodiscard]] Verdict explain(const Problem& p) const override {
     return guard(origin_, [&] {
       const Any reasons = explain_(p.batch, p.num_heads, p.num_kv_heads, p.seq_q, p.seq_kv, p.head_size, p.dtype,
-                                   p.device, static_cast<std::int64_t>(p.mask), p.causal, p.lse);
+                                   p.device, static_cast<std::int64_t>(p.mask), problem_features(p));
       return reasons == nullptr ? Verdict{} : Verdict{from_array(reasons.cast<Array<String>>())};
     });
   }
@@ -139,6 +139,9 @@ Table capabilities_to_map(const Capabilities& can) {
                {"causal", can.causal},
                {"causal_top_left", can.causal_alignment == CausalAlignment::top_left},
                {"lse", can.lse},
+               {"packed", can.packed},
+               {"joint", can.joint},
+               {"fp8_kv", can.fp8_kv},
                {"graph_safe", can.graph_safe},
                {"masked_nan_propagates", can.masked_nan_propagates}};
 }
@@ -159,6 +162,9 @@ Capabilities capabilities_from_map(const Table& map) {
   can.causal_alignment =
       get_or(map, "causal_top_left", false) ? CausalAlignment::top_left : CausalAlignment::bottom_right;
   can.lse = get_or(map, "lse", false);
+  can.packed = get_or(map, "packed", false);
+  can.joint = get_or(map, "joint", false);
+  can.fp8_kv = get_or(map, "fp8_kv", false);
   can.graph_safe = get_or(map, "graph_safe", false);
   can.masked_nan_propagates = get_or(map, "masked_nan_propagates", false);
   return can;

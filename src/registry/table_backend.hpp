@@ -17,6 +17,19 @@ inline constexpr const char* kTableFunctions[] = {"get_name", "capabilities", "v
 /// interface version or lacks a function.
 BackendClass backend_from_table(const tvm::ffi::Any& table, const std::string& origin);
 
+/// A problem's yes-or-no features as one number (docs/plugins.md), as they cross the table.
+inline std::int64_t problem_features(const Problem& p) {
+  return p.causal | p.lse << 1 | p.packed << 2 | p.joint << 3 | p.spans << 4 | p.fp8_kv << 5;
+}
+inline void set_problem_features(Problem& p, std::int64_t features) {
+  p.causal = (features & 1) != 0;
+  p.lse = (features & 2) != 0;
+  p.packed = (features & 4) != 0;
+  p.joint = (features & 8) != 0;
+  p.spans = (features & 16) != 0;
+  p.fp8_kv = (features & 32) != 0;
+}
+
 /// Capabilities as they cross the table, and back.
 tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any> capabilities_to_map(const Capabilities& can);
 Capabilities capabilities_from_map(const tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any>& map);

@@ -1,0 +1,21 @@
+#pragma once
+
+#include "ditattn/tensor.hpp"
+
+namespace ditattn {
+
+/// Checks of one tensor, named `what` in the ValueError.
+
+bool same_device(DLDevice a, DLDevice b);
+
+/// Sizes are not negative, the farthest element's offset in bytes fits in 63 bits, data is not null.
+void check_extent(const char* what, const Tensor& tensor);
+
+void check_unit_last_stride(const char* what, const Tensor& tensor);
+
+/// Four dimensions (batch, tokens, heads, head_size), a plain dtype, and the two above.
+void check_rank_4(const char* what, const Tensor& tensor);
+
+void check_size(const char* what, const Tensor& tensor, int dimension, const char* name, std::int64_t expected);
+
+}  // namespace ditattn
