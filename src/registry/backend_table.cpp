@@ -28,32 +28,46 @@ std::optional<T> from_optional(const Optional<T>& value) {
   return value.has_value() ? std::optional<T>(value.value()) : std::nullopt;
 }
 
-Function forward_function(std::shared_ptr<const AttentionImpl> impl) {
-  return Function::FromTyped([impl = std::move(impl)](const Tensor& query, const Tensor& key, const Tensor& value,
-                                                      const Tensor& out, const Optional<Tensor>& lse,
-                                                      const AttentionMetadata& metadata) {
+// A table function from a lambda. Callers may be C or Python, which nothing but a tvm-ffi error may reach: whatever
+// else is thrown, a plug-in's `throw 42` included, becomes one.
+template <class Result, class... Args, class Body>
+Function table_function(const std::string& name, Result (Body::*)(Args...) const, Body body) {
+  return Function::FromTyped(
+      [name, body = std::move(body)](Args... args) -> Result { return guard(name, [&] { return body(args...); }); });
+}
+
+template <class Body>
+Function table_function(const std::string& name, Body body) {
+  return table_function(name, &Body::operator(), std::move(body));
+}
+
+Function forward_function(const std::string& name, std::shared_ptr<const AttentionImpl> impl) {
+  return table_function(name, [impl = std::move(impl)](const Tensor& query, const Tensor& key, const Tensor& value,
+                                                       const Tensor& out, const Optional<Tensor>& lse,
+                                                       const AttentionMetadata& metadata) {
     impl->run(
         {.query = query, .key = key, .value = value, .out = out, .lse = lse.value_or(Tensor()), .metadata = metadata});
   });
 }
 
-Function create_function(BackendClass backend) {
-  return Function::FromTyped([backend = std::move(backend)](std::int64_t num_heads, std::int64_t head_size,
-                                                            const Optional<double>& softmax_scale, bool causal,
-                                                            const Optional<std::int64_t>& num_kv_heads,
-                                                            const String& prefix, const BackendKwargs& kwargs) {
-    return forward_function(BackendAccess::create(backend, {.num_heads = num_heads,
-                                                            .head_size = head_size,
-                                                            .softmax_scale = from_optional(softmax_scale),
-                                                            .causal = causal,
-                                                            .num_kv_heads = from_optional(num_kv_heads),
-                                                            .prefix = prefix,
-                                                            .backend_kwargs = kwargs}));
+Function create_function(const std::string& name, BackendClass backend) {
+  return table_function(name, [name, backend = std::move(backend)](std::int64_t num_heads, std::int64_t head_size,
+                                                                   const Optional<double>& softmax_scale, bool causal,
+                                                                   const Optional<std::int64_t>& num_kv_heads,
+                                                                   const String& prefix, const BackendKwargs& kwargs) {
+    return forward_function(name, BackendAccess::create(backend, {.num_heads = num_heads,
+                                                                  .head_size = head_size,
+                                                                  .softmax_scale = from_optional(softmax_scale),
+                                                                  .causal = causal,
+                                                                  .num_kv_heads = from_optional(num_kv_heads),
+                                                                  .prefix = prefix,
+                                                                  .backend_kwargs = kwargs}));
   });
 }
 
-Function explain_function(BackendClass backend) {
-  return Function::FromTyped(
+Function explain_function(const std::string& name, BackendClass backend) {
+  return table_function(
+      name,
       [backend = std::move(backend)](std::int64_t batch, std::int64_t num_heads, std::int64_t num_kv_heads,
                                      std::int64_t seq_q, std::int64_t seq_kv, std::int64_t head_size, DLDataType dtype,
                                      DLDevice device, std::int64_t mask, std::int64_t features) -> Any {
@@ -83,14 +97,15 @@ std::unique_ptr<AttentionImpl> BackendAccess::create(const BackendClass& backend
 Any backend_table(FindBackend find, std::string_view class_name, int interface_version) {
   const BackendClass backend = find(class_name);
   if (!backend) return {};
+  const std::string name(class_name);
   return Map<String, Any>{
       {"interface_version", static_cast<std::int64_t>(interface_version)},
-      {"get_name", Function::FromTyped([backend] { return String(backend->get_name()); })},
-      {"capabilities", Function::FromTyped([backend] { return capabilities_to_map(backend->capabilities()); })},
-      {"validate_available", Function::FromTyped([backend] { backend->validate_available(); })},
-      {"known_kwargs", Function::FromTyped([backend] { return to_array(BackendAccess::known_kwargs(*backend)); })},
-      {"explain", explain_function(backend)},
-      {"create", create_function(backend)},
+      {"get_name", table_function(name, [backend] { return String(backend->get_name()); })},
+      {"capabilities", table_function(name, [backend] { return capabilities_to_map(backend->capabilities()); })},
+      {"validate_available", table_function(name, [backend] { backend->validate_available(); })},
+      {"known_kwargs", table_function(name, [backend] { return to_array(BackendAccess::known_kwargs(*backend)); })},
+      {"explain", explain_function(name, backend)},
+      {"create", create_function(name, backend)},
   };
 }
 

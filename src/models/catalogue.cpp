@@ -1,0 +1,262 @@
+#include "models/catalogue.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <initializer_list>
+#include <utility>
+
+#include "ditattn/errors.hpp"
+
+namespace ditattn {
+namespace {
+
+using nlohmann::json;
+
+// ASCII only, whatever the locale: names are.
+bool same_name(std::string_view a, std::string_view b) {
+  const auto lower = [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; };
+  return std::ranges::equal(a, b, {}, lower, lower);
+}
+
+std::string names_of(const std::vector<Model>& all) {
+  std::vector<std::string_view> names;
+  names.reserve(all.size());
+  for (const Model& model : all) names.push_back(model.name);
+  return fmt::format("{}", fmt::join(names, ", "));
+}
+
+// A name for messages, quoted; of anything, as nothing is checked yet.
+std::string label(const json& object, const char* key) {
+  const auto found = object.is_object() ? object.find(key) : object.end();
+  return found == object.end() ? "without a name"
+                               : fmt::format("'{}'", found->is_string() ? found->get<std::string>() : found->dump());
+}
+
+// One object of the catalogue with its place ("model 'X', role 'self'"), for messages. Keys that nothing reads would
+// be misspelt ones, so every object states all it may have.
+class Fields {
+ public:
+  Fields(const json& object, std::string place, std::initializer_list<std::string_view> allowed)
+      : object_(object), place_(std::move(place)) {
+    if (!object.is_object()) fail("is no object");
+    for (const auto& [key, value] : object.items()) {
+      if (std::ranges::find(allowed, key) == allowed.end()) {
+        fail(fmt::format("has an unknown field '{}'; it may have: {}", key, fmt::join(allowed, ", ")));
+      }
+    }
+  }
+
+  [[noreturn]] void fail(const std::string& what) const {
+    throw ValueError(fmt::format("Catalogue of models: {} {}", place_, what));
+  }
+
+  [[nodiscard]] const std::string& place() const { return place_; }
+  [[nodiscard]] bool has(const char* key) const { return object_.contains(key); }
+
+  [[nodiscard]] const json& at(const char* key) const {
+    const auto found = object_.find(key);
+    if (found == object_.end()) fail(fmt::format("lacks the field '{}'", key));
+    return *found;
+  }
+
+  [[nodiscard]] std::string text(const char* key) const {
+    const json& value = at(key);
+    if (!value.is_string() || value.get_ref<const std::string&>().empty()) {
+      fail(fmt::format("has '{}': {}, not a text", key, value.dump()));
+    }
+    return value.get<std::string>();
+  }
+  [[nodiscard]] std::string optional_text(const char* key) const { return has(key) ? text(key) : std::string{}; }
+
+  /// Index of a text among the allowed ones.
+  [[nodiscard]] std::size_t choice(const char* key, std::initializer_list<std::string_view> allowed) const {
+    const std::string value = text(key);
+    const auto* found = std::ranges::find(allowed, value);
+    if (found == allowed.end()) {
+      fail(fmt::format("has '{}': '{}', which is none of: {}", key, value, fmt::join(allowed, ", ")));
+    }
+    return static_cast<std::size_t>(found - allowed.begin());
+  }
+  /// The text itself, one of the allowed ones.
+  [[nodiscard]] std::string one_of(const char* key, std::initializer_list<std::string_view> allowed) const {
+    return std::string(allowed.begin()[choice(key, allowed)]);
+  }
+
+  [[nodiscard]] std::int64_t count(const char* key) const { return count_in(at(key), key); }
+
+  [[nodiscard]] std::int64_t count_in(const json& value, std::string_view key) const {
+    if (!value.is_number_integer() || value.get<std::int64_t>() < 1) {
+      fail(fmt::format("has '{}': {}, not a whole number above 0", key, value.dump()));
+    }
+    return value.get<std::int64_t>();
+  }
+
+  [[nodiscard]] const json& list(const char* key) const {
+    const json& value = at(key);
+    if (!value.is_array() || value.empty()) fail(fmt::format("has '{}': {}, not a list", key, value.dump()));
+    return value;
+  }
+
+ private:
+  const json& object_;
+  std::string place_;
+};
+
+// Text tokens that a joint role adds: the sum of context.text's parts.
+std::int64_t text_tokens(const Fields& model) {
+  const json& context = model.at("context");
+  if (!context.is_object() || !context.contains("text")) model.fail("joins text, but its 'context' has no 'text'");
+  const json& parts = context["text"];
+  if (!parts.is_array() || parts.empty()) model.fail("has 'context.text', which is not a list of lengths");
+  std::int64_t sum = 0;
+  for (const json& part : parts) sum += model.count_in(part, "context.text");
+  return sum;
+}
+
+// What a role says for every resolution.
+ModelRole parse_role(const json& object, const Fields& model) {
+  const Fields fields(object, fmt::format("{}, role {}", model.place(), label(object, "role")),
+                      {"role", "category", "layers", "heads", "kv_heads", "head_size", "hidden_size", "query", "key",
+                       "joint", "mask", "mask_note"});
+  ModelRole role;
+  role.role = fields.text("role");
+  role.category = fields.one_of("category", {"self", "cross"});
+  role.layers = fields.count("layers");
+  role.batch = model.count("batch");
+  role.num_heads = fields.count("heads");
+  role.num_kv_heads = fields.count("kv_heads");
+  if (role.num_heads % role.num_kv_heads != 0) {
+    fields.fail(fmt::format("has {} heads, not a multiple of its {} K/V heads", role.num_heads, role.num_kv_heads));
+  }
+  role.head_size = fields.count("head_size");
+  constexpr JointStrategy strategies[] = {JointStrategy::none, JointStrategy::front, JointStrategy::rear};
+  role.joint = strategies[fields.choice("joint", {"none", "front", "rear"})];
+  if (role.joint != JointStrategy::none) role.joint_tokens = text_tokens(model);
+  constexpr MaskKind masks[] = {MaskKind::none, MaskKind::padding, MaskKind::boolean, MaskKind::additive};
+  role.mask = masks[fields.choice("mask", {"none", "padding", "bool", "additive"})];
+  role.mask_note = fields.optional_text("mask_note");
+  return role;
+}
+
+// Adds a resolution and, with its lengths, every role at it.
+void parse_resolution(const json& object, const Fields& fields, const std::vector<ModelRole>& roles, Model& model) {
+  const Fields own(object, fmt::format("{}, resolution {}", fields.place(), label(object, "name")),
+                   {"name", "width", "height", "frames", "fps", "lengths"});
+  const ModelResolution resolution{.name = own.text("name"),
+                                   .width = own.count("width"),
+                                   .height = own.count("height"),
+                                   .frames = own.count("frames")};
+  model.resolutions.push_back(resolution);
+  const json& lengths = own.at("lengths");
+  if (!lengths.is_object() || lengths.size() != roles.size()) own.fail("does not have one entry of 'lengths' per role");
+  for (ModelRole role : roles) {
+    const auto found = lengths.find(role.role);
+    if (found == lengths.end() || !found->is_array() || found->size() != 2) {
+      own.fail(fmt::format("has no [Sq, Skv] in 'lengths' for the role '{}'", role.role));
+    }
+    role.resolution = resolution.name;
+    role.seq_q = own.count_in((*found)[0], role.role);
+    role.seq_kv = own.count_in((*found)[1], role.role);
+    model.roles.push_back(std::move(role));
+  }
+}
+
+// The parts of a model that say where its figures come from.
+void parse_provenance(const Fields& fields, Model& model) {
+  model.arithmetic = fields.text("arithmetic");
+  for (const json& source : fields.list("source")) {
+    if (!source.is_string() || source.get<std::string>().empty()) fields.fail("has a 'source' that is not a text");
+    model.source.push_back(source.get<std::string>());
+  }
+  const json& verified = fields.at("verified");
+  if (!verified.is_boolean()) fields.fail("has a 'verified' that is neither true nor false");
+  model.verified = verified.get<bool>();
+  model.unverified = fields.optional_text("unverified");
+  if (model.verified != model.unverified.empty())
+    fields.fail("must say what is 'unverified' exactly if not 'verified'");
+  model.notes = fields.optional_text("notes");
+}
+
+Model parse_model(const json& object) {
+  const Fields fields(object, fmt::format("model {}", label(object, "name")),
+                      {"name", "family", "hidden_size", "vae_spatial", "vae_temporal", "patch", "context",
+                       "text_length", "audio_latents_per_second", "batch", "guidance", "layout", "roles", "resolutions",
+                       "arithmetic", "source", "verified", "unverified", "notes"});
+  Model model;
+  model.name = fields.text("name");
+  model.family = fields.text("family");
+  model.hidden_size = fields.count("hidden_size");
+  model.guidance = fields.one_of("guidance", {"none", "embedded", "separate", "batched"});
+  model.layout = fields.one_of("layout", {"BSHD", "BHSD"});
+  model.text_at_most = fields.choice("text_length", {"none", "padded", "at_most"}) == 2;
+  std::vector<ModelRole> roles;
+  for (const json& role : fields.list("roles")) roles.push_back(parse_role(role, fields));
+  for (const json& resolution : fields.list("resolutions")) parse_resolution(resolution, fields, roles, model);
+  parse_provenance(fields, model);
+  return model;
+}
+
+const Model* find(const std::vector<Model>& all, std::string_view name) {
+  const auto found = std::ranges::find_if(all, [&](const Model& model) { return same_name(model.name, name); });
+  return found == all.end() ? nullptr : &*found;
+}
+
+}  // namespace
+
+const char* joint_strategy_name(JointStrategy strategy) {
+  switch (strategy) {
+    case JointStrategy::front:
+      return "front";
+    case JointStrategy::rear:
+      return "rear";
+    default:
+      return "none";
+  }
+}
+
+std::vector<Model> parse_models(std::string_view text) {
+  json document;
+  try {
+    document = json::parse(text);
+  } catch (const json::exception& error) {
+    throw ValueError(fmt::format("Catalogue of models: not JSON: {}", error.what()));
+  }
+  const Fields fields(document, "the document", {"models"});
+  std::vector<Model> all;
+  for (const json& object : fields.list("models")) {
+    Model model = parse_model(object);
+    if (find(all, model.name) != nullptr) fields.fail(fmt::format("has two models named '{}'", model.name));
+    all.push_back(std::move(model));
+  }
+  return all;
+}
+
+const std::vector<Model>& models() {
+  static const std::vector<Model> all = parse_models(models_json());
+  return all;
+}
+
+const Model& find_model(std::string_view name) {
+  const Model* found = find(models(), name);
+  if (found == nullptr) {
+    throw ValueError(fmt::format("Unknown model: '{}'. Valid models are: {}", name, names_of(models())));
+  }
+  return *found;
+}
+
+Problem to_problem(const ModelRole& role, DLDataType dtype, DLDevice device) {
+  return {.batch = role.batch,
+          .num_heads = role.num_heads,
+          .num_kv_heads = role.num_kv_heads,
+          .seq_q = role.seq_q,
+          .seq_kv = role.seq_kv,
+          .head_size = role.head_size,
+          .dtype = dtype,
+          .device = device,
+          .mask = role.mask};
+}
+
+}  // namespace ditattn
