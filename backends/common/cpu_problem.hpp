@@ -5,12 +5,27 @@
 #include <ditattn/backend.hpp>
 #include <ditattn/threads.hpp>
 
+#include <string>
+#include <utility>
+
 #include "kernels/cpu/attention_problem.hpp"
 
 namespace ditattn {
 
-/// Dtypes the CPU kernels compute.
-inline const std::vector<DLDataType> kCpuDtypes = {kFloat32, kFloat16, kBFloat16};
+/// What the CPU's exact backends have in common: everything the contract asks for.
+inline Capabilities cpu_capabilities(std::string engine, CausalAlignment alignment) {
+  return {.engine = std::move(engine),
+          .devices = {"cpu"},
+          .dtypes = {kFloat32, kFloat16, kBFloat16},
+          .head_sizes = {},
+          .masks = {"padding", "bool", "additive", "spans"},
+          .gqa = true,
+          .causal = true,
+          .causal_alignment = alignment,
+          .lse = true,
+          .packed = true,
+          .joint = true};
+}
 
 inline kernels::cpu::ElementType element_type(DLDataType dtype) {
   if (dtype == kFloat32) return kernels::cpu::ElementType::float32;

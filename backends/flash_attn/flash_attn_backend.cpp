@@ -13,6 +13,8 @@ using kernels::cpu::CpuLevel;
 
 namespace {
 
+constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
+
 // The best level of this CPU, or the one DITATTN_CPU_LEVEL names if the CPU has it. Decided once.
 CpuLevel choose_level() {
   const CpuLevel best = kernels::cpu::detect_cpu_level();
@@ -34,7 +36,7 @@ class FlashAttentionImpl final : public AttentionImpl {
  public:
   using AttentionImpl::AttentionImpl;
   void run(const AttentionCall& call) const override {
-    const CpuCall cpu = to_cpu_call(call, *this, CausalAlignment::bottom_right);
+    const CpuCall cpu = to_cpu_call(call, *this, kAlignment);
     kernels::cpu::flash_attention(cpu.problem, cpu_executor(), cpu_level());
   }
 };
@@ -45,18 +47,9 @@ class FlashAttentionImpl final : public AttentionImpl {
 class FlashAttentionBackend final : public AttentionBackend {
  public:
   FlashAttentionBackend()
-      : capabilities_{
-            .engine = fmt::format("own tiled kernels, {}", kernels::cpu::kCpuLevelNames[static_cast<int>(cpu_level())]),
-            .devices = {"cpu"},
-            .dtypes = kCpuDtypes,
-            .head_sizes = {},
-            .masks = {"padding", "bool", "additive", "spans"},
-            .gqa = true,
-            .causal = true,
-            .causal_alignment = CausalAlignment::bottom_right,
-            .lse = true,
-            .packed = true,
-            .joint = true} {}
+      : capabilities_(cpu_capabilities(
+            fmt::format("own tiled kernels, {}", kernels::cpu::kCpuLevelNames[static_cast<int>(cpu_level())]),
+            kAlignment)) {}
 
   [[nodiscard]] std::string get_name() const override { return "FLASH_ATTN"; }
   [[nodiscard]] const Capabilities& capabilities() const override { return capabilities_; }

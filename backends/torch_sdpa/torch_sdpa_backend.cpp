@@ -27,17 +27,7 @@ class SDPABackend : public AttentionBackend {
   [[nodiscard]] std::string get_name() const override { return "SDPA"; }
 
   [[nodiscard]] const Capabilities& capabilities() const override {
-    static const Capabilities can{.engine = "native (PyTorch semantics)",
-                                  .devices = {"cpu"},
-                                  .dtypes = kCpuDtypes,
-                                  .head_sizes = {},
-                                  .masks = {"padding", "bool", "additive", "spans"},
-                                  .gqa = true,
-                                  .causal = true,
-                                  .causal_alignment = kAlignment,
-                                  .lse = true,
-                                  .packed = true,
-                                  .joint = true};
+    static const Capabilities can = cpu_capabilities("native (PyTorch semantics)", kAlignment);
     return can;
   }
 

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "kernels/cpu/flash_tile.hpp"
+#include "kernels/cpu/half.hpp"
 
 namespace ditattn::kernels::cpu {
 namespace {
@@ -126,31 +127,6 @@ float load_mask_element(const void* mask, ElementType type, std::int64_t index) 
   std::memcpy(padded, p, static_cast<std::size_t>(element_bytes(type)));
   Simd::store(wide, load_elements(padded, type));
   return wide[0];
-}
-
-// Round to nearest even; NaN stays NaN.
-std::uint16_t to_bf16(float x) {
-  std::uint32_t bits = 0;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return 0x7FC0;
-  return static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-std::uint16_t to_f16(float x) {
-  std::uint32_t bits = 0;
-  std::memcpy(&bits, &x, sizeof bits);
-  const std::uint32_t sign = (bits >> 16) & 0x8000U;
-  bits &= 0x7FFFFFFFU;
-  if (x != x) return 0x7E00;
-  if (bits >= 0x477FF000U) return static_cast<std::uint16_t>(sign | 0x7C00U);  // from 65520 on
-  if (bits < 0x38800000U) {                                                    // subnormal: let an addition round
-    float magnitude = 0;
-    std::memcpy(&magnitude, &bits, sizeof bits);
-    magnitude += 0.5F;
-    std::memcpy(&bits, &magnitude, sizeof bits);
-    return static_cast<std::uint16_t>(sign | (bits - 0x3F000000U));
-  }
-  return static_cast<std::uint16_t>(sign | ((bits - 0x38000000U + 0xFFF + ((bits >> 13) & 1)) >> 13));
 }
 
 // --- The micro-kernel ---

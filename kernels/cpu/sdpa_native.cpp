@@ -7,11 +7,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
+
+#include "kernels/cpu/half.hpp"
 
 namespace ditattn::kernels::cpu {
 namespace {
@@ -24,38 +25,6 @@ constexpr std::int64_t kDepth = 64;  // longest sum in one accumulator: bounds t
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
-
-float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
-
-// The exponent is rebased by a multiplication, which renormalises subnormals too; Inf and NaN get theirs set.
-float from_f16(std::uint16_t bits) {
-  const std::uint32_t magnitude = bits & 0x7FFFU;
-  const float rebased = std::bit_cast<float>(magnitude << 13) * 0x1p112F;
-  const std::uint32_t special = magnitude > 0x7BFFU ? 0x7F800000U : 0U;
-  const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000U) << 16;
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(rebased) | special | sign);
-}
-
-std::uint16_t to_bf16(float value) {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  if (std::isnan(value)) return static_cast<std::uint16_t>((bits >> 16) | 0x40U);
-  return static_cast<std::uint16_t>((bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16);
-}
-
-std::uint16_t to_f16(float value) {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  const std::uint32_t sign = (bits >> 16) & 0x8000U;
-  const std::uint32_t magnitude = bits & 0x7FFFFFFFU;
-  std::uint32_t half = 0;
-  if (magnitude >= 0x47800000U) {  // 65536 and more, Inf, NaN
-    half = magnitude > 0x7F800000U ? 0x7E00U : 0x7C00U;
-  } else if (magnitude < 0x38800000U) {  // subnormal: adding 0.5 lets the float unit round to 2⁻²⁴
-    half = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5F) - std::bit_cast<std::uint32_t>(0.5F);
-  } else {
-    half = (magnitude - (112U << 23) + 0xFFFU + ((magnitude >> 13) & 1U)) >> 13;
-  }
-  return static_cast<std::uint16_t>(sign | half);
-}
 
 // Elements [first, first + count) of `data`, `step` apart, as float32.
 void load_row(const void* data, ElementType type, std::int64_t first, std::int64_t count, float* to,

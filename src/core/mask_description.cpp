@@ -51,9 +51,8 @@ class MaskReader {
 
 // Rows of the mask are those of its dimensions between batch and keys that are not broadcast.
 MaskDescription describe(const Tensor& mask) {
-  const MaskDescription dense{MaskDescription::Kind::dense, {}};
   const int rank = mask.ndim();
-  if (rank < 1 || rank > 4 || mask.device().device_type != kDLCPU || mask.numel() == 0) return dense;
+  if (rank < 1 || rank > 4 || mask.device().device_type != kDLCPU || mask.numel() == 0) return {MaskDescription::Kind::dense, {}};
 
   const MaskReader reader(mask);
   const bool has_batch = rank == 2 || rank == 4;
@@ -71,7 +70,7 @@ MaskDescription describe(const Tensor& mask) {
         std::int64_t offset = has_batch ? batch * mask.stride(0) : 0;
         if (rank > 2) offset += row * mask.stride(-2) + (rank > 3 || !has_batch ? head * mask.stride(-3) : 0);
         const std::int64_t length = reader.prefix_length(offset);
-        if (length < 0 || (common >= 0 && length != common)) return dense;
+        if (length < 0 || (common >= 0 && length != common)) return {MaskDescription::Kind::dense, {}};
         common = length;
       }
     }
@@ -80,7 +79,7 @@ MaskDescription describe(const Tensor& mask) {
   if (std::ranges::all_of(lengths, [&](std::int64_t length) { return length == reader.keys(); })) return {};
   // One mask key that stands for all keys: "seen" is then no prefix of one. Two dimensions are (batch, keys) as they
   // are.
-  if (reader.keys() == 1 && rank != 2 && std::ranges::count(lengths, 1) > 0) return dense;
+  if (reader.keys() == 1 && rank != 2 && std::ranges::count(lengths, 1) > 0) return {MaskDescription::Kind::dense, {}};
   return {MaskDescription::Kind::key_prefix, std::move(lengths)};
 }
 

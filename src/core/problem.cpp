@@ -39,6 +39,7 @@ std::string_view device_type(DLDevice device) {
 
 std::string names(const std::vector<DLDataType>& dtypes) {
   std::vector<std::string> result;
+  result.reserve(dtypes.size());
   for (DLDataType dtype : dtypes) result.push_back(dtype_name(dtype));
   return fmt::format("{}", fmt::join(result, ", "));
 }

@@ -81,11 +81,11 @@ std::string reason_not_built(fs::path file) {
 // Whether a library's segments reach past the end of its file, as in a copy cut short: dlopen maps such a file and the
 // process dies of SIGBUS. What is no library of this machine is left to dlopen, which says so.
 bool is_cut_short(const fs::path& file) {
-  constexpr unsigned char kClass = sizeof(void*) == 8 ? ELFCLASS64 : ELFCLASS32;
+  constexpr unsigned char own_class = sizeof(void*) == 8 ? ELFCLASS64 : ELFCLASS32;
   std::ifstream stream(file, std::ios::binary);
   ElfW(Ehdr) header{};
   if (!stream.read(reinterpret_cast<char*>(&header), sizeof header)) return false;
-  if (std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_ident[EI_CLASS] != kClass) return false;
+  if (std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_ident[EI_CLASS] != own_class) return false;
   std::error_code error;
   const std::uintmax_t size = fs::file_size(file, error);
   stream.seekg(static_cast<std::streamoff>(header.e_phoff));

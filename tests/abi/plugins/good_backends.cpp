@@ -37,7 +37,8 @@ class DoublerImpl final : public AttentionImpl {
     }
     if (call.lse.defined()) {
       for (std::int64_t i = 0; i < call.lse.numel(); ++i) {
-        static_cast<float*>(data_pointer(call.lse))[i] = call.plan(false, CausalAlignment::bottom_right).keys[0].mask.data != nullptr ? 1.F : -1.F;
+        static_cast<float*>(data_pointer(call.lse))[i] =
+            call.plan(false, CausalAlignment::bottom_right).keys[0].mask.data != nullptr ? 1.F : -1.F;
       }
     }
   }
