@@ -43,7 +43,8 @@ std::vector<std::int64_t> global_rows(const std::vector<QueryRange>& ranges, std
   positions.reserve(static_cast<std::size_t>(rows));
   for (const QueryRange& range : ranges) {
     if (range.local_start != static_cast<std::int64_t>(positions.size()) || range.local_end < range.local_start ||
-        range.local_end > rows || range.global_start < 0) {
+        range.local_end > rows || range.global_start < 0 ||
+        range.global_start > INT64_MAX - (range.local_end - range.local_start)) {
       throw ValueError(
           fmt::format("query_ranges must cover local query contiguously, got ({}, {}, {}) where row {} of {} was due.",
                       range.local_start, range.local_end, range.global_start, positions.size(), rows));
@@ -90,18 +91,19 @@ KeyRanges span_ranges(const AttentionMetadataFields& fields, const RangeRequest&
 // cu_seqlens on the host, checked: starts at 0, ascends, ends at one entry's tokens or at the whole batch's.
 std::vector<std::int64_t> read_offsets(const MetadataExtra& extra, const char* name, std::int64_t batch,
                                        std::int64_t tokens) {
-  const auto tensor = extra.at(String(name)).as<Tensor>();
-  if (!tensor || tensor->ndim() != 1 || tensor->dtype() != kInt32 || tensor->numel() < 2 ||
-      tensor->device().device_type != kDLCPU) {
-    throw ValueError(
-        fmt::format("{} must be a one-dimensional int32 tensor of at least 2 elements in host memory, got {}.", name,
-                    tensor ? fmt::format("{} {} on {}", dtype_name(tensor->dtype()), shape_name(*tensor),
-                                         device_name(tensor->device()))
-                           : std::string("no tensor")));
+  const auto entry = extra.at(String(name)).as<Tensor>();
+  const Tensor tensor = entry.value_or(Tensor());  // None is a null tensor
+  if (!tensor.defined() || tensor.ndim() != 1 || tensor.dtype() != kInt32 || tensor.numel() < 2 ||
+      tensor.device().device_type != kDLCPU) {
+    const std::string got = tensor.defined() ? fmt::format("{} {} on {}", dtype_name(tensor.dtype()),
+                                                           shape_name(tensor), device_name(tensor.device()))
+                                             : "no tensor";
+    throw ValueError(fmt::format(
+        "{} must be a one-dimensional int32 tensor of at least 2 elements in host memory, got {}.", name, got));
   }
   std::vector<std::int64_t> offsets;
-  for (std::int64_t i = 0; i < tensor->size(0); ++i) {
-    offsets.push_back(static_cast<std::int64_t>(load_element(data_pointer(*tensor), i * tensor->stride(0), kInt32)));
+  for (std::int64_t i = 0; i < tensor.size(0); ++i) {
+    offsets.push_back(static_cast<std::int64_t>(load_element(data_pointer(tensor), i * tensor.stride(0), kInt32)));
   }
   if (offsets.front() != 0 || !std::ranges::is_sorted(offsets)) {
     throw ValueError(fmt::format("{} must start at 0 and ascend, got [{}].", name, fmt::join(offsets, ", ")));
