@@ -97,6 +97,33 @@ def test_errors_are_those_of_the_output(ditattn, tmp_path, dtype, kind):
         assert math.isclose(entry["cosine"], cosine, rel_tol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["joint", "packed"])
+def test_joint_and_packed_inputs(ditattn, tmp_path, kind):
+    """Causal too: sequences of other lengths than the whole, where alignments differ though Sq = Skv."""
+    tensors = inputs(seq_q=60, seq_kv=60)
+    if kind == "joint":
+        text = inputs(seq_q=9, seq_kv=14)
+        whole = [np.concatenate([text[name], tensors[name]], axis=1) for name in tensors]
+        sequences = [whole]
+        tensors |= {f"joint_{name}": tensor for name, tensor in text.items()}
+    else:
+        q, k = [slice(0, 20), slice(20, 60)], [slice(0, 35), slice(35, 60)]
+        sequences = [(tensors["query"][:, a], tensors["key"][:, b], tensors["value"][:, b]) for a, b in zip(q, k)]
+        tensors |= {"cu_seqlens_q": np.array([0, 20, 60], np.int32), "cu_seqlens_k": np.array([0, 35, 60], np.int32)}
+    source = save(tmp_path / "in.safetensors", tensors)
+    case = only_case(ditattn.json("compare", "--input", source, "--causal", "--repeats", "1"))
+    assert case["shape"] == ([2, 4, 69, 74, 24] if kind == "joint" else [2, 4, 60, 60, 24])
+    for backend, alignment in (("FLASH_ATTN", "bottom-right"), ("TORCH_SDPA", "top-left")):
+        target = tmp_path / backend
+        ditattn.ok("run", "--backend", backend, "--input", source, "--output", target, "--causal")
+        answers = [attention(*sequence, causal=alignment) for sequence in sequences]
+        expected, magnitude = (np.concatenate([answer[i] for answer in answers], axis=1) for i in (0, 1))
+        entry = results_of(case)[backend]
+        print(f"{backend} {kind}: {entry['rel_l2']:.3e}")
+        assert entry["status"] == "ok" and entry["rel_l2"] <= 2e-6
+        assert math.isclose(entry["rel_l2"], relative_error(load(target)["out"][1], expected, magnitude), rel_tol=1e-6)
+
+
 def test_capture_of_many_cases(ditattn, tmp_path):
     rng = np.random.default_rng(SEED)
     tensors = {}

@@ -40,7 +40,7 @@ def target(tmp_path):
 @pytest.mark.parametrize(
     "args, says",
     [
-        ([], "list, info, run, compare"),
+        ([], "list, info, run, compare, models"),
         (["frobnicate"], "frobnicate"),
         (["list", "--frobnicate"], "--frobnicate"),
         (["list", "info"], "info"),
@@ -53,6 +53,8 @@ def target(tmp_path):
         (["run", "--input", "a", "--output", "b", "--scale", "big"], "big"),
         (["run", "--input", "a", "--output", "b", "--device", "tpu"], "Valid devices are: cpu, cuda"),
         (["run", "--input", "a", "--output", "b", "--backend", "x.y/../Z"], "'X.Y/../Z'"),
+        (["run", "--input", "a", "--output", "b", "--joint-strategy", "middle"], "middle"),
+        (["run", "--input", "a", "--output", "b", "--valid-kv-length", "some"], "--valid-kv-length"),
         (["compare", "--shape", "1,2,3,4"], "has 4 sizes, expected 5"),
         (["compare", "--shape", "1,2,3,4,5,6"], "has 6 sizes, expected 5"),
         (["compare", "--shape", "1,2,3,4,0"], "'0' is not a whole number"),
@@ -205,6 +207,16 @@ def test_missing_file_and_directory(ditattn, tmp_path, target):
 
 
 ones = np.ones
+
+
+def joint(*names):
+    return {f"joint_{name}": ones(SHAPE, np.float32) for name in names}
+
+
+def packed(**offsets):
+    return {f"cu_seqlens_{side}": np.array(numbers, np.int32) for side, numbers in offsets.items()}
+
+
 BAD_TENSORS = {
     "query missing": ({"query": None}, "has no tensor 'query'"),
     "value missing": ({"value": None}, "has no tensor 'value'"),
@@ -223,9 +235,43 @@ BAD_TENSORS = {
     "mask that does not fit": ({"attn_mask": ones((1, 9), bool)}, "does not broadcast"),
     "mask of rank 5": ({"attn_mask": ones((1, 1, 1, 8, 8), bool)}, "1 to 4 dimensions"),
     "integer mask": ({"attn_mask": ones((1, 8), np.int32)}, "attn_mask has dtype int32"),
-    "joint_query": ({"joint_query": ones(SHAPE, np.float32)}, "'joint_query'"),
-    "joint_attn_mask": ({"joint_attn_mask": ones((1, 8), bool)}, "'joint_attn_mask'"),
-    "cu_seqlens_q": ({"cu_seqlens_q": ones(2, np.int32)}, "'cu_seqlens_q'"),
+    "joint_query alone": (joint("query"), "should be None or not None simultaneously"),
+    "joint_value missing": (joint("query", "key"), "should be None or not None simultaneously"),
+    "joint_attn_mask alone": ({"joint_attn_mask": ones((1, 8), bool)}, "joint_attn_mask needs joint_query"),
+    "joint tensors of rank 1": (
+        {f"joint_{n}": ones(8, np.float32) for n in ("query", "key", "value")},
+        "joint_query must have 4 dimensions",
+    ),
+    "joint heads differ": (
+        joint("key", "value") | {"joint_query": ones((1, 8, 3, 16), np.float32)},
+        "joint_query has heads=3",
+    ),
+    "joint dtypes differ": (joint("key", "value") | {"joint_query": ones(SHAPE, np.float16)}, "joint_query is float16"),
+    "joint mask that does not fit": (
+        joint("query", "key", "value") | {"joint_attn_mask": ones((1, 9), bool)},
+        "joint_attn_mask of shape (1, 9) does not broadcast",
+    ),
+    "cu_seqlens_q alone": (packed(q=[0, 8]), "missing ['cu_seqlens_k', 'max_seqlen_k']"),
+    "max_seqlen alone": ({"max_seqlen_k": np.array(8, np.int32)}, "missing ['cu_seqlens_q', 'cu_seqlens_k', 'max"),
+    "cu_seqlens of int64": (
+        packed(q=[0, 8]) | {"cu_seqlens_k": np.array([0, 8])},
+        "cu_seqlens_k must be a one-dimensional int32 tensor",
+    ),
+    "cu_seqlens that fall": (packed(q=[0, 5, 3, 8], k=[0, 2, 4, 8]), "cu_seqlens_q must start at 0 and ascend"),
+    "cu_seqlens that end early": (packed(q=[0, 8], k=[0, 7]), "cu_seqlens_k ends at 7, expected 8"),
+    "sequences that do not pair": (packed(q=[0, 8], k=[0, 4, 8]), "describes 1 sequences, cu_seqlens_k 2"),
+    "max_seqlen too short": (
+        packed(q=[0, 8], k=[0, 8]) | {"max_seqlen_q": np.array(7, np.int32)},
+        "max_seqlen_q is 7, but the longest sequence has 8 tokens",
+    ),
+    "max_seqlen of float": (
+        packed(q=[0, 8], k=[0, 8]) | {"max_seqlen_q": np.array(8, np.float32)},
+        "'max_seqlen_q' is float32 (), expected one int32 or int64 number",
+    ),
+    "packed and joint": (
+        packed(q=[0, 8], k=[0, 8]) | joint("query", "key", "value"),
+        "cannot be combined",
+    ),
 }
 
 
@@ -242,6 +288,12 @@ def test_compare_refuses_a_case_that_is_wrong_in_itself(ditattn, tmp_path, kind)
     changes, says = BAD_TENSORS[kind]
     source = save(tmp_path / "in.safetensors", good_tensors(**changes))
     assert says in ditattn.fails(4, "compare", "--input", source)
+
+
+@pytest.mark.parametrize("length", [9, -1])
+def test_valid_prefix_outside_the_keys(ditattn, good, target, length):
+    error = ditattn.fails(4, "run", "--valid-kv-length", length, "--input", good, "--output", target)
+    assert f"valid_kv_length must be within the K/V sequence, got {length} for length 8" in error
 
 
 def test_problem_that_a_backend_refuses(stand_ins, good, target):

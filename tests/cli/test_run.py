@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import safetensors.numpy
-from tensors import attention, error_bound, load, normal, relative_error, rounded, save
+from tensors import as_float64, attention, error_bound, load, normal, relative_error, rounded, save
 
 FILE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 BACKENDS = {"FLASH_ATTN": "bottom-right", "TORCH_SDPA": "top-left"}  # how each aligns causal
@@ -121,6 +121,116 @@ def test_rows_without_keys_and_nan_behind_the_mask(ditattn, tmp_path, backend):
     error = relative_error(out[:1], expected, magnitude)
     print(f"{backend}: error {error:.3e}")
     assert error <= error_bound("float32", inputs["query"][:1], inputs["key"][:1, :100])
+
+
+# Joint text tokens, packed sequences, valid prefixes.
+
+TEXT = 19
+
+
+def joint_inputs(dtype="float32", kv_heads=2):
+    """Image and text of different lengths, and more text keys than text queries."""
+    rng = np.random.default_rng(SEED + 2)
+    shapes = [(2, TEXT, 4, 40), (2, TEXT + 3, kv_heads, 40), (2, TEXT + 3, kv_heads, 40)]
+    text = {f"joint_{name}": rounded(x, dtype) for name, x in zip(("query", "key", "value"), normal(rng, *shapes))}
+    return make_inputs(dtype, kv_heads=kv_heads) | text
+
+
+def joined(inputs, strategy):
+    """query, key, value with the text in front or at the rear, float64."""
+
+    def join(name):
+        parts = [as_float64(inputs[name]), as_float64(inputs[f"joint_{name}"])]
+        return np.concatenate(parts if strategy == "rear" else parts[::-1], axis=1)
+
+    return [join(name) for name in ("query", "key", "value")]
+
+
+def run_outputs(ditattn, tmp_path, backend, tensors, *flags):
+    """`out` and `lse` as written."""
+    source, target = save(tmp_path / "in.safetensors", tensors), tmp_path / "out.safetensors"
+    ditattn.ok("run", "--backend", backend, "--input", source, "--output", target, "--lse", *flags)
+    results = load(target)
+    return results["out"][1], results["lse"][1]
+
+
+def check_numbers(what, out, lse, expected, bound):
+    """`expected` is what tensors.attention gives."""
+    error = relative_error(out, expected[0], expected[1])
+    print(f"{what}: error {error:.3e}, bound {bound:.1e}")
+    assert out.shape == expected[0].shape and error <= bound
+    np.testing.assert_allclose(lse, expected[2], rtol=1e-5, atol=1e-5)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("flags, strategy", [((), "front"), (("--joint-strategy", "rear"), "rear")])
+def test_joint(ditattn, tmp_path, backend, dtype, flags, strategy):
+    inputs = joint_inputs(dtype)
+    out, lse = run_outputs(ditattn, tmp_path, backend, inputs, *flags)
+    query, key, value = joined(inputs, strategy)
+    assert out.shape == (2, 65 + TEXT, 4, 40)
+    check_numbers(strategy, out, lse, attention(query, key, value), error_bound(dtype, query, key))
+
+
+@each_backend
+@pytest.mark.parametrize("strategy", ["front", "rear"])
+@pytest.mark.parametrize("image_mask", [False, True])
+def test_joint_with_masks(ditattn, tmp_path, backend, strategy, image_mask):
+    """Text padded in its own mask; a missing image mask hides nothing."""
+    text = np.arange(TEXT + 3) < np.array([[TEXT + 3], [5]])
+    image = np.arange(130) < np.array([[90], [130]]) if image_mask else np.ones((2, 130), bool)
+    inputs = joint_inputs()
+    tensors = inputs | {"joint_attn_mask": text} | ({"attn_mask": image} if image_mask else {})
+    out, lse = run_outputs(ditattn, tmp_path, backend, tensors, "--joint-strategy", strategy)
+    query, key, value = joined(inputs, strategy)
+    mask = np.concatenate([text, image] if strategy == "front" else [image, text], axis=1)
+    check_numbers(strategy, out, lse, attention(query, key, value, mask), error_bound("float32", query, key))
+
+
+@each_backend
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "stated", [{}, {"max_seqlen_q": np.array(65, np.int64), "max_seqlen_k": np.array([99], np.int32)}]
+)
+def test_packed_sequences(ditattn, tmp_path, backend, causal, stated):
+    """Three sequences in each batch entry, each alone in NumPy; the longest is worked out or stated."""
+    inputs = make_inputs("float32")
+    q_ends, k_ends = [0, 20, 21, 65], [0, 30, 70, 130]
+    offsets = {"cu_seqlens_q": np.array(q_ends, np.int32), "cu_seqlens_k": np.array(k_ends, np.int32)}
+    flags = ["--causal"] if causal else []
+    out, lse = run_outputs(ditattn, tmp_path, backend, inputs | offsets | stated, *flags)
+    parts = []
+    for i in range(3):
+        q, k = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
+        sequence = inputs["query"][:, q], inputs["key"][:, k], inputs["value"][:, k]
+        parts.append(attention(*sequence, causal=BACKENDS[backend] if causal else None))
+    expected = [np.concatenate(x, axis=axis) for x, axis in zip(zip(*parts), (1, 1, 2))]
+    check_numbers("packed", out, lse, expected, error_bound("float32", inputs["query"], inputs["key"]))
+
+
+@each_backend
+@pytest.mark.parametrize("length", [130, 77, 1, 0])
+def test_valid_prefix(ditattn, tmp_path, backend, length):
+    """What stands behind the prefix never shows."""
+    inputs = make_inputs("float32")
+    for name in ("key", "value"):
+        inputs[name][:, length:] = np.nan
+    out, lse = run_outputs(ditattn, tmp_path, backend, inputs, "--valid-kv-length", length)
+    if length == 0:
+        assert not out.any() and np.isneginf(lse).all()
+        return
+    query, key, value = inputs["query"], inputs["key"][:, :length], inputs["value"][:, :length]
+    check_numbers(length, out, lse, attention(query, key, value), error_bound("float32", query, key))
+
+
+@each_backend
+def test_valid_prefix_before_joint_tokens(ditattn, tmp_path, backend):
+    inputs = joint_inputs()
+    flags = ["--valid-kv-length", 77, "--joint-strategy", "rear"]
+    out, lse = run_outputs(ditattn, tmp_path, backend, inputs, *flags)
+    query, key, value = joined(inputs | {name: inputs[name][:, :77] for name in ("key", "value")}, "rear")
+    check_numbers("prefix", out, lse, attention(query, key, value), error_bound("float32", query, key))
 
 
 def test_the_package_reads_what_we_write_and_the_other_way_round(ditattn, tmp_path):

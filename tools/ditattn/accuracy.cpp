@@ -12,16 +12,15 @@ constexpr double kMaxWork = 1 << 30;   // multiply-adds of one product; about a 
 constexpr std::int64_t kMinKeys = 64;  // with fewer keys, memory for the answer is what limits the rows
 
 // Row `index` of all rows in (batch, head, query) order.
-reference::Row row_at(std::int64_t index, const Tensor& query) {
-  const std::int64_t seq_q = query.size(1);
-  const std::int64_t heads = query.size(2);
-  return {.batch = index / seq_q / heads, .head = index / seq_q % heads, .query = index % seq_q};
+reference::Row row_at(std::int64_t index, const Problem& problem) {
+  const std::int64_t head = index / problem.seq_q;
+  return {.batch = head / problem.num_heads, .head = head % problem.num_heads, .query = index % problem.seq_q};
 }
 
-std::vector<reference::Row> sample(const Inputs& inputs, std::uint64_t seed) {
-  const std::int64_t total = inputs.query.size(0) * inputs.query.size(1) * inputs.query.size(2);
+std::vector<reference::Row> sample(const Problem& problem, std::uint64_t seed) {
+  const std::int64_t total = problem.batch * problem.seq_q * problem.num_heads;
   const double work_per_row =
-      static_cast<double>(std::max(inputs.key.size(1), kMinKeys)) * static_cast<double>(inputs.key.size(3));
+      static_cast<double>(std::max(problem.seq_kv, kMinKeys)) * static_cast<double>(problem.head_size);
   if (static_cast<double>(total) * work_per_row <= kMaxWork) return {};
   const auto count = std::clamp<std::int64_t>(static_cast<std::int64_t>(kMaxWork / work_per_row), 1, total);
   std::mt19937_64 generator(seed);
@@ -30,7 +29,7 @@ std::vector<reference::Row> sample(const Inputs& inputs, std::uint64_t seed) {
     const std::int64_t begin = i * (total / count) + std::min(i, total % count);
     const std::int64_t length = total / count + (i < total % count ? 1 : 0);
     const auto offset = static_cast<std::int64_t>(generator() % static_cast<std::uint64_t>(length));
-    rows.push_back(row_at(begin + offset, inputs.query));
+    rows.push_back(row_at(begin + offset, problem));
   }
   return rows;
 }
@@ -49,6 +48,14 @@ double largest_norm(const Tensor& tensor) {
     largest = std::max(largest, std::sqrt(squares));
   }
   return largest;
+}
+
+// The same over a tensor and the joint one beside it, if any.
+double largest_norm(const Tensor& tensor, const Inputs& inputs,
+                    tvm::ffi::Optional<Tensor> AttentionMetadataFields::*joint) {
+  const double image = largest_norm(tensor);
+  if (!inputs.metadata.defined() || !(inputs.metadata->fields.*joint).has_value()) return image;
+  return std::max(image, largest_norm((inputs.metadata->fields.*joint).value()));
 }
 
 // Sums over the elements compared.
@@ -92,36 +99,37 @@ class Comparer {
 
 }  // namespace
 
-Oracle::Oracle(const Inputs& inputs, const ImplConfig& config, std::uint64_t seed)
+Oracle::Oracle(const Inputs& inputs, const ImplConfig& config, const Problem& problem, std::uint64_t seed)
     : inputs_(inputs),
+      problem_(problem),
       scale_(config.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(config.head_size)))),
-      causal_(config.causal),
-      rows_(sample(inputs, seed)) {}
+      rows_(sample(problem, seed)) {}
 
 std::optional<std::int64_t> Oracle::sample_rows() const {
   return rows_.empty() ? std::nullopt : std::optional(static_cast<std::int64_t>(rows_.size()));
 }
 
 const reference::Result& Oracle::answer(CausalAlignment alignment) {
-  // Without causal, or with as many queries as keys, both alignments are one.
-  if (!causal_ || inputs_.query.size(1) == inputs_.key.size(1)) alignment = CausalAlignment::top_left;
+  // Without causal, or with as many queries as keys (in every packed sequence), both alignments are one.
+  if (!problem_.causal || (!problem_.packed && problem_.seq_q == problem_.seq_kv))
+    alignment = CausalAlignment::top_left;
   const auto known = answers_.find(alignment);
   if (known != answers_.end()) return known->second;
   return answers_
       .emplace(alignment, reference::attention(inputs_.query, inputs_.key, inputs_.value, inputs_.metadata, scale_,
-                                               causal_, alignment, rows_))
+                                               problem_.causal, alignment, rows_))
       .first->second;
 }
 
 Accuracy Oracle::measure(const Tensor& out, CausalAlignment alignment) {
   const reference::Result& expected = answer(alignment);
-  const std::int64_t seq_q = out.size(1);
-  const std::int64_t heads = out.size(2);
-  const std::int64_t size = out.size(3);
-  const std::int64_t count = rows_.empty() ? out.size(0) * seq_q * heads : static_cast<std::int64_t>(rows_.size());
+  const std::int64_t seq_q = problem_.seq_q;
+  const std::int64_t heads = problem_.num_heads;
+  const std::int64_t size = problem_.head_size;
+  const std::int64_t count = rows_.empty() ? problem_.batch * seq_q * heads : static_cast<std::int64_t>(rows_.size());
   Comparer comparer;
   for (std::int64_t r = 0; r < count; ++r) {
-    const reference::Row row = rows_.empty() ? row_at(r, out) : rows_[static_cast<std::size_t>(r)];
+    const reference::Row row = rows_.empty() ? row_at(r, problem_) : rows_[static_cast<std::size_t>(r)];
     const std::int64_t begin = ((row.batch * seq_q + row.query) * heads + row.head) * size;
     const bool sees_keys = expected.lse[static_cast<std::size_t>(r)] != -std::numeric_limits<double>::infinity();
     for (std::int64_t d = 0; d < size; ++d) {
@@ -138,8 +146,10 @@ double Oracle::error_bound() const {
   const bool is_large = inputs_.query.numel() >= 1000;
   if (dtype == kBFloat16) return is_large ? 2.5e-3 : 4e-3;
   if (dtype == kFloat16) return is_large ? 3.5e-4 : 6e-4;
+  const double query = largest_norm(inputs_.query, inputs_, &AttentionMetadataFields::joint_query);
+  const double key = largest_norm(inputs_.key, inputs_, &AttentionMetadataFields::joint_key);
   // Rounding errors of float32 logits grow with the logits.
-  return 2e-6 * std::max(1.0, largest_norm(inputs_.query) * largest_norm(inputs_.key) * std::abs(scale_) / 32);
+  return 2e-6 * std::max(1.0, query * key * std::abs(scale_) / 32);
 }
 
 }  // namespace ditattn::cli

@@ -26,7 +26,7 @@ class Oracle {
  public:
   /// Compares the whole output where that is at most 2³⁰ multiply-adds, else a sample of rows drawn with `seed`, one
   /// from each of as many equal stretches of the output.
-  Oracle(const Inputs& inputs, const ImplConfig& config, std::uint64_t seed);
+  Oracle(const Inputs& inputs, const ImplConfig& config, const Problem& problem, std::uint64_t seed);
 
   /// The number of rows compared; none: all.
   [[nodiscard]] std::optional<std::int64_t> sample_rows() const;
@@ -41,8 +41,8 @@ class Oracle {
   const reference::Result& answer(CausalAlignment alignment);
 
   Inputs inputs_;
+  Problem problem_;
   double scale_;
-  bool causal_;
   std::vector<reference::Row> rows_;  // empty: all
   std::map<CausalAlignment, reference::Result> answers_;
 };

@@ -86,6 +86,7 @@ int parse_and_do(int argc, char** argv) {
   add_info_verb(app, action);
   add_run_verb(app, action);
   add_compare_verb(app, action);
+  add_models_verb(app, action);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

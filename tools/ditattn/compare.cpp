@@ -10,6 +10,7 @@
 #include "tools/ditattn/flags.hpp"
 #include "tools/ditattn/html_report.hpp"
 #include "tools/ditattn/measure.hpp"
+#include "tools/ditattn/model_cases.hpp"
 #include "tools/ditattn/progress.hpp"
 #include "tools/ditattn/verbs.hpp"
 
@@ -21,6 +22,7 @@ namespace fs = std::filesystem;
 struct Options {
   std::vector<std::string> shapes;
   std::vector<std::string> inputs;
+  std::vector<std::string> models;
   std::string device = "cpu";
   std::string dtype;
   std::string backends;
@@ -32,6 +34,7 @@ struct Options {
 // What the flags ask for, checked before any file is read.
 struct Plan {
   std::vector<std::vector<std::int64_t>> shapes;
+  std::vector<ModelProblem> models;
   std::optional<DLDataType> dtype;
   std::vector<BackendInfo> backends;
   bool named = false;  // by --backends
@@ -48,7 +51,7 @@ fs::path shipped_capture() {
   }
   throw FileError(
       fmt::format("The shipped capture, the default input, is missing; looked for '{}' and '{}'. Give "
-                  "--input FILE or --shape B,H,Sq,Skv,D.",
+                  "--input FILE, --model NAME or --shape B,H,Sq,Skv,D.",
                   places[0].string(), places[1].string()));
 }
 
@@ -56,10 +59,14 @@ Plan make_plan(const Options& options) {
   Plan plan;
   check_thread_count();
   for (const std::string& shape : options.shapes) plan.shapes.push_back(parse_shape(shape));
+  for (const std::string& model : options.models) {
+    for (ModelProblem& problem : parse_model_problems(model)) plan.models.push_back(std::move(problem));
+  }
   if (!options.dtype.empty()) plan.dtype = parse_float_dtype(options.dtype);
   plan.named = !options.backends.empty();
   const auto members = plan.named ? parse_members(options.backends) : DiffusionAttentionBackendEnum::members();
   check_device(options.device);
+  for (const ModelProblem& problem : plan.models) check_work(problem);
   for (const DiffusionAttentionBackendEnum member : members) {
     // An explicit choice that cannot be had is an error, not a line in a table.
     if (plan.named) member.get_class()->validate_available();
@@ -70,7 +77,7 @@ Plan make_plan(const Options& options) {
 
 std::vector<Case> make_cases(const Options& options, const Plan& plan) {
   std::vector<fs::path> files(options.inputs.begin(), options.inputs.end());
-  if (files.empty() && plan.shapes.empty()) files.push_back(shipped_capture());
+  if (files.empty() && plan.shapes.empty() && plan.models.empty()) files.push_back(shipped_capture());
   std::vector<Case> cases;
   for (const fs::path& file : files) {
     for (Case& loaded : load_cases(file)) {
@@ -81,6 +88,9 @@ std::vector<Case> make_cases(const Options& options, const Plan& plan) {
   for (std::size_t i = 0; i < plan.shapes.size(); ++i) {
     cases.push_back(
         {options.shapes[i], random_inputs(plan.shapes[i], plan.dtype.value_or(kFloat32), options.measure.seed + i)});
+  }
+  for (const ModelProblem& problem : plan.models) {
+    cases.push_back(model_case(problem, plan.dtype.value_or(kFloat32), options.measure.seed + cases.size()));
   }
   return cases;
 }
@@ -142,8 +152,11 @@ void add_compare_verb(CLI::App& app, Action& action) {
   const auto once_each = [](CLI::Option* option) { option->allow_extra_args(false); };
   once_each(verb->add_option("--shape", options->shapes, "B,H,Sq,Skv,D: random Q/K/V of this shape (repeatable)"));
   once_each(verb->add_option("--input", options->inputs,
-                             "safetensors file with query, key, value, optionally attn_mask; or a capture of many "
-                             "cases, CASE.query and so on (repeatable)"));
+                             "safetensors file with query, key, value, what else `run` takes (joint tokens in "
+                             "front); or a capture of many cases, CASE.query and so on (repeatable)"));
+  once_each(verb->add_option("--model", options->models,
+                             "NAME[@RESOLUTION][:ROLE]: random tensors as this model of `ditattn models` has them "
+                             "(default: its first resolution, all roles; repeatable)"));
   verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
   verb->add_option("--dtype", options->dtype,
                    "float32, float16 or bfloat16: of random inputs (default float32); files are rounded to it");

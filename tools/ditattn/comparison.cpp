@@ -103,6 +103,8 @@ std::string describe(const CaseResult& result) {
   if (p.num_kv_heads != p.num_heads) text += fmt::format(", {} K/V heads", p.num_kv_heads);
   if (p.mask != MaskKind::none) text += fmt::format(", {} mask", mask_kind_name(p.mask));
   if (p.causal) text += ", causal";
+  if (p.joint) text += ", joint text";
+  if (p.packed) text += ", packed sequences";
   text +=
       result.sample_rows ? fmt::format("; errors over {} sampled rows", *result.sample_rows) : "; errors over all rows";
   return text + fmt::format(", bound {:.1e}", result.error_bound);

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <map>
-#include <random>
 #include <set>
 
 #include "ditattn/errors.hpp"
@@ -19,9 +18,8 @@ namespace {
 using Tensors = std::map<std::string, Tensor>;
 
 constexpr const char* kRequired[] = {"query", "key", "value"};
-constexpr const char* kMask = "attn_mask";
-constexpr const char* kNotSupportedYet[] = {"joint_query",     "joint_key",    "joint_value",
-                                            "joint_attn_mask", "cu_seqlens_q", "cu_seqlens_k"};
+constexpr const char* kOptional[] = {"attn_mask",    "joint_query",  "joint_key",    "joint_value", "joint_attn_mask",
+                                     "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"};
 constexpr std::size_t kNamesShown = 12;
 
 bool contains(const auto& names, const std::string& name) {
@@ -38,34 +36,76 @@ std::string names_of(const Tensors& tensors) {
   return fmt::format("{}{}", fmt::join(names, ", "), more > 0 ? fmt::format(" and {} more", more) : "");
 }
 
-// `where` names the file, and the case in it, for messages.
-Inputs make_inputs(const std::string& where, const Tensors& tensors) {
-  for (const char* name : kNotSupportedYet) {
-    if (tensors.contains(name)) {
-      throw NotImplementedError(
-          fmt::format("{} holds '{}': joint and packed attention are not supported by this "
-                      "version. Supported tensors: query, key, value, attn_mask.",
-                      where, name));
+// The longest sequence of cu_seqlens; 0 for what is no such tensor: the library then says what is wrong with it.
+std::int64_t longest_sequence(const Tensor& offsets) {
+  if (offsets.ndim() != 1 || offsets.dtype() != kInt32) return 0;
+  const auto* data = static_cast<const std::int32_t*>(data_pointer(offsets));
+  std::int64_t longest = 0;
+  for (std::int64_t i = 1; i < offsets.numel(); ++i) {
+    longest = std::max(longest, std::int64_t{data[i]} - std::int64_t{data[i - 1]});
+  }
+  return longest;
+}
+
+std::int64_t whole_number(const std::string& where, const std::string& name, const Tensor& tensor) {
+  if (tensor.numel() != 1 || (tensor.dtype() != kInt32 && tensor.dtype() != kInt64)) {
+    throw FileError(fmt::format("{}: '{}' is {} {}, expected one int32 or int64 number.", where, name,
+                                dtype_name(tensor.dtype()), shape_name(tensor)));
+  }
+  return static_cast<std::int64_t>(load_element(data_pointer(tensor), 0, tensor.dtype()));
+}
+
+MetadataExtra make_extra(const std::string& where, const Tensors& tensors, const CallOptions& options) {
+  MetadataExtra extra;
+  for (const char* side : {"q", "k"}) {
+    const std::string offsets = fmt::format("cu_seqlens_{}", side);
+    const std::string longest = fmt::format("max_seqlen_{}", side);
+    if (const auto found = tensors.find(offsets); found != tensors.end()) {
+      extra.Set(offsets, found->second);
+      extra.Set(longest, longest_sequence(found->second));
+    }
+    if (const auto found = tensors.find(longest); found != tensors.end()) {
+      extra.Set(longest, whole_number(where, longest, found->second));
     }
   }
+  if (options.valid_kv_length) extra.Set("valid_kv_length", *options.valid_kv_length);
+  return extra;
+}
+
+// Null where there is nothing to say.
+AttentionMetadata make_metadata(const std::string& where, const Tensors& tensors, const CallOptions& options) {
+  const auto optional = [&](const char* name) {
+    const auto found = tensors.find(name);
+    return found == tensors.end() ? tvm::ffi::Optional<Tensor>() : tvm::ffi::Optional<Tensor>(found->second);
+  };
+  const bool any = std::ranges::any_of(kOptional, [&](const char* name) { return tensors.contains(name); });
+  if (!any && !options.valid_kv_length) return {};
+  return AttentionMetadata({.attn_mask = optional("attn_mask"),
+                            .joint_query = optional("joint_query"),
+                            .joint_key = optional("joint_key"),
+                            .joint_value = optional("joint_value"),
+                            .joint_attn_mask = optional("joint_attn_mask"),
+                            .joint_strategy = options.joint_strategy,
+                            .extra = make_extra(where, tensors, options)});
+}
+
+// `where` names the file, and the case in it, for messages.
+Inputs make_inputs(const std::string& where, const Tensors& tensors, const CallOptions& options) {
   for (const char* name : kRequired) {
     if (!tensors.contains(name)) {
-      throw FileError(
-          fmt::format("{} has no tensor '{}'. Expected query, key, value and optionally attn_mask; it "
-                      "holds {}.",
-                      where, name, names_of(tensors)));
+      throw FileError(fmt::format("{} has no tensor '{}'. Expected query, key, value and optionally {}; it holds {}.",
+                                  where, name, fmt::join(kOptional, ", "), names_of(tensors)));
     }
   }
   for (const auto& [name, tensor] : tensors) {
-    if (!contains(kRequired, name) && name != kMask) {
+    if (!contains(kRequired, name) && !contains(kOptional, name)) {
       log(LogLevel::warning, fmt::format("{}: tensor '{}' is not used.", where, name));
     }
   }
-  Inputs inputs{.query = tensors.at("query"), .key = tensors.at("key"), .value = tensors.at("value"), .metadata = {}};
-  if (const auto mask = tensors.find(kMask); mask != tensors.end()) {
-    inputs.metadata = AttentionMetadata({.attn_mask = mask->second});
-  }
-  return inputs;
+  return {.query = tensors.at("query"),
+          .key = tensors.at("key"),
+          .value = tensors.at("value"),
+          .metadata = make_metadata(where, tensors, options)};
 }
 
 std::string quoted(const std::filesystem::path& file) { return fmt::format("'{}'", file.string()); }
@@ -117,8 +157,8 @@ class CallChecker final : public AttentionBackend {
 
 }  // namespace
 
-Inputs load_inputs(const std::filesystem::path& file) {
-  return make_inputs(quoted(file), load_safetensors(file).tensors);
+Inputs load_inputs(const std::filesystem::path& file, const CallOptions& options) {
+  return make_inputs(quoted(file), load_safetensors(file).tensors, options);
 }
 
 std::vector<Case> load_cases(const std::filesystem::path& file) {
@@ -129,24 +169,25 @@ std::vector<Case> load_cases(const std::filesystem::path& file) {
     if (dot != std::string::npos) groups[name.substr(0, dot)].emplace(name.substr(dot + 1), tensor);
   }
   const std::string stem = file.stem().string();
-  if (groups.empty() || tensors.contains("query")) return {{stem, make_inputs(quoted(file), tensors)}};
+  if (groups.empty() || tensors.contains("query")) return {{stem, make_inputs(quoted(file), tensors, {})}};
   std::vector<Case> cases;
   for (const auto& [name, group] : groups) {
     const std::string where = fmt::format("Case '{}' of {}", name, quoted(file));
-    cases.push_back({fmt::format("{}/{}", stem, name), make_inputs(where, group)});
+    cases.push_back({fmt::format("{}/{}", stem, name), make_inputs(where, group, {})});
   }
   return cases;
 }
 
+Tensor NormalTensors::next(const std::vector<std::int64_t>& shape) {
+  Tensor result = empty(shape, dtype_);
+  for (std::int64_t i = 0; i < result.numel(); ++i) store_element(result.data_ptr(), i, dtype_, normal_(generator_));
+  return result;
+}
+
 Inputs random_inputs(const std::vector<std::int64_t>& shape, DLDataType dtype, std::uint64_t seed) {
   check_memory(shape, dtype);
-  std::mt19937_64 generator(seed);
-  std::normal_distribution<double> normal;
-  const auto tensor = [&](std::int64_t tokens) {
-    Tensor result = empty({shape[0], tokens, shape[1], shape[4]}, dtype);
-    for (std::int64_t i = 0; i < result.numel(); ++i) store_element(result.data_ptr(), i, dtype, normal(generator));
-    return result;
-  };
+  NormalTensors normal(seed, dtype);
+  const auto tensor = [&](std::int64_t tokens) { return normal.next({shape[0], tokens, shape[1], shape[4]}); };
   Inputs inputs;
   inputs.query = tensor(shape[2]);
   inputs.key = tensor(shape[3]);
@@ -160,10 +201,18 @@ Inputs converted(const Inputs& inputs, DLDataType dtype) {
     const void* data = data_pointer(tensor);
     return map_elements(tensor, dtype, [&](std::int64_t i) { return load_element(data, i, tensor.dtype()); });
   };
-  return {.query = convert(inputs.query),
-          .key = convert(inputs.key),
-          .value = convert(inputs.value),
-          .metadata = inputs.metadata};
+  Inputs result{.query = convert(inputs.query),
+                .key = convert(inputs.key),
+                .value = convert(inputs.value),
+                .metadata = inputs.metadata};
+  if (inputs.metadata.defined()) {
+    AttentionMetadataFields fields = inputs.metadata->fields;
+    for (auto* joint : {&fields.joint_query, &fields.joint_key, &fields.joint_value}) {
+      if (joint->has_value()) *joint = convert(joint->value());
+    }
+    result.metadata = AttentionMetadata(std::move(fields));
+  }
+  return result;
 }
 
 ImplConfig config_for(const Inputs& inputs) {
@@ -179,11 +228,15 @@ ImplConfig config_for(const Inputs& inputs) {
   return {.num_heads = inputs.query.size(2), .head_size = inputs.query.size(3), .num_kv_heads = inputs.key.size(2)};
 }
 
-Problem check_inputs(const Inputs& inputs, const ImplConfig& config, const ForwardOutputs& outputs) {
+Problem check_inputs(const Inputs& inputs, const ImplConfig& config) {
   Problem problem;
   const auto checker = std::make_shared<CallChecker>(problem);
-  checker->make(config)->forward(inputs.query, inputs.key, inputs.value, inputs.metadata, outputs);
+  checker->make(config)->forward(inputs.query, inputs.key, inputs.value, inputs.metadata);
   return problem;
+}
+
+Tensor allocate_out(const Problem& problem) {
+  return empty({problem.batch, problem.seq_q, problem.num_heads, problem.head_size}, problem.dtype);
 }
 
 }  // namespace ditattn::cli

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -15,7 +17,7 @@ struct Inputs {
   Tensor query;                ///< (B, Sq, H, D)
   Tensor key;                  ///< (B, Skv, Hkv, D)
   Tensor value;                ///< (B, Skv, Hkv, D)
-  AttentionMetadata metadata;  ///< null without a mask
+  AttentionMetadata metadata;  ///< null where the call has nothing else
 };
 
 /// Inputs and how to call them.
@@ -24,25 +26,48 @@ struct Case {
   Inputs inputs;
 };
 
-/// `query`, `key`, `value` and perhaps `attn_mask` of a safetensors file. FileError for missing tensors; joint and
-/// packed ones are refused (NotImplementedError); others are warned about.
-Inputs load_inputs(const std::filesystem::path& file);
+/// What a call knows beside the tensors of its file.
+struct CallOptions {
+  std::string joint_strategy = "front";
+  std::optional<std::int64_t> valid_kv_length = std::nullopt;  ///< none: all keys
+};
+
+/// `query`, `key`, `value` of a safetensors file, and what it has of `attn_mask`, `joint_query`, `joint_key`,
+/// `joint_value`, `joint_attn_mask`, `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q` and `max_seqlen_k` (without the
+/// last two: the longest sequence). FileError for missing tensors; unknown ones are warned about.
+Inputs load_inputs(const std::filesystem::path& file, const CallOptions& options);
 
 /// A file as `load_inputs` takes it, or a capture: `<case>.query`, `<case>.key`, … for any number of cases. Cases are
-/// named "stem" or "stem/case", in the order of their names.
+/// named "stem" or "stem/case", in the order of their names. Joint tokens stand in front.
 std::vector<Case> load_cases(const std::filesystem::path& file);
+
+/// Standard normal tensors one after the other, rounded to `dtype`; the same for the same seed.
+class NormalTensors {
+ public:
+  NormalTensors(std::uint64_t seed, DLDataType dtype) : generator_(seed), dtype_(dtype) {}
+  Tensor next(const std::vector<std::int64_t>& shape);
+
+ private:
+  std::mt19937_64 generator_;
+  std::normal_distribution<double> normal_;
+  DLDataType dtype_;
+};
 
 /// Standard normal query, key and value of shape B,H,Sq,Skv,D, rounded to `dtype`; the same for the same seed.
 /// MemoryError where they are larger than this machine's memory.
 Inputs random_inputs(const std::vector<std::int64_t>& shape, DLDataType dtype, std::uint64_t seed);
 
-/// The same inputs with query, key and value rounded to `dtype`.
+/// The same inputs with query, key and value, joint ones too, rounded to `dtype`.
 Inputs converted(const Inputs& inputs, DLDataType dtype);
 
 /// The configuration for a layer that takes these inputs. ValueError where they have no 4 dimensions.
 ImplConfig config_for(const Inputs& inputs);
 
-/// Checks everything that a call's tensors can have wrong for any backend (ValueError), and says what it asks for.
-Problem check_inputs(const Inputs& inputs, const ImplConfig& config, const ForwardOutputs& outputs);
+/// Checks everything that a call's tensors can have wrong for any backend (ValueError), and says what it asks for: its
+/// `seq_q` rows, joint tokens included, are those of the output.
+Problem check_inputs(const Inputs& inputs, const ImplConfig& config);
+
+/// A tensor for the output: (B, Sq, H, D) of the problem, in its dtype.
+Tensor allocate_out(const Problem& problem);
 
 }  // namespace ditattn::cli

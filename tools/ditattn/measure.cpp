@@ -38,10 +38,9 @@ class CaseMeasurement {
  public:
   CaseMeasurement(const Inputs& inputs, ImplConfig config, const MeasureOptions& options, Problem& problem)
       : inputs_(inputs), config_(std::move(config)), options_(options) {
-    const Tensor& query = inputs.query;
-    out_ = empty({query.size(0), query.size(1), query.size(2), query.size(3)}, query.dtype());
-    problem_ = problem = check_inputs(inputs, config_, {.out = out_, .lse = {}});
-    oracle_ = std::make_unique<Oracle>(inputs_, config_, options.seed);
+    problem_ = problem = check_inputs(inputs, config_);
+    out_ = allocate_out(problem_);
+    oracle_ = std::make_unique<Oracle>(inputs_, config_, problem_, options.seed);
   }
 
   Oracle& oracle() { return *oracle_; }

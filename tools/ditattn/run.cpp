@@ -23,6 +23,7 @@ struct Options {
   std::string device = "cpu";
   std::string role;
   std::optional<double> scale;
+  CallOptions call;
   bool causal = false;
   bool lse = false;
   bool json = false;
@@ -38,14 +39,6 @@ std::optional<Selection> named_backend(const Options& options) {
   Selection selection{.member = member, .backend = member.get_class(), .source = "--backend", .is_explicit = true};
   selection.backend->validate_available();
   return selection;
-}
-
-ForwardOutputs allocate_outputs(const Inputs& inputs, bool lse) {
-  const Tensor& query = inputs.query;
-  ForwardOutputs outputs;
-  outputs.out = empty({query.size(0), query.size(1), query.size(2), query.size(3)}, query.dtype());
-  if (lse) outputs.lse = empty({query.size(0), query.size(2), query.size(1)}, kFloat32);
-  return outputs;
 }
 
 void save(const Options& options, const ForwardOutputs& outputs) {
@@ -81,13 +74,15 @@ int run(const Options& options) {
   const std::optional<Selection> named = named_backend(options);
   check_device(options.device);
 
-  const Inputs inputs = load_inputs(options.input);
+  const Inputs inputs = load_inputs(options.input, options.call);
   ImplConfig config = config_for(inputs);
   config.softmax_scale = options.scale;
   config.causal = options.causal;
   config.prefix = options.role;
-  const ForwardOutputs outputs = allocate_outputs(inputs, options.lse);
-  const Problem problem = check_inputs(inputs, config, outputs);
+  Problem problem = check_inputs(inputs, config);
+  problem.lse = options.lse;
+  ForwardOutputs outputs{.out = allocate_out(problem)};
+  if (options.lse) outputs.lse = empty({problem.batch, problem.num_heads, problem.seq_q}, kFloat32);
   const Selection selection = named ? *named : select_backend(problem);
 
   const auto attention = selection.backend->make(config);
@@ -107,14 +102,20 @@ void add_run_verb(CLI::App& app, Action& action) {
   verb->add_option("--backend", options->backend,
                    "The backend, in any case (default: DIFFUSION_ATTENTION_BACKEND, then the platform's choice)");
   verb->add_option("--input", options->input,
-                   "safetensors file with query (B, Sq, H, D), key and value (B, Skv, Hkv, D), optionally attn_mask")
+                   "safetensors file with query (B, Sq, H, D), key and value (B, Skv, Hkv, D); optionally attn_mask, "
+                   "text tokens (joint_query, joint_key, joint_value, joint_attn_mask), packed sequences "
+                   "(cu_seqlens_q, cu_seqlens_k: int32)")
       ->required();
   verb->add_option("--output", options->output, "safetensors file to write `out` to, in query's dtype")->required();
   verb->add_flag("--causal", options->causal, "Queries do not see later keys");
   verb->add_option("--scale", options->scale, "Factor of the logits (default: 1/sqrt(D))")->check(number_from());
   verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
   verb->add_option("--role", options->role, "The layer's role (self, cross, ...), for messages");
-  verb->add_flag("--lse", options->lse, "Write the log-sum-exp too: `lse`, float32 (B, H, Sq)");
+  verb->add_option("--joint-strategy", options->call.joint_strategy, "Text tokens stand in front or at the rear")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"front", "rear"}));
+  verb->add_option("--valid-kv-length", options->call.valid_kv_length, "Only the first N keys exist");
+  verb->add_flag("--lse", options->lse, "Write the log-sum-exp too: `lse`, float32 (B, H, Sq + joint)");
   add_json_flag(*verb, options->json);
   verb->callback([&action, options] { action = [options] { return run(*options); }; });
 }

@@ -13,6 +13,7 @@ using Action = std::function<int()>;
 void add_list_verb(CLI::App& app, Action& action);
 void add_info_verb(CLI::App& app, Action& action);
 void add_run_verb(CLI::App& app, Action& action);
+void add_models_verb(CLI::App& app, Action& action);
 void add_compare_verb(CLI::App& app, Action& action);
 
 }  // namespace ditattn::cli

@@ -282,8 +282,11 @@ TEST(MetadataFeatures, AreRefusedByNameWhereNotDeclared) {
   EXPECT_EQ(call.error({.extra = with({}, "kv_cache_dtype", "fp8")}),
             "Attention backend TOY does not support kv_cache_dtype='fp8' on cpu. Select a compatible backend or set "
             "diffusion_kv_cache_dtype='auto'.");
-  EXPECT_EQ(call.error(joint()), "TOY does not support joint text tokens (joint_query, joint_key, joint_value).");
-  EXPECT_EQ(call.error({.extra = packed({0, 5}, {0, 7})}), "TOY does not support packed sequences (cu_seqlens).");
+  // Where a back end that would do can be imported, the text goes on to name it.
+  testing::expect_contains(call.error(joint()),
+                           {"TOY does not support joint text tokens (joint_query, joint_key, joint_value)."});
+  testing::expect_contains(call.error({.extra = packed({0, 5}, {0, 7})}),
+                           {"TOY does not support packed sequences (cu_seqlens)."});
   testing::expect_contains(call.error({.full_attn_spans = std::vector<std::vector<Span>>{{}}}),
                            {"Attention backend 'TOY' does not support piecewise attention (full_attn_spans"});
 }

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "models/catalogue.hpp"
+#include "tools/ditattn/inputs.hpp"
+
+namespace ditattn::cli {
+
+/// The model of the catalogue with that name, in any case; UsageError otherwise.
+const Model& model_named(const std::string& name);
+
+/// One attention problem of the catalogue.
+struct ModelProblem {
+  std::string name;  ///< "PixArt-Sigma@512x512:cross"
+  ModelRole role;
+};
+
+/// What "NAME[@RESOLUTION][:ROLE]" means: without a resolution the model's first, without a role all of them.
+/// UsageError for what is not in the catalogue.
+std::vector<ModelProblem> parse_model_problems(const std::string& text);
+
+/// ValueError for a problem that would take minutes here, which says what is small enough.
+void check_work(const ModelProblem& problem);
+
+/// Standard normal tensors of the role's shape, joint tokens apart; where it has a mask, the last quarter of its keys
+/// (of its joint keys if it has any) is padding.
+Case model_case(const ModelProblem& problem, DLDataType dtype, std::uint64_t seed);
+
+}  // namespace ditattn::cli
