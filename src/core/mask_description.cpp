@@ -52,7 +52,8 @@ class MaskReader {
 // Rows of the mask are those of its dimensions between batch and keys that are not broadcast.
 MaskDescription describe(const Tensor& mask) {
   const int rank = mask.ndim();
-  if (rank < 1 || rank > 4 || mask.device().device_type != kDLCPU || mask.numel() == 0) return {MaskDescription::Kind::dense, {}};
+  if (rank < 1 || rank > 4 || mask.device().device_type != kDLCPU || mask.numel() == 0)
+    return {MaskDescription::Kind::dense, {}};
 
   const MaskReader reader(mask);
   const bool has_batch = rank == 2 || rank == 4;
