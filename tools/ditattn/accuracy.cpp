@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <utility>
 
 namespace ditattn::cli {
 namespace {
@@ -99,8 +100,8 @@ class Comparer {
 
 }  // namespace
 
-Oracle::Oracle(const Inputs& inputs, const ImplConfig& config, const Problem& problem, std::uint64_t seed)
-    : inputs_(inputs),
+Oracle::Oracle(Inputs inputs, const ImplConfig& config, const Problem& problem, std::uint64_t seed)
+    : inputs_(std::move(inputs)),
       problem_(problem),
       scale_(config.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(config.head_size)))),
       rows_(sample(problem, seed)) {}

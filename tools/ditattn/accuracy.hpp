@@ -26,7 +26,7 @@ class Oracle {
  public:
   /// Compares the whole output where that is at most 2³⁰ multiply-adds, else a sample of rows drawn with `seed`, one
   /// from each of as many equal stretches of the output.
-  Oracle(const Inputs& inputs, const ImplConfig& config, const Problem& problem, std::uint64_t seed);
+  Oracle(Inputs inputs, const ImplConfig& config, const Problem& problem, std::uint64_t seed);
 
   /// The number of rows compared; none: all.
   [[nodiscard]] std::optional<std::int64_t> sample_rows() const;
