@@ -17,6 +17,9 @@ execute_process(
 if(tvm_ffi_missing)
   message(FATAL_ERROR "${Python_EXECUTABLE} has no apache-tvm-ffi. Run `make setup`, or pass -DPython_EXECUTABLE.")
 endif()
+execute_process(
+  COMMAND ${Python_EXECUTABLE} -c "import importlib.metadata; print(importlib.metadata.version('apache-tvm-ffi'))"
+  OUTPUT_VARIABLE tvm_ffi_version OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 find_package(tvm_ffi CONFIG REQUIRED PATHS ${tvm_ffi_cmake_dir} NO_DEFAULT_PATH)
 
 # The copy beside our own libraries makes a build or install tree movable; its headers are not ours to warn about.

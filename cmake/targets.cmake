@@ -1,4 +1,5 @@
 # How our targets are made: warnings, sanitizers, run paths, and one function per kind of target.
+include(cmake/plugin.cmake)
 
 add_library(ditattn_options INTERFACE)
 target_compile_options(ditattn_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Wno-restrict
@@ -24,18 +25,14 @@ function(ditattn_add_backend folder)
   add_library(ditattn_${folder} STATIC ${ARG_SOURCES})
   target_link_libraries(ditattn_${folder} PUBLIC ditattn ${ARG_LIBRARIES} PRIVATE ditattn_options)
 
-  string(REPLACE "." "/" relative ${ARG_MODULE})
-  get_filename_component(directory ${relative} DIRECTORY)
-  get_filename_component(stem ${relative} NAME)
-  file(RELATIVE_PATH to_lib /${DITATTN_BACKENDS_DIR}/${directory} /)
   set(plugin_source ${CMAKE_CURRENT_BINARY_DIR}/${folder}_plugin.cpp)
   configure_file(${PROJECT_SOURCE_DIR}/cmake/plugin.cpp.in ${plugin_source})
-  add_library(ditattn_${folder}_plugin MODULE ${plugin_source})
-  target_link_libraries(ditattn_${folder}_plugin PRIVATE ditattn_${folder} ditattn_options)
-  set_target_properties(ditattn_${folder}_plugin PROPERTIES
-    PREFIX "" OUTPUT_NAME ${stem}
-    LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/lib/${DITATTN_BACKENDS_DIR}/${directory}
-    INSTALL_RPATH "$ORIGIN/${to_lib}")
+  ditattn_add_plugin(ditattn_${folder}_plugin MODULE ${ARG_MODULE} SOURCES ${plugin_source}
+                     LIBRARIES ditattn_${folder} ditattn_options
+                     OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/lib/${DITATTN_BACKENDS_DIR})
+  ditattn_split_module(${ARG_MODULE} directory stem)
+  file(RELATIVE_PATH to_lib /${DITATTN_BACKENDS_DIR}/${directory} /)
+  set_target_properties(ditattn_${folder}_plugin PROPERTIES INSTALL_RPATH "$ORIGIN/${to_lib}")
   set_property(GLOBAL APPEND PROPERTY ditattn_backend_plugins ditattn_${folder}_plugin)
   install(TARGETS ditattn_${folder}_plugin
           LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/${DITATTN_BACKENDS_DIR}/${directory})
@@ -46,10 +43,9 @@ set(DITATTN_BACKENDS_DIR ditattn/backends)
 
 # A member whose backend is not built leaves its reason where the plug-in would be; look-ups quote it.
 function(ditattn_backend_not_built module reason)
-  string(REPLACE "." "/" relative ${module})
-  set(file ${PROJECT_BINARY_DIR}/lib/${DITATTN_BACKENDS_DIR}/${relative}.not_built)
+  ditattn_split_module(${module} directory stem)
+  set(file ${PROJECT_BINARY_DIR}/lib/${DITATTN_BACKENDS_DIR}/${directory}/${stem}.not_built)
   file(WRITE ${file} "${reason}\n")
-  get_filename_component(directory ${relative} DIRECTORY)
   install(FILES ${file} DESTINATION ${CMAKE_INSTALL_LIBDIR}/${DITATTN_BACKENDS_DIR}/${directory})
   message(STATUS "${module}: ${reason}")
 endfunction()

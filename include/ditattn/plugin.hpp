@@ -12,6 +12,8 @@
 #include <tvm/ffi/any.h>
 #include <tvm/ffi/function.h>
 
+#include <functional>
+#include <string>
 #include <string_view>
 
 #include "ditattn/backend.hpp"
@@ -30,6 +32,18 @@ DITATTN_API tvm::ffi::Any backend_table(FindBackend find, std::string_view class
 /// Links a module into the process: its classes are then found as `module_path + "." + class_name`, through the same
 /// table as a plug-in file's. For programs that ship without plug-in files.
 DITATTN_API void link_backend_module(const std::string& module_path, FindBackend find);
+
+/// The way back: a class over a table of functions, as `backend_table` or a module in another language makes it.
+/// `origin` names it in errors. ImportError where the table has another interface version or lacks a function.
+DITATTN_API BackendClass backend_from_table(const tvm::ffi::Any& table, const std::string& origin);
+
+/// Finds classes that are in no file, for a host with modules of its own, such as Python: the class of that path, null
+/// where there is no such module, or ImportError with the reason (no such class in it; failed to load, and why).
+using ClassImporter = std::function<BackendClass(const std::string& class_path)>;
+
+/// Sets where class paths are looked for last, after plug-in files. `name` stands for it in errors ("importlib"). An
+/// empty importer: nowhere. It is called without any lock held, by any thread.
+DITATTN_API void set_class_importer(std::string name, ClassImporter importer);
 
 /// Body of the exported symbol: everything thrown becomes a tvm-ffi error, not only std::exception.
 DITATTN_API int export_backend_table(FindBackend find, int interface_version, const TVMFFIAny* args, int num_args,

@@ -4,7 +4,7 @@
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/function.h>
 
-#include "ditattn/log.hpp"
+#include "ditattn/plugin.hpp"
 #include "ditattn/version.hpp"
 
 namespace ditattn {

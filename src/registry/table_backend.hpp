@@ -13,10 +13,6 @@ namespace ditattn {
 inline constexpr const char* kTableFunctions[] = {"get_name", "capabilities", "validate_available",
                                                   "explain",  "known_kwargs", "create"};
 
-/// A backend class over a plug-in's table of functions. ImportError, naming `origin`, where the table has another
-/// interface version or lacks a function.
-BackendClass backend_from_table(const tvm::ffi::Any& table, const std::string& origin);
-
 /// A problem's yes-or-no features as one number (docs/plugins.md), as they cross the table.
 inline std::int64_t problem_features(const Problem& p) {
   return p.causal | p.lse << 1 | p.packed << 2 | p.joint << 3 | p.spans << 4 | p.fp8_kv << 5;

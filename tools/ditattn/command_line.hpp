@@ -1,8 +1,7 @@
 #pragma once
 
-namespace ditattn::cli {
+#include "ditattn/export.hpp"
 
-/// The whole command line: parses, does, reports errors on stderr, returns the exit status. Throws nothing.
-int run_command_line(int argc, char** argv);
-
-}  // namespace ditattn::cli
+/// Runs the command line and returns its exit status; nothing is thrown. The one export of libditattn_command.so, which
+/// the program `ditattn` and `python -m ditattn` share.
+extern "C" DITATTN_API int ditattn_command(int argc, char** argv);

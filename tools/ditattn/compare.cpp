@@ -1,11 +1,13 @@
 // `ditattn compare`: every backend on the same problems, how fast and how exact.
 
+#include <dlfcn.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include <filesystem>
 
 #include "ditattn/errors.hpp"
+#include "tools/ditattn/command_line.hpp"
 #include "tools/ditattn/exit_status.hpp"
 #include "tools/ditattn/flags.hpp"
 #include "tools/ditattn/html_report.hpp"
@@ -40,11 +42,13 @@ struct Plan {
   bool named = false;  // by --backends
 };
 
-// The capture of a real model that ditattn ships: beside the installed command, or in the source tree.
+// The capture of a real model that ditattn ships: installed beside this library, or in the source tree.
 fs::path shipped_capture() {
+  Dl_info library{};
+  ::dladdr(reinterpret_cast<const void*>(&ditattn_command), &library);
   std::error_code error;
-  const fs::path program = fs::canonical("/proc/self/exe", error);
-  const fs::path places[] = {program.parent_path().parent_path() / "share" / "ditattn" / "capture.safetensors",
+  const fs::path file = fs::canonical(library.dli_fname, error);
+  const fs::path places[] = {file.parent_path().parent_path() / "share" / "ditattn" / "capture.safetensors",
                              fs::path(DITATTN_SOURCE_DIR) / "examples" / "digits" / "capture.safetensors"};
   for (const fs::path& place : places) {
     if (fs::exists(place, error)) return place;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <thread>
 
 #include "ditattn/plugin.hpp"
 #include "ditattn/registry.hpp"
@@ -113,6 +114,66 @@ TEST_F(LinkedModule, WhateverItThrowsIsAnImportError) {
             "failed to load (find does not like it).");
   expect_contains(error_text<ImportError>([] { return resolve_class_path("loader_test.linked.IntThrower"); }),
                   {"failed to load (loader_test.linked threw something that is not a std::exception)"});
+}
+
+// What stands in for Python's importlib.
+class Importer : public RegistryTest {
+ protected:
+  void TearDown() override {
+    set_class_importer("", nullptr);
+    RegistryTest::TearDown();
+  }
+};
+
+TEST_F(Importer, IsAskedAfterRegisteredClasses) {
+  std::vector<std::string> asked;
+  set_class_importer("host", [&](const std::string& path) -> BackendClass {
+    asked.push_back(path);
+    return std::make_shared<ToyBackend>("IMPORTED");
+  });
+  register_backend_class("loader_test.host.Registered", std::make_shared<ToyBackend>("REGISTERED"));
+  EXPECT_EQ(resolve_class_path("loader_test.host.Registered")->get_name(), "REGISTERED");
+  const BackendClass imported = resolve_class_path("loader_test.host.Class");
+  EXPECT_EQ(imported->get_name(), "IMPORTED");
+  EXPECT_EQ(resolve_class_path("loader_test.host.Class"), imported) << "asked once";
+  EXPECT_EQ(asked, (std::vector<std::string>{"loader_test.host.Class"}));
+}
+
+TEST_F(Importer, ItsReasonEndsTheListAndLeadsTheMessage) {
+  set_class_importer("host", [](const std::string&) -> BackendClass { throw ImportError("module has no such class"); });
+  expect_contains(error_text<ImportError>([] { return resolve_class_path("loader_test.host_says.No"); }),
+                  {"Cannot import 'loader_test.host_says.No': module has no such class. Looked in:",
+                   "/loader_test/host_says.so: no such file\n  - host: module has no such class"});
+  set_class_importer("host", [](const std::string&) -> BackendClass { return nullptr; });
+  expect_contains(
+      error_text<ImportError>([] { return resolve_class_path("loader_test.host_says.No"); }),
+      {"Cannot import 'loader_test.host_says.No': no such module. Looked in:", "\n  - host: no such module"});
+}
+
+TEST_F(Importer, MalformedPathsDoNotReachIt) {
+  set_class_importer("host", [](const std::string&) -> BackendClass { return std::make_shared<ToyBackend>(); });
+  error_text<ClassPathError>([] { return resolve_class_path("os.system('x').Class"); });
+}
+
+// An import may wait for another thread that looks up classes itself, as Python's import lock makes it.
+TEST_F(Importer, HoldsNoLockWhileItRuns) {
+  register_backend_class("loader_test.host.Other", std::make_shared<ToyBackend>("OTHER"));
+  set_class_importer("host", [](const std::string&) -> BackendClass {
+    BackendClass other;
+    std::thread([&] { other = resolve_class_path("loader_test.host.Other"); }).join();
+    std::thread([&] { register_backend_class("loader_test.host.Another", other); }).join();
+    return other;
+  });
+  EXPECT_EQ(resolve_class_path("loader_test.host.Waits")->get_name(), "OTHER");
+}
+
+// A class registered by its own module, as decorators do, is the one that is found.
+TEST_F(Importer, ClassRegisteredMeanwhileGoesFirst) {
+  set_class_importer("host", [](const std::string& path) -> BackendClass {
+    register_backend_class(path, std::make_shared<ToyBackend>("REGISTERED"));
+    return std::make_shared<ToyBackend>("IMPORTED");
+  });
+  EXPECT_EQ(resolve_class_path("loader_test.host.Decorated")->get_name(), "REGISTERED");
 }
 
 }  // namespace

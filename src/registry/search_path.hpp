@@ -1,0 +1,16 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace ditattn {
+
+/// Entries of DITATTN_PLUGIN_PATH that are ignored, because they are not absolute.
+std::vector<std::string> ignored_search_path_entries();
+
+/// Where a backend that was not built left its reason (cmake/targets.cmake), for the plug-in file that is missing;
+/// empty if there is none.
+std::string reason_not_built(std::filesystem::path file);
+
+}  // namespace ditattn
