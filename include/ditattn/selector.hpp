@@ -1,26 +1,68 @@
 #pragma once
 
+/// Which backend, where code does not name one: configuration by role, environment, platform default.
+
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "ditattn/attention_config.hpp"
 #include "ditattn/export.hpp"
 #include "ditattn/registry.hpp"
 
 namespace ditattn {
 
-/// Which backend was chosen, and why.
-struct Selection {
-  DiffusionAttentionBackendEnum member;
-  BackendClass backend;
-  std::string source;  ///< "DIFFUSION_ATTENTION_BACKEND", "platform default"
-  bool is_explicit = false;
+/// What a platform's default depends on.
+struct Platform {
+  std::string device = "cpu";           ///< "cpu", "cuda", or one of define_platform
+  std::int64_t compute_capability = 0;  ///< cuda: 10 · major + minor, 90 for Hopper
+  std::int64_t cudnn_version = 0;       ///< cuda: as cuDNN reports it, 90500 for 9.5; 0: none
 };
 
-/// The platform's ordered candidates for a device ("cpu"); the first that is available is its default.
+/// The platform's backends in the order they are tried; the first that is available and takes the head size is its
+/// default. ValueError for a device nobody defined.
+DITATTN_API std::vector<DiffusionAttentionBackendEnum> platform_candidates(const Platform& platform);
+
+/// Those of this machine's `device`. ImportError for one that this build cannot use.
 DITATTN_API std::vector<DiffusionAttentionBackendEnum> platform_candidates(const std::string& device);
 
-/// The backend for a problem nobody named one for: DIFFUSION_ATTENTION_BACKEND (any case, "auto" or empty: not set;
-/// explicit, so never replaced), else the platform's first candidate that is available and takes the problem.
-DITATTN_API Selection select_backend(const Problem& problem);
+/// Sets the candidates of a device, for platforms that are not here (NPU, XPU) and embedders with an order of their
+/// own. Thread-safe.
+DITATTN_API void define_platform(const std::string& device, std::vector<DiffusionAttentionBackendEnum> candidates);
+
+/// For code that does not know its head size yet.
+inline constexpr std::int64_t kHeadSizeUnknown = -1;
+
+/// Which backend was chosen, and why.
+struct Selection {
+  DiffusionAttentionBackendEnum member;  ///< for a platform default: its first candidate
+  BackendClass backend;
+  std::optional<AttentionSpec> spec = std::nullopt;  ///< what named it; none for a platform default
+  /// "attention_config.per_role['self']", "attention_config.per_role['self'] (role_category fallback)",
+  /// "attention_config.default", the same with " (DIFFUSION_ATTENTION_BACKEND)", or "platform default".
+  std::string source = {};
+  bool is_explicit = false;
+
+  /// Options for `ImplConfig::backend_kwargs`.
+  [[nodiscard]] BackendKwargs backend_kwargs() const { return spec ? spec->backend_kwargs : BackendKwargs(); }
+};
+
+/// The backend of a layer's role ("self", "cross", "ltx2.audio_to_video"; empty: none), before its problems are known.
+///
+/// In this order: `per_role[role]`, `per_role[role_category]`, `default`, which DIFFUSION_ATTENTION_BACKEND fills where
+/// the configuration does not, and the platform's default for `device`. All but the last are explicit: never
+/// replaced, so ImportError where it cannot run here, ValueError where it lacks the head size. The platform's default
+/// is one class over its candidates: a problem that the first refuses goes to the next, which is logged once, but a
+/// causal one never to a backend that aligns the diagonal otherwise, unless that makes no difference. ValueError, with
+/// one reason per candidate, where none is left. Each resolution is logged once, with its source. Thread-safe.
+DITATTN_API Selection get_attn_backend_for_role(const std::string& role, std::int64_t head_size = kHeadSizeUnknown,
+                                                const AttentionConfig& config = {},
+                                                const std::string& role_category = {},
+                                                const std::string& device = "cpu");
+
+/// As above for one problem, known now: a platform default is then the candidate that takes it.
+DITATTN_API Selection select_backend(const Problem& problem, const std::string& role = {},
+                                     const AttentionConfig& config = {}, const std::string& role_category = {});
 
 }  // namespace ditattn

@@ -30,6 +30,9 @@ DITATTN_API std::string dtype_name(DLDataType dtype);
 /// The inverse of `dtype_name`; also takes the short forms f32, f16, bf16. ValueError names what is allowed.
 DITATTN_API DLDataType parse_dtype(std::string_view name);
 
+/// "cpu", "cuda", "rocm", "unknown"; makes no string.
+DITATTN_API std::string_view device_type_name(DLDevice device);
+
 /// "cpu", "cuda:0", …
 DITATTN_API std::string device_name(DLDevice device);
 

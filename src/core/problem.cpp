@@ -23,19 +23,6 @@ const char* needed_mask(MaskKind kind) {
   return nullptr;
 }
 
-// "cpu", "cuda", …; called on every forward, so no strings are made.
-std::string_view device_type(DLDevice device) {
-  switch (device.device_type) {
-    case kDLCPU:
-      return "cpu";
-    case kDLCUDA:
-      return "cuda";
-    case kDLROCM:
-      return "rocm";
-    default:
-      return "unknown";
-  }
-}
 
 std::string names(const std::vector<DLDataType>& dtypes) {
   std::vector<std::string> result;
@@ -72,7 +59,7 @@ Verdict check_capabilities(const std::string& backend, const Capabilities& can, 
   const auto refuse = [&]<class... Args>(fmt::format_string<Args...> format, Args&&... args) {
     verdict.reasons.push_back(backend + " " + fmt::format(format, std::forward<Args>(args)...));
   };
-  if (std::ranges::find(can.devices, device_type(problem.device)) == can.devices.end()) {
+  if (std::ranges::find(can.devices, device_type_name(problem.device)) == can.devices.end()) {
     refuse("does not support device={}. Supported devices: {}.", device_name(problem.device),
            fmt::join(can.devices, ", "));
   }
@@ -108,7 +95,7 @@ Verdict check_capabilities(const std::string& backend, const Capabilities& can, 
     verdict.reasons.push_back(
         fmt::format("Attention backend {} does not support kv_cache_dtype='fp8' on {}. Select a "
                     "compatible backend or set diffusion_kv_cache_dtype='auto'.",
-                    backend, device_type(problem.device)));
+                    backend, device_type_name(problem.device)));
   }
   return verdict;
 }

@@ -78,6 +78,19 @@ DLDataType parse_dtype(std::string_view name) {
   throw ValueError(fmt::format("Unknown dtype '{}'. Valid dtypes are: {}", name, fmt::join(allowed, ", ")));
 }
 
+std::string_view device_type_name(DLDevice device) {
+  switch (device.device_type) {
+    case kDLCPU:
+      return "cpu";
+    case kDLCUDA:
+      return "cuda";
+    case kDLROCM:
+      return "rocm";
+    default:
+      return "unknown";
+  }
+}
+
 std::string device_name(DLDevice device) {
   switch (device.device_type) {
     case kDLCPU:

@@ -256,7 +256,8 @@ Problem to_problem(const ModelRole& role, DLDataType dtype, DLDevice device) {
           .head_size = role.head_size,
           .dtype = dtype,
           .device = device,
-          .mask = role.mask};
+          .mask = role.mask,
+          .joint = role.joint_tokens > 0};
 }
 
 }  // namespace ditattn

@@ -4,10 +4,12 @@
 #include <string>
 #include <vector>
 
+#include "ditattn/export.hpp"
+
 namespace ditattn {
 
 /// Entries of DITATTN_PLUGIN_PATH that are ignored, because they are not absolute.
-std::vector<std::string> ignored_search_path_entries();
+DITATTN_API std::vector<std::string> ignored_search_path_entries();
 
 /// Where a backend that was not built left its reason (cmake/targets.cmake), for the plug-in file that is missing;
 /// empty if there is none.

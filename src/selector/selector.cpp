@@ -1,49 +1,143 @@
 #include "ditattn/selector.hpp"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <mutex>
+#include <set>
 
 #include "core/environment.hpp"
 #include "core/text.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
+#include "selector/default_backend.hpp"
 
 namespace ditattn {
 namespace {
 
-Selection chosen(DiffusionAttentionBackendEnum member, std::string source, bool is_explicit) {
-  Selection selection{
-      .member = member, .backend = member.get_class(), .source = std::move(source), .is_explicit = is_explicit};
+using Enum = DiffusionAttentionBackendEnum;
+
+// What was asked for; texts for messages.
+struct Request {
+  const std::string& role;
+  const std::string& category;
+  std::int64_t head_size;
+  std::string device;
+};
+
+// Passes each text on once: a model has hundreds of layers.
+void log_once(const std::string& text) {
+  static std::mutex mutex;
+  static auto& logged = *new std::set<std::string>;
+  constexpr std::size_t kKept = 4096;  // then they come again
+  {
+    std::lock_guard lock(mutex);
+    if (logged.size() == kKept) logged.clear();
+    if (!logged.insert(text).second) return;
+  }
+  log(LogLevel::info, text);
+}
+
+// The specification that goes first, with its source; none if nothing is set.
+struct Choice {
+  std::optional<AttentionSpec> spec;
+  std::string source;
+};
+
+Choice choose(const Request& request, const AttentionConfig& config) {
+  const auto entry = [&](const std::string& role) {
+    const auto found = config.per_role.find(role);
+    return found == config.per_role.end() ? std::nullopt : std::optional(found->second);
+  };
+  if (const auto spec = entry(request.role))
+    return {spec, fmt::format("attention_config.per_role['{}']", request.role)};
+  if (const auto spec = entry(request.category)) {
+    return {spec, fmt::format("attention_config.per_role['{}'] (role_category fallback)", request.category)};
+  }
+  if (config.default_spec) return {config.default_spec, "attention_config.default"};
+  if (const auto name = environment(Env::DIFFUSION_ATTENTION_BACKEND); name && upper_case(*name) != "AUTO") {
+    return {AttentionSpec{.backend = upper_case(*name)}, "attention_config.default (DIFFUSION_ATTENTION_BACKEND)"};
+  }
+  return {std::nullopt, "platform default"};
+}
+
+Selection explicit_selection(const Request& request, AttentionSpec spec) {
+  const Enum member = Enum::from_name(spec.backend);
+  Selection selection{.member = member, .backend = member.get_class(), .spec = std::move(spec), .is_explicit = true};
   selection.backend->validate_available();
-  log(LogLevel::info, fmt::format("Using diffusion attention backend '{}' ({})", member.name(), selection.source));
+  if (request.head_size != kHeadSizeUnknown && !selection.backend->supports_head_size(request.head_size)) {
+    throw ValueError(fmt::format(
+        "{} was explicitly selected but head_size={} is unsupported. Supported head sizes: {}. Select TORCH_SDPA or "
+        "another backend.",
+        member.name(), request.head_size, selection.backend->capabilities().head_sizes.describe()));
+  }
+  return selection;
+}
+
+[[noreturn]] void throw_no_candidate(const Request& request, const std::vector<std::string>& refusals) {
+  throw ValueError(fmt::format("No backend of the platform's defaults for device '{}' takes this problem:\n  - {}",
+                               request.device, fmt::join(refusals, "\n  - ")));
+}
+
+// The platform's candidates that are available and take the head size; why the others do not is logged once.
+std::vector<Candidate> usable_candidates(const Request& request, std::vector<std::string>& refusals) {
+  std::vector<Candidate> candidates;
+  for (const Enum member : platform_candidates(request.device)) {
+    try {
+      Candidate candidate{.member = member, .backend = member.get_class()};
+      candidate.backend->validate_available();
+      if (request.head_size != kHeadSizeUnknown && !candidate.backend->supports_head_size(request.head_size)) {
+        throw ValueError(fmt::format("does not support head_size={}. Supported head sizes: {}.", request.head_size,
+                                     candidate.backend->capabilities().head_sizes.describe()));
+      }
+      candidates.push_back(std::move(candidate));
+    } catch (const Error& error) {
+      refusals.push_back(fmt::format("{}: {}", member.name(), error.message()));
+      log_once(fmt::format("Platform default passes over {}", refusals.back()));
+    }
+  }
+  if (candidates.empty()) throw_no_candidate(request, refusals);
+  return candidates;
+}
+
+// The platform's default: one class over its candidates, or, for a problem that is known, the one that takes it.
+Selection default_selection(const Request& request, const Problem* problem) {
+  std::vector<std::string> refusals;
+  const std::vector<Candidate> candidates = usable_candidates(request, refusals);
+  if (problem == nullptr) return {.member = candidates.front().member, .backend = default_backend(candidates)};
+  const std::size_t unusable = refusals.size();
+  const std::size_t chosen = first_that_takes(candidates, *problem, refusals);
+  if (chosen == candidates.size()) throw_no_candidate(request, refusals);
+  for (std::size_t i = 0; i < chosen; ++i) {
+    log_once(fmt::format("Platform default passes over {}: {}", candidates[i].member.name(), refusals[unusable + i]));
+  }
+  return {.member = candidates[chosen].member, .backend = candidates[chosen].backend};
+}
+
+Selection select(const Request& request, const AttentionConfig& config, const Problem* problem) {
+  Choice choice = choose(request, config);
+  Selection selection =
+      choice.spec ? explicit_selection(request, std::move(*choice.spec)) : default_selection(request, problem);
+  selection.source = std::move(choice.source);
+  log_once(fmt::format("Resolved diffusion attention backend '{}' for role={} via {}", selection.member.name(),
+                       request.role.empty() ? "None" : fmt::format("'{}'", request.role), selection.source));
   return selection;
 }
 
 }  // namespace
 
-std::vector<DiffusionAttentionBackendEnum> platform_candidates(const std::string& device) {
-  using enum_type = DiffusionAttentionBackendEnum;
-  if (device == "cpu") return {enum_type::FLASH_ATTN, enum_type::TORCH_SDPA};
-  throw ValueError(fmt::format("Unknown device '{}'. Valid devices are: cpu", device));
+Selection get_attn_backend_for_role(const std::string& role, std::int64_t head_size, const AttentionConfig& config,
+                                    const std::string& role_category, const std::string& device) {
+  return select({.role = role, .category = role_category, .head_size = head_size, .device = device}, config, nullptr);
 }
 
-Selection select_backend(const Problem& problem) {
-  if (const auto name = environment(Env::DIFFUSION_ATTENTION_BACKEND); name && upper_case(*name) != "AUTO") {
-    return chosen(DiffusionAttentionBackendEnum::from_name(upper_case(*name)), "DIFFUSION_ATTENTION_BACKEND", true);
-  }
-  std::string refusals;
-  for (const DiffusionAttentionBackendEnum member : platform_candidates(device_name(problem.device))) {
-    std::string reason;
-    try {
-      const Verdict verdict = member.get_class()->explain(problem);
-      if (verdict) return chosen(member, "platform default", false);
-      reason = verdict.text();
-    } catch (const Error& error) {
-      reason = error.message();
-    }
-    log(LogLevel::info, fmt::format("Platform default passes over {}: {}", member.name(), reason));
-    refusals += fmt::format("\n  - {}: {}", member.name(), reason);
-  }
-  throw ValueError("No backend of the platform's defaults takes this problem:" + refusals);
+Selection select_backend(const Problem& problem, const std::string& role, const AttentionConfig& config,
+                         const std::string& role_category) {
+  return select({.role = role,
+                 .category = role_category,
+                 .head_size = problem.head_size,
+                 .device = std::string(device_type_name(problem.device))},
+                config, &problem);
 }
 
 }  // namespace ditattn

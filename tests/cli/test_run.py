@@ -257,7 +257,7 @@ def test_default_backend(ditattn, paths):
 @pytest.mark.parametrize("name", ["TORCH_SDPA", "torch_sdpa", "Torch_Sdpa"])
 def test_backend_from_the_environment(ditattn, paths, name):
     document = ditattn.json("run", *paths, env={"DIFFUSION_ATTENTION_BACKEND": name})
-    assert (document["backend"], document["source"]) == ("TORCH_SDPA", "DIFFUSION_ATTENTION_BACKEND")
+    assert (document["backend"], document["source"]) == ("TORCH_SDPA", "attention_config.default (DIFFUSION_ATTENTION_BACKEND)")
 
 
 @pytest.mark.parametrize("name", ["", "auto", "AUTO"])

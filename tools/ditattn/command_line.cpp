@@ -6,6 +6,7 @@
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
@@ -13,7 +14,9 @@
 #include "ditattn/log.hpp"
 #include "ditattn/version.hpp"
 #include "tools/ditattn/exit_status.hpp"
+#include "tools/ditattn/flags.hpp"
 #include "tools/ditattn/output.hpp"
+#include "tools/ditattn/selection_flags.hpp"
 #include "tools/ditattn/verbs.hpp"
 
 namespace ditattn::cli {
@@ -78,6 +81,10 @@ int parse_and_do(int argc, char** argv) {
   app.set_version_flag("--version", std::string("ditattn ") + DITATTN_VERSION);
   bool verbose = false;
   app.add_flag("-v,--verbose", verbose, "Tell on stderr what is chosen and why");
+  std::vector<std::string> registrations;
+  app.add_option("--register", registrations,
+                 "NAME=package.module.Class: the class behind the backend NAME, or behind a new one (repeatable)")
+      ->allow_extra_args(false);
   app.require_subcommand(0, 1);  // none is told below, in words that fit
   app.fallthrough();
 
@@ -87,19 +94,26 @@ int parse_and_do(int argc, char** argv) {
   add_run_verb(app, action);
   add_compare_verb(app, action);
   add_models_verb(app, action);
+  add_doctor_verb(app, action);
   try {
-    app.parse(argc, argv);
+    std::vector<std::string> arguments = rewrite_dotted_flags(argc, argv);
+    std::ranges::reverse(arguments);  // as the parser takes them
+    app.parse(std::move(arguments));
   } catch (const CLI::ParseError& error) {
     return report_parse_error(app, error);
   }
   if (!action) throw UsageError(fmt::format("A verb is needed: {}. Run `ditattn --help`.", verb_names(app)));
   install_log(verbose);
+  register_backends(registrations);
   return action();
 }
 
 }  // namespace
 
-int run_command_line(int argc, char** argv) {
+}  // namespace ditattn::cli
+
+int ditattn_command(int argc, char** argv) {
+  using namespace ditattn::cli;
   try {
     return parse_and_do(argc, argv);
   } catch (...) {
@@ -108,5 +122,3 @@ int run_command_line(int argc, char** argv) {
     return failure.status;
   }
 }
-
-}  // namespace ditattn::cli

@@ -29,6 +29,7 @@ struct Options {
   std::string dtype;
   std::string backends;
   std::string report;
+  CallOptions call;
   MeasureOptions measure;
   bool json = false;
 };
@@ -48,7 +49,7 @@ fs::path shipped_capture() {
   ::dladdr(reinterpret_cast<const void*>(&ditattn_command), &library);
   std::error_code error;
   const fs::path file = fs::canonical(library.dli_fname, error);
-  const fs::path places[] = {file.parent_path().parent_path() / "share" / "ditattn" / "capture.safetensors",
+  const fs::path places[] = {file.parent_path() / DITATTN_DATA_FROM_LIB / "capture.safetensors",
                              fs::path(DITATTN_SOURCE_DIR) / "examples" / "digits" / "capture.safetensors"};
   for (const fs::path& place : places) {
     if (fs::exists(place, error)) return place;
@@ -84,7 +85,7 @@ std::vector<Case> make_cases(const Options& options, const Plan& plan) {
   if (files.empty() && plan.shapes.empty() && plan.models.empty()) files.push_back(shipped_capture());
   std::vector<Case> cases;
   for (const fs::path& file : files) {
-    for (Case& loaded : load_cases(file)) {
+    for (Case& loaded : load_cases(file, options.call)) {
       if (plan.dtype) loaded.inputs = converted(loaded.inputs, *plan.dtype);
       cases.push_back(std::move(loaded));
     }
@@ -156,11 +157,12 @@ void add_compare_verb(CLI::App& app, Action& action) {
   const auto once_each = [](CLI::Option* option) { option->allow_extra_args(false); };
   once_each(verb->add_option("--shape", options->shapes, "B,H,Sq,Skv,D: random Q/K/V of this shape (repeatable)"));
   once_each(verb->add_option("--input", options->inputs,
-                             "safetensors file with query, key, value, what else `run` takes (joint tokens in "
-                             "front); or a capture of many cases, CASE.query and so on (repeatable)"));
+                             "safetensors file with query, key, value, what else `run` takes; or a capture of many "
+                             "cases, CASE.query and so on (repeatable)"));
   once_each(verb->add_option("--model", options->models,
                              "NAME[@RESOLUTION][:ROLE]: random tensors as this model of `ditattn models` has them "
                              "(default: its first resolution, all roles; repeatable)"));
+  add_call_flags(*verb, options->call);
   verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
   verb->add_option("--dtype", options->dtype,
                    "float32, float16 or bfloat16: of random inputs (default float32); files are rounded to it");

@@ -2,6 +2,8 @@
 
 #include <new>
 
+#include "ditattn/attention_config.hpp"
+
 namespace ditattn::cli {
 
 const char* const kExitStatusHelp =
@@ -21,6 +23,8 @@ Failure current_failure() {
   } catch (const UnknownBackendError& error) {
     return {kUsage, error.message()};
   } catch (const ClassPathError& error) {
+    return {kUsage, error.message()};
+  } catch (const ConfigError& error) {
     return {kUsage, error.message()};
   } catch (const NotRegisteredError& error) {
     return {kUnavailable, error.message()};

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <limits>
 
-#include "core/environment.hpp"
 #include "core/text.hpp"
 #include "ditattn/threads.hpp"
 #include "tools/ditattn/exit_status.hpp"
@@ -86,12 +85,29 @@ void check_thread_count() {
   }
 }
 
-void check_backend_from_environment() {
-  const auto name = environment(Env::DIFFUSION_ATTENTION_BACKEND);
-  if (name && upper_case(*name) != "AUTO") parse_member(*name);
+void register_backends(const std::vector<std::string>& registrations) {
+  for (const std::string& entry : registrations) {
+    const std::size_t equals = entry.find('=');
+    if (equals == 0 || equals == std::string::npos || equals + 1 == entry.size()) {
+      throw UsageError(fmt::format(
+          "--register '{}' is not NAME=package.module.Class, for example CUSTOM=acme.attention.FastBackend.", entry));
+    }
+    const std::string name = upper_case(entry.substr(0, equals));
+    const auto members = DiffusionAttentionBackendEnum::members();
+    const auto known = std::ranges::find(members, name, [](const auto& member) { return member.name(); });
+    const auto member = known != members.end() ? *known : DiffusionAttentionBackendEnum::define(name);
+    register_diffusion_backend(member, entry.substr(equals + 1));
+  }
 }
 
 void add_json_flag(CLI::App& verb, bool& json) { verb.add_flag("--json", json, "Print one JSON document instead"); }
+
+void add_call_flags(CLI::App& verb, CallOptions& options) {
+  verb.add_option("--joint-strategy", options.joint_strategy, "Text tokens stand in front or at the rear")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"front", "rear"}));
+  verb.add_option("--valid-kv-length", options.valid_kv_length, "Only the first N keys of a file's tensors exist");
+}
 
 CLI::Validator number_from(double lowest) {
   const auto check = [lowest](const std::string& text) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ditattn/registry.hpp"
+#include "tools/ditattn/inputs.hpp"
 
 namespace ditattn::cli {
 
@@ -29,11 +30,15 @@ void check_device(const std::string& device);
 /// UsageError for a bad DITATTN_NUM_THREADS, which the library would meet only inside a kernel.
 void check_thread_count();
 
-/// UnknownBackendError for a bad DIFFUSION_ATTENTION_BACKEND, which the selector would meet only after reading files.
-void check_backend_from_environment();
+/// "NAME=package.module.Class": registers each class path for the member NAME (any case), which is defined if there is
+/// none. UsageError for other forms. Nothing is loaded.
+void register_backends(const std::vector<std::string>& registrations);
 
 /// Adds `--json` to a verb.
 void add_json_flag(CLI::App& verb, bool& json);
+
+/// Adds what a call knows beside the tensors of its file.
+void add_call_flags(CLI::App& verb, CallOptions& options);
 
 /// A check for options: a finite number, not below `lowest`.
 CLI::Validator number_from(double lowest = std::numeric_limits<double>::lowest());

@@ -161,7 +161,7 @@ Inputs load_inputs(const std::filesystem::path& file, const CallOptions& options
   return make_inputs(quoted(file), load_safetensors(file).tensors, options);
 }
 
-std::vector<Case> load_cases(const std::filesystem::path& file) {
+std::vector<Case> load_cases(const std::filesystem::path& file, const CallOptions& options) {
   const Tensors tensors = load_safetensors(file).tensors;
   std::map<std::string, Tensors> groups;
   for (const auto& [name, tensor] : tensors) {
@@ -169,11 +169,11 @@ std::vector<Case> load_cases(const std::filesystem::path& file) {
     if (dot != std::string::npos) groups[name.substr(0, dot)].emplace(name.substr(dot + 1), tensor);
   }
   const std::string stem = file.stem().string();
-  if (groups.empty() || tensors.contains("query")) return {{stem, make_inputs(quoted(file), tensors, {})}};
+  if (groups.empty() || tensors.contains("query")) return {{stem, make_inputs(quoted(file), tensors, options)}};
   std::vector<Case> cases;
   for (const auto& [name, group] : groups) {
     const std::string where = fmt::format("Case '{}' of {}", name, quoted(file));
-    cases.push_back({fmt::format("{}/{}", stem, name), make_inputs(where, group, {})});
+    cases.push_back({fmt::format("{}/{}", stem, name), make_inputs(where, group, options)});
   }
   return cases;
 }

@@ -38,8 +38,8 @@ struct CallOptions {
 Inputs load_inputs(const std::filesystem::path& file, const CallOptions& options);
 
 /// A file as `load_inputs` takes it, or a capture: `<case>.query`, `<case>.key`, … for any number of cases. Cases are
-/// named "stem" or "stem/case", in the order of their names. Joint tokens stand in front.
-std::vector<Case> load_cases(const std::filesystem::path& file);
+/// named "stem" or "stem/case", in the order of their names.
+std::vector<Case> load_cases(const std::filesystem::path& file, const CallOptions& options);
 
 /// Standard normal tensors one after the other, rounded to `dtype`; the same for the same seed.
 class NormalTensors {

@@ -5,8 +5,9 @@
 #include <unistd.h>
 
 #include <fstream>
+#include <iterator>
+#include <sstream>
 
-#include "ditattn/threads.hpp"
 #include "ditattn/version.hpp"
 
 namespace ditattn::cli {
@@ -26,13 +27,20 @@ std::string value_in(const char* file, const std::string& key, char separator) {
 
 }  // namespace
 
-Machine this_machine() {
+std::vector<std::string> cpu_features() {
+  std::string flags = value_in("/proc/cpuinfo", "flags", ':');
+  if (flags.empty()) flags = value_in("/proc/cpuinfo", "Features", ':');  // Arm
+  std::istringstream stream(flags);
+  return {std::istream_iterator<std::string>(stream), {}};
+}
+
+Machine this_machine(int threads) {
   utsname system{};
   ::uname(&system);
   Machine machine;
   machine.cpu = value_in("/proc/cpuinfo", "model name", ':');
   if (machine.cpu.empty()) machine.cpu = system.machine;  // Arm kernels give no model name
-  machine.threads = num_threads();
+  machine.threads = threads;
   machine.memory_gb =
       static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGESIZE)) / 1e9;
   const std::string distribution = value_in("/etc/os-release", "PRETTY_NAME", '=');

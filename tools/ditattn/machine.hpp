@@ -1,7 +1,9 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
+#include "ditattn/threads.hpp"
 #include "tools/ditattn/output.hpp"
 
 namespace ditattn::cli {
@@ -14,8 +16,12 @@ struct Machine {
   std::string os;        ///< "Debian GNU/Linux 12 (bookworm), Linux 6.1.0, x86_64"
 };
 
-Machine this_machine();
+/// `threads` is for a caller that must go on where DITATTN_NUM_THREADS is wrong, which is a ValueError.
+Machine this_machine(int threads = num_threads());
 Json to_json(const Machine& machine);
+
+/// The names of the CPU's abilities as the kernel offers them to processes ("avx2", "amx_tile").
+std::vector<std::string> cpu_features();
 
 /// One line for people.
 std::string describe(const Machine& machine);

@@ -11,6 +11,7 @@
 #include "tools/ditattn/flags.hpp"
 #include "tools/ditattn/inputs.hpp"
 #include "tools/ditattn/output.hpp"
+#include "tools/ditattn/selection_flags.hpp"
 #include "tools/ditattn/verbs.hpp"
 
 namespace ditattn::cli {
@@ -21,7 +22,7 @@ struct Options {
   std::string input;
   std::string output;
   std::string device = "cpu";
-  std::string role;
+  SelectionFlags selection;
   std::optional<double> scale;
   CallOptions call;
   bool causal = false;
@@ -31,10 +32,7 @@ struct Options {
 
 // The backend named by the flag, none without one.
 std::optional<Selection> named_backend(const Options& options) {
-  if (options.backend.empty()) {
-    check_backend_from_environment();
-    return std::nullopt;
-  }
+  if (options.backend.empty()) return std::nullopt;
   const DiffusionAttentionBackendEnum member = parse_member(options.backend);
   Selection selection{.member = member, .backend = member.get_class(), .source = "--backend", .is_explicit = true};
   selection.backend->validate_available();
@@ -71,6 +69,7 @@ void report(const Options& options, const Selection& selection, const Tensor& ou
 int run(const Options& options) {
   // What the command line alone can have wrong comes first, then the device, then the files.
   check_thread_count();
+  const AttentionConfig attention_config = parse_selection(options.selection);
   const std::optional<Selection> named = named_backend(options);
   check_device(options.device);
 
@@ -78,12 +77,15 @@ int run(const Options& options) {
   ImplConfig config = config_for(inputs);
   config.softmax_scale = options.scale;
   config.causal = options.causal;
-  config.prefix = options.role;
+  config.prefix = options.selection.role;
   Problem problem = check_inputs(inputs, config);
   problem.lse = options.lse;
   ForwardOutputs outputs{.out = allocate_out(problem)};
   if (options.lse) outputs.lse = empty({problem.batch, problem.num_heads, problem.seq_q}, kFloat32);
-  const Selection selection = named ? *named : select_backend(problem);
+  const Selection selection =
+      named ? *named
+            : select_backend(problem, options.selection.role, attention_config, options.selection.role_category);
+  config.backend_kwargs = selection.backend_kwargs();
 
   const auto attention = selection.backend->make(config);
   const auto start = std::chrono::steady_clock::now();
@@ -99,8 +101,10 @@ int run(const Options& options) {
 void add_run_verb(CLI::App& app, Action& action) {
   CLI::App* verb = app.add_subcommand("run", "Run attention over the tensors of a safetensors file");
   auto options = std::make_shared<Options>();
-  verb->add_option("--backend", options->backend,
-                   "The backend, in any case (default: DIFFUSION_ATTENTION_BACKEND, then the platform's choice)");
+  CLI::Option* backend = verb->add_option("--backend", options->backend,
+                                          "The backend, in any case (default: configuration, then "
+                                          "DIFFUSION_ATTENTION_BACKEND, then the platform's choice)");
+  add_selection_flags(*verb, *backend, options->selection);
   verb->add_option("--input", options->input,
                    "safetensors file with query (B, Sq, H, D), key and value (B, Skv, Hkv, D); optionally attn_mask, "
                    "text tokens (joint_query, joint_key, joint_value, joint_attn_mask), packed sequences "
@@ -110,11 +114,7 @@ void add_run_verb(CLI::App& app, Action& action) {
   verb->add_flag("--causal", options->causal, "Queries do not see later keys");
   verb->add_option("--scale", options->scale, "Factor of the logits (default: 1/sqrt(D))")->check(number_from());
   verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
-  verb->add_option("--role", options->role, "The layer's role (self, cross, ...), for messages");
-  verb->add_option("--joint-strategy", options->call.joint_strategy, "Text tokens stand in front or at the rear")
-      ->capture_default_str()
-      ->check(CLI::IsMember({"front", "rear"}));
-  verb->add_option("--valid-kv-length", options->call.valid_kv_length, "Only the first N keys exist");
+  add_call_flags(*verb, options->call);
   verb->add_flag("--lse", options->lse, "Write the log-sum-exp too: `lse`, float32 (B, H, Sq + joint)");
   add_json_flag(*verb, options->json);
   verb->callback([&action, options] { action = [options] { return run(*options); }; });

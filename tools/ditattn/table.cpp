@@ -47,7 +47,7 @@ std::string format_table(const Table& table, bool colour) {
   std::vector<std::size_t> widths;
   for (std::size_t c = 0; c < table.columns.size(); ++c) {
     std::size_t width = 0;
-    for (const auto& row : table.rows) width = std::max(width, width_of(row[c].text));
+    for (const auto& row : table.rows) width = std::max(width, width_of(printable(row[c].text)));
     widths.push_back(width == 0 ? 0 : std::max(width, width_of(table.columns[c].title)));
   }
   std::string result;
