@@ -1,8 +1,7 @@
 # `cmake --install`: library, tvm-ffi's library, backends, command, headers, CMake package.
 include(CMakePackageConfigHelpers)
 
-install(TARGETS ditattn EXPORT ditattn-targets
-        LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(TARGETS ditattn EXPORT ditattn-targets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 if(DITATTN_BUILD_TOOLS)
   install(TARGETS ditattn_cli ditattn_command)
   install(FILES examples/digits/capture.safetensors DESTINATION ${CMAKE_INSTALL_DATADIR}/ditattn)

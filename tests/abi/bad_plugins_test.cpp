@@ -1,7 +1,9 @@
 // A zoo of bad plug-ins. Each gives an ImportError of its own that names the file, and leaves the rest whole.
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 
@@ -84,6 +86,11 @@ TEST_F(BadPlugin, UndefinedSymbolIsFoundAtLoadTime) {
   expect_contains(import_error("zoo.undefined_symbol.Doubler"), {"undefined symbol", "nobody_defines"});
 }
 
+TEST_F(BadPlugin, ItsLibraryIsMissing) {
+  expect_import_error("zoo.missing_dependency.Doubler", "zoo/missing_dependency.so", "module failed to load (");
+  expect_contains(import_error("zoo.missing_dependency.Doubler"), {"libabi_absent.so", "No such file or directory"});
+}
+
 TEST_F(BadPlugin, ThrowsWhileItsClassIsLookedUp) {
   expect_import_error("zoo.throws.ThrowsValueError", "zoo/throws.so", "a value it does not like");
   expect_import_error("zoo.throws.ThrowsRuntimeError", "zoo/throws.so", "its library is too old");
@@ -97,6 +104,61 @@ TEST_F(BadPlugin, NotALibrary) {
 }
 
 TEST_F(BadPlugin, Directory) { expect_import_error("zoo.directory.Backend", "zoo/directory.so", "not a regular file"); }
+
+TEST_F(BadPlugin, LoopOfLinks) {
+  fs::create_symlink(late_file().filename(), late_file());  // to itself
+  expect_contains(import_error(late_module() + ".Doubler"),
+                  {late_file().string() + ": cannot be read (Too many levels of symbolic links)"});
+  fs::create_directory_symlink("loop", late_file().parent_path() / "loop");
+  expect_contains(import_error("late.loop.inner.Doubler"),
+                  {"/late/loop/inner.so: cannot be read (Too many levels of symbolic links)"});
+}
+
+// While it lives, permissions hold: root, to whom they do not apply, becomes nobody.
+class PermissionsHold {
+ public:
+  PermissionsHold() : is_root_(::geteuid() == 0), holds_(!is_root_ || ::seteuid(kNobody) == 0) {}
+  PermissionsHold(const PermissionsHold&) = delete;
+  PermissionsHold& operator=(const PermissionsHold&) = delete;
+  ~PermissionsHold() {
+    if (is_root_ && holds_ && ::seteuid(0) != 0) std::abort();
+  }
+  explicit operator bool() const { return holds_; }
+
+ private:
+  static constexpr uid_t kNobody = 65534;
+  bool is_root_;
+  bool holds_;
+};
+
+// What resolving `class_path` says where permissions hold; empty if they cannot be made to.
+std::string text_of_denial(const std::string& class_path) {
+  const PermissionsHold permissions;
+  return permissions ? error_text<ImportError>([&] { return resolve_class_path(class_path); }) : "";
+}
+
+TEST_F(BadPlugin, UnreadableFile) {
+  install_late();
+  fs::permissions(late_file(), fs::perms::none);
+  const std::string text = text_of_denial(late_module() + ".Doubler");
+  if (text.empty()) GTEST_SKIP() << "this root may not become another user, so nothing is denied to it";
+  expect_contains(text, {late_file().string() + ": module failed to load (", "Permission denied"});
+  EXPECT_EQ(import_error(late_module() + ".Doubler"), text) << "remembered";
+}
+
+TEST_F(BadPlugin, UnreadableDirectory) {
+  install_late();
+  const fs::path directory = late_file().parent_path();
+  fs::permissions(directory, fs::perms::none);
+  const std::string text = text_of_denial(late_module() + ".Doubler");
+  const std::string again = text.empty() ? "" : import_error(late_module() + ".Doubler");
+  fs::permissions(directory, fs::perms::owner_all);
+  if (text.empty()) GTEST_SKIP() << "this root may not become another user, so nothing is denied to it";
+  expect_contains(text, {late_file().string() + ": cannot be read (Permission denied)"});
+  EXPECT_EQ(again, text) << "remembered";
+  Enum::CUSTOM.clear_override();  // forget the failure
+  testing::expect_doubles(*resolve_class_path(late_module() + ".Doubler"));
+}
 
 // dlopen alone would end the process with SIGBUS: it maps what the headers say, past the end of the file.
 TEST_F(BadPlugin, TruncatedLibrary) {

@@ -14,16 +14,10 @@ namespace {
 
 using Enum = DiffusionAttentionBackendEnum;
 using testing::error_text;
+using testing::expect_doubles;
 using testing::forward_doubler;
 
 class GoodPlugin : public testing::PluginTest {};
-
-void expect_doubles(const AttentionBackend& backend) {
-  const auto attention = backend.make({.num_heads = 2, .head_size = 2});
-  const Tensor out = forward_doubler(*attention);
-  ASSERT_EQ(shape_name(out), "(1, 4, 2, 2)");
-  for (int i = 0; i < 16; ++i) EXPECT_EQ(load_element(data_pointer(out), i, kFloat32), 2 * (1 + i % 4)) << i;
-}
 
 TEST_F(GoodPlugin, LoadsUnderItsDottedPath) {
   expect_doubles(*resolve_class_path("zoo.good.Doubler"));

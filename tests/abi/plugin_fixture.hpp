@@ -14,6 +14,21 @@
 
 namespace ditattn::testing {
 
+/// Forwards V = 1, 2, … of shape (1, 3, 2, 2) through 2 heads of size 2.
+inline Tensor forward_doubler(const AttentionImpl& attention, const AttentionMetadata& metadata = {},
+                              const ForwardOutputs& outputs = {}) {
+  return attention.forward(counting({1, 4, 2, 2}), counting({1, 3, 2, 2}), counting({1, 3, 2, 2}, kFloat32, 1),
+                           metadata, outputs);
+}
+
+/// Whether a Doubler gives right numbers.
+inline void expect_doubles(const AttentionBackend& backend) {
+  const auto attention = backend.make({.num_heads = 2, .head_size = 2});
+  const Tensor out = forward_doubler(*attention);
+  ASSERT_EQ(shape_name(out), "(1, 4, 2, 2)");
+  for (int i = 0; i < 16; ++i) EXPECT_EQ(load_element(data_pointer(out), i, kFloat32), 2 * (1 + i % 4)) << i;
+}
+
 class PluginTest : public RegistryTest {
  protected:
   PluginTest() {
@@ -35,28 +50,23 @@ class PluginTest : public RegistryTest {
     std::filesystem::copy_file(ABI_ZOO "/zoo/good.so", late_file());
   }
 
-  /// The ImportError of `class_path`; other backends still resolve after it.
+  [[nodiscard]] std::filesystem::path late_file() const { return folder_ / "late" / (test_name() + ".so"); }
+
+  /// The ImportError of `class_path`; other backends still give right numbers after it.
   static std::string import_error(const std::string& class_path) {
     const std::string text = error_text<ImportError>([&] { return resolve_class_path(class_path); });
-    EXPECT_EQ(resolve_class_path("zoo.good.Doubler")->get_name(), "DOUBLER") << "after the failure of " << class_path;
+    SCOPED_TRACE("after the failure of " + class_path);
+    expect_doubles(*resolve_class_path("zoo.good.Doubler"));
     return text;
   }
 
  private:
   static std::string test_name() { return ::testing::UnitTest::GetInstance()->current_test_info()->name(); }
-  [[nodiscard]] std::filesystem::path late_file() const { return folder_ / "late" / (test_name() + ".so"); }
 
   const std::filesystem::path folder_ =
       std::filesystem::temp_directory_path() / ("ditattn-abi-" + test_name() + "-" + std::to_string(::getpid()));
   const ScopedEnvironment path_{"DITATTN_PLUGIN_PATH",
                                 (ABI_FIRST ":" ABI_SECOND ":" ABI_ZOO ":" + folder_.string()).c_str()};
 };
-
-/// Forwards V = 1, 2, … of shape (1, 3, 2, 2) through 2 heads of size 2.
-inline Tensor forward_doubler(const AttentionImpl& attention, const AttentionMetadata& metadata = {},
-                              const ForwardOutputs& outputs = {}) {
-  return attention.forward(counting({1, 4, 2, 2}), counting({1, 3, 2, 2}), counting({1, 3, 2, 2}, kFloat32, 1),
-                           metadata, outputs);
-}
 
 }  // namespace ditattn::testing
