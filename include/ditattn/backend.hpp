@@ -160,7 +160,7 @@ class DITATTN_API AttentionBackend : public std::enable_shared_from_this<Attenti
  protected:
   /// Builds an implementation from a checked config.
   [[nodiscard]] virtual std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const = 0;
-  /// Keys of `backend_kwargs` this backend knows; others are warned about, once per `make`.
+  /// Keys of `backend_kwargs` this backend knows; others are warned about, once per `make`. "*": any.
   [[nodiscard]] virtual std::vector<std::string> known_kwargs() const { return {}; }
 
   friend struct BackendAccess;

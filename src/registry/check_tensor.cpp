@@ -43,7 +43,7 @@ void check_extent(const char* what, const Tensor& tensor) {
 }
 
 void check_unit_last_stride(const char* what, const Tensor& tensor) {
-  if (tensor.size(-1) > 1 && tensor.stride(-1) != 1) {
+  if (tensor.size(-1) > 1 && tensor.stride(-1) != 1 && tensor.numel() > 0) {  // NumPy gives empty arrays zero strides
     throw ValueError(
         fmt::format("{} must have a unit last stride, got strides {} for shape {}. Make it contiguous first.", what,
                     strides_name(tensor), shape_name(tensor)));

@@ -1,5 +1,6 @@
 """The installed tree, moved to another place, and examples/custom_backend built with it and nothing else."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -93,6 +94,19 @@ def expect_own_libraries(files, prefix):
             assert "not found" not in line, f"{file}: {line}"
             if "ditattn" in line or "tvm_ffi" in line:
                 assert prefix in Path(os.path.normpath(line.split("=>")[1].split()[0])).parents, f"{file}: {line}"
+
+
+def test_the_python_package_works_from_there(prefix, tmp_path):
+    package = prefix / LIBDIR / "python"
+    if not package.is_dir():
+        pytest.skip("built without the Python package")
+    program = "import ditattn, sys; print(ditattn.__file__); sys.argv = ['', 'list', '--json']; " \
+              "import ditattn.__main__ as m; sys.exit(m.main())"  # fmt: skip
+    environment = clean_environment(PYTHONPATH=str(package), PYTHONDONTWRITEBYTECODE="1")
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    file, _, document = succeeded(done).partition("\n")
+    assert Path(file) == package / "ditattn" / "__init__.py"
+    assert by_name(json.loads(document))["FLASH_ATTN"]["available"]
 
 
 def test_its_libraries_are_its_own(prefix):

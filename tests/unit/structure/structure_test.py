@@ -17,6 +17,7 @@ RULES = {
     "src/selector": r'<|"(?:ditattn|core|registry|selector)/',
     "src/tuner": r'<|"(?:ditattn|core|registry|selector|tuner)/',
     "src/parallel": r'<|"(?:ditattn|core|registry|parallel)/',
+    "python": rf'{STD}|[<"](?:ditattn|tvm)/',
     "backends": r'<(?!core/|registry/|selector/|src/|tools/)|"(?:ditattn|kernels|backends)/',
 }
 
@@ -121,6 +122,52 @@ class Texts(unittest.TestCase):
         blocks = re.findall(r"^```cpp\n(.*?)^```$", readme.read_text(), re.MULTILINE | re.DOTALL)
         self.assertTrue(blocks, "README.md has no ```cpp block")
         self.assertEqual(blocks[0], self.quickstart())
+
+
+def tests_that_exist():
+    """`Suite.Name` of every GoogleTest, `folder/file.py::name` of every pytest, as docs name them."""
+    names = set()
+    for file in (ROOT / "tests").rglob("*.cpp"):
+        found = re.findall(r"^TEST(?:_F|_P)?\(\s*(\w+),\s*(\w+)\s*\)", file.read_text(), re.MULTILINE)
+        names.update(f"{suite}.{name}" for suite, name in found)
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        found = re.findall(r"^def (test_\w+)\(", file.read_text(), re.MULTILINE)
+        names.update(f"{file.relative_to(ROOT / 'tests').as_posix()}::{name}" for name in found)
+    return names
+
+
+def table_rows(page):
+    """The cells of each row of the page's tables that end in a column "test"; rows without their header's width too."""
+    rows, width = [], 0
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if cells and cells[-1] == "test":
+            width = len(cells)
+        elif not cells:
+            width = 0
+        elif width and not set(line) <= set("|-"):
+            rows.append((width, cells))
+    return rows
+
+
+class TestsNamedInDocs(unittest.TestCase):
+    PAGE = ROOT / "docs/vllm-omni.md"
+
+    def test_every_row_names_tests_that_exist(self):
+        exist, rows = tests_that_exist(), table_rows(self.PAGE.read_text())
+        self.assertGreater(len(rows), 100)
+        for width, cells in rows:
+            with self.subTest(row=cells[:2]):
+                self.assertEqual(len(cells), width)
+                self.assertRegex(cells[-1], r"^`[^`]+`(, `[^`]+`)*$")
+                self.assertEqual([name for name in re.findall(r"`([^`]+)`", cells[-1]) if name not in exist], [])
+
+    def test_every_test_of_its_own_is_named(self):
+        """A test that no row names shows what nobody is told."""
+        page = self.PAGE.read_text()
+        own = [name for name in tests_that_exist() if name.startswith(("VllmOmni", "python/test_vllm_omni.py"))]
+        self.assertGreater(len(own), 30)
+        self.assertEqual([name for name in own if f"`{name}`" not in page], [])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""One attention problem, for `explain` and `select_backend`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import tvm_ffi
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """query (batch, seq_q, num_heads, head_size), key and value (batch, seq_kv, num_kv_heads, head_size)."""
+
+    batch: int = 1
+    num_heads: int = 1
+    num_kv_heads: int = 1
+    seq_q: int = 1
+    seq_kv: int = 1
+    head_size: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    #: "none", "padding", "bool" or "additive".
+    mask: str = "none"
+    causal: bool = False
+    lse: bool = False
+    packed: bool = False
+    joint: bool = False
+    spans: bool = False
+    fp8_kv: bool = False
+
+    def to_native(self) -> dict[str, Any]:
+        """Fields as C++ takes them."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"device": tvm_ffi.device(self.device)}
