@@ -1,7 +1,10 @@
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "ditattn/log.hpp"
 #include "ditattn/metadata.hpp"
 
 namespace ditattn {
@@ -84,10 +87,31 @@ MaskDescription describe(const Tensor& mask) {
   return {MaskDescription::Kind::key_prefix, std::move(lengths)};
 }
 
+// vLLM-Omni's SDPA takes a padding mask of any dtype for boolean; here floats are added, and one of 0 and 1 alone would
+// hide nothing without anybody noticing.
+void warn_of_zeros_and_ones(const Tensor& mask) {
+  if (mask.ndim() != 2 || mask.dtype() == kBool || mask.device().device_type != kDLCPU) return;
+  bool has_zero = false;
+  bool has_one = false;
+  for (std::int64_t i = 0; i < mask.numel(); ++i) {
+    const std::int64_t at = i / mask.size(1) * mask.stride(0) + i % mask.size(1) * mask.stride(1);
+    const double value = load_element(data_pointer(mask), at, mask.dtype());
+    if (value != 0 && value != 1) return;
+    (value == 0 ? has_zero : has_one) = true;
+  }
+  if (!has_zero || !has_one) return;
+  log(LogLevel::warning,
+      fmt::format("A mask of shape {} and dtype {} holds only 0 and 1: it is added to the logits and "
+                  "hides nothing. Give bool (true = attend) for a padding mask.",
+                  shape_name(mask), dtype_name(mask.dtype())));
+}
+
 const MaskDescription& described(const tvm::ffi::Optional<Tensor>& mask, std::once_flag& once,
                                  MaskDescription& description) {
   std::call_once(once, [&] {
-    if (mask.has_value()) description = describe(mask.value());
+    if (!mask.has_value()) return;
+    description = describe(mask.value());
+    warn_of_zeros_and_ones(mask.value());
   });
   return description;
 }

@@ -23,7 +23,6 @@ const char* needed_mask(MaskKind kind) {
   return nullptr;
 }
 
-
 std::string names(const std::vector<DLDataType>& dtypes) {
   std::vector<std::string> result;
   result.reserve(dtypes.size());

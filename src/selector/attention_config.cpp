@@ -75,7 +75,9 @@ std::optional<std::string> parse_name(const Json& name, const char* what) {
 
 // vLLM-Omni's keys for backends that are not here, or for FLASHINFER_ATTN.
 void parse_upstream_options(const Json& entry, AttentionSpec& spec) {
-  const auto given = [&](const char* key) { return entry.contains(key) && !entry[key].is_null(); };
+  const auto given = [&](const char* key) {
+    return entry.contains(key) && !entry[key].is_null() && entry[key] != Json(false);
+  };
   if (given("quant")) {
     if (spec.backend != "FLASHINFER_ATTN") {
       throw ConfigError(fmt::format(

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ditattn/metadata.hpp"
+#include "tests/unit/testing.hpp"
 
 namespace ditattn {
 namespace {
@@ -150,6 +151,27 @@ TEST(MaskDescription, ManyThreadsAtOnceSeeOneDescription) {
   }
   for (std::thread& thread : threads) thread.join();
   for (const MaskDescription* description : seen) EXPECT_EQ(description, seen[0]);
+}
+
+// A padding mask of numbers, as vLLM-Omni's SDPA takes it, would hide nothing here.
+TEST(MaskDescription, FloatsOfZeroAndOneAreWarnedAbout) {
+  const auto warnings = [](std::initializer_list<std::int64_t> shape, std::initializer_list<double> values) {
+    const testing::LogRecorder log;
+    Tensor mask = empty(shape, kFloat32);
+    std::int64_t i = 0;
+    for (const double value : values) store_element(mask.data_ptr(), i++, kFloat32, value);
+    const AttentionMetadata metadata({.attn_mask = mask});
+    metadata->mask_description();
+    metadata->mask_description();
+    return log.of(LogLevel::warning);
+  };
+  EXPECT_EQ(warnings({2, 3}, {1, 1, 0, 1, 0, 0}),
+            (std::vector<std::string>{"A mask of shape (2, 3) and dtype float32 holds only 0 and 1: it is added to the "
+                                      "logits and hides nothing. Give bool (true = attend) for a padding mask."}));
+  EXPECT_TRUE(warnings({2, 3}, {0, 0, 0, 0, 0, 0}).empty());
+  EXPECT_TRUE(warnings({2, 3}, {1, 1, 1, 1, 1, 1}).empty());
+  EXPECT_TRUE(warnings({2, 3}, {1, 1, 0, 1, 0, -1e9}).empty());
+  EXPECT_TRUE(warnings({1, 2, 3}, {1, 1, 0, 1, 0, 0}).empty());
 }
 
 }  // namespace

@@ -78,6 +78,12 @@ TEST(AttentionConfig, QuantGoesToFlashInfersOptions) {
   EXPECT_EQ(std::string(quant.at("dtype_qk").cast<tvm::ffi::String>()), "float16");
 }
 
+TEST(AttentionConfig, OtherBackendsOptionsMayBeSwitchedOff) {
+  EXPECT_EQ(default_of(AttentionConfig::from_json(
+                R"({"default": {"backend": "flash_attn", "block_sparse": false, "skip_softmax": null}})")),
+            "FLASH_ATTN");
+}
+
 struct Bad {
   const char* name;
   std::string json;
