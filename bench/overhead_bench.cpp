@@ -35,9 +35,9 @@ void flash_kernel_1_1_1_1_8(benchmark::State& state) {
   problem.out = out;
   problem.out_strides = strides;
   const Executor executor{.threads = num_threads(), .parallel_for = &parallel_for};
-  const CpuLevel level = detect_cpu_level();
+  const CpuUnits units{.level = detect_cpu_level()};
   for (auto _ : state) {
-    flash_attention(problem, executor, level);
+    flash_attention(problem, executor, units);
     benchmark::DoNotOptimize(out);
   }
 }

@@ -10,26 +10,37 @@
 namespace ditattn {
 
 using kernels::cpu::CpuLevel;
+using kernels::cpu::CpuUnits;
 
 namespace {
 
 constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
 
-// The best level of this CPU, or the one DITATTN_CPU_LEVEL names if the CPU has it. Decided once.
-CpuLevel choose_level() {
+// The best level of this CPU, or the one DITATTN_CPU_LEVEL names if the CPU has it; a level that is named is used
+// whole, whether that is faster or not.
+CpuUnits choose_cpu_units() {
   const CpuLevel best = kernels::cpu::detect_cpu_level();
   const char* wanted = std::getenv("DITATTN_CPU_LEVEL");
-  if (wanted == nullptr || *wanted == '\0') return best;
+  if (wanted == nullptr || *wanted == '\0') return kernels::cpu::choose_units(best, false);
   for (int level = 0; level <= static_cast<int>(best); ++level) {
-    if (std::strcmp(wanted, kernels::cpu::kCpuLevelNames[level]) == 0) return static_cast<CpuLevel>(level);
+    if (std::strcmp(wanted, kernels::cpu::kCpuLevelNames[level]) == 0) {
+      return kernels::cpu::choose_units(static_cast<CpuLevel>(level), true);
+    }
   }
   throw ValueError(fmt::format("DITATTN_CPU_LEVEL='{}' is not a level this CPU has: sse2 up to {}.", wanted,
                                kernels::cpu::kCpuLevelNames[static_cast<int>(best)]));
 }
 
-CpuLevel cpu_level() {
-  static const CpuLevel level = choose_level();
-  return level;
+CpuUnits cpu_units() {
+  static const CpuUnits units = choose_cpu_units();
+  return units;
+}
+
+std::string engine_name() {
+  const CpuUnits units = cpu_units();
+  const bool widened = units.level >= CpuLevel::avx512_bf16 && !units.bf16_dot;
+  return fmt::format("own tiled kernels, {}{}", kernels::cpu::kCpuLevelNames[static_cast<int>(units.level)],
+                     widened ? " (bfloat16 in float32, which is faster here)" : "");
 }
 
 class FlashAttentionImpl final : public AttentionImpl {
@@ -37,7 +48,7 @@ class FlashAttentionImpl final : public AttentionImpl {
   using AttentionImpl::AttentionImpl;
   void run(const AttentionCall& call) const override {
     const CpuCall cpu = to_cpu_call(call, *this, kAlignment);
-    kernels::cpu::flash_attention(cpu.problem, cpu_executor(), cpu_level());
+    kernels::cpu::flash_attention(cpu.problem, cpu_executor(), cpu_units());
   }
 };
 
@@ -46,10 +57,7 @@ class FlashAttentionImpl final : public AttentionImpl {
 /// FLASH_ATTN on the CPU: our own exact tiled kernels (README.md).
 class FlashAttentionBackend final : public AttentionBackend {
  public:
-  FlashAttentionBackend()
-      : capabilities_(cpu_capabilities(
-            fmt::format("own tiled kernels, {}", kernels::cpu::kCpuLevelNames[static_cast<int>(cpu_level())]),
-            kAlignment)) {}
+  FlashAttentionBackend() : capabilities_(cpu_capabilities(engine_name(), kAlignment)) {}
 
   [[nodiscard]] std::string get_name() const override { return "FLASH_ATTN"; }
   [[nodiscard]] const Capabilities& capabilities() const override { return capabilities_; }

@@ -8,7 +8,7 @@ CpuLevel detect_cpu_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return CpuLevel::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? CpuLevel::avx512_bf16 : CpuLevel::avx512;
   }
   return avx2 ? CpuLevel::avx2 : CpuLevel::sse2;  // every CPU with AVX2 has F16C
 }

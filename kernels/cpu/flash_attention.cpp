@@ -11,16 +11,17 @@
 namespace ditattn::kernels::cpu {
 namespace {
 
-const FlashKernel& kernel_for(CpuLevel level) {
-  switch (level) {
-    case CpuLevel::avx512:
-      return kFlashAvx512;
-    case CpuLevel::avx2:
-      return kFlashAvx2;
-    case CpuLevel::sse2:
-      break;
-  }
-  return kFlashSse2;
+const FlashKernel& f32_kernel(CpuLevel level) {
+  if (level >= CpuLevel::avx512) return kFlashAvx512;
+  return level == CpuLevel::avx2 ? kFlashAvx2 : kFlashSse2;
+}
+
+// Scales for which a bias divided by them keeps its precision; what is outside is no model's.
+bool is_plain(float scale) { return scale > 0x1p-60F && scale < 0x1p60F; }
+
+const FlashKernel& kernel_for(const AttentionProblem& problem, CpuUnits units) {
+  const bool dot = units.bf16_dot && problem.type == ElementType::bfloat16 && is_plain(problem.scale);
+  return dot ? kFlashAvx512Bf16 : f32_kernel(units.level);
 }
 
 // Grows and is kept by the calling thread, so that a repeated shape allocates nothing.
@@ -42,6 +43,7 @@ struct Run {
   const AttentionProblem& problem;
   const FlashKernel& kernel;
   std::int64_t rows_per_head;
+  std::int64_t tile_rows;
   std::int64_t tiles_per_head;
   std::int64_t tiles;
   float* scratch;
@@ -51,23 +53,43 @@ struct Run {
   void work(std::int64_t slot) {
     for (std::int64_t i = next++; i < tiles; i = next++) {
       const std::int64_t head = i / tiles_per_head;
-      const std::int64_t first_row = i % tiles_per_head * kTileRows;
+      const std::int64_t first_row = i % tiles_per_head * tile_rows;
       kernel.run(problem,
                  {.batch = head / problem.kv_heads,
                   .kv_head = head % problem.kv_heads,
                   .first_row = first_row,
-                  .rows = static_cast<int>(std::min<std::int64_t>(kTileRows, rows_per_head - first_row))},
+                  .rows = static_cast<int>(std::min<std::int64_t>(tile_rows, rows_per_head - first_row))},
                  scratch + slot * scratch_per_slot);
     }
   }
 };
 
+// Rows of a tile: as many as leave its arrays and a block of K and V within half a megabyte, so that they stay in the
+// second cache, but few enough that every thread gets some tiles. Results do not depend on it.
+std::int64_t choose_tile_rows(const AttentionProblem& problem, std::int64_t rows_per_head, int threads) {
+  constexpr std::int64_t kCacheBytes = 512 << 10;
+  constexpr std::int64_t kTilesPerThread = 4;
+  std::int64_t rows = kTileRows;
+  const auto bytes = [&] { return 8 * (rows + kTileKeys) * problem.head_size; };
+  const auto tiles = [&] { return problem.batch * problem.kv_heads * ((rows_per_head + rows - 1) / rows); };
+  while (rows > 128 && bytes() > kCacheBytes) rows /= 2;
+  while (rows > 64 && tiles() < kTilesPerThread * threads) rows /= 2;
+  return rows;
+}
+
 }  // namespace
 
-void flash_attention(const AttentionProblem& problem, const Executor& executor, CpuLevel level) {
-  const FlashKernel& kernel = kernel_for(level);
+CpuUnits choose_units(CpuLevel level, bool always) {
+  if (level < CpuLevel::avx512_bf16) return {.level = level};
+  const bool faster = always || kFlashAvx512Bf16.multiply_rate() > 1.2 * kFlashAvx512.multiply_rate();
+  return {.level = level, .bf16_dot = faster};
+}
+
+void flash_attention(const AttentionProblem& problem, const Executor& executor, CpuUnits units) {
+  const FlashKernel& kernel = kernel_for(problem, units);
   const std::int64_t rows_per_head = problem.heads / problem.kv_heads * problem.rows;
-  const std::int64_t tiles_per_head = (rows_per_head + kTileRows - 1) / kTileRows;
+  const std::int64_t tile_rows = choose_tile_rows(problem, rows_per_head, executor.threads);
+  const std::int64_t tiles_per_head = (rows_per_head + tile_rows - 1) / tile_rows;
   const std::int64_t tiles = problem.batch * problem.kv_heads * tiles_per_head;
   const std::int64_t slots = std::min<std::int64_t>(executor.threads, tiles);
   const bool has_mask = problem.key_segments[0].mask.data != nullptr || problem.key_segments[1].mask.data != nullptr;
@@ -75,6 +97,7 @@ void flash_attention(const AttentionProblem& problem, const Executor& executor, 
   Run run{.problem = problem,
           .kernel = kernel,
           .rows_per_head = rows_per_head,
+          .tile_rows = tile_rows,
           .tiles_per_head = tiles_per_head,
           .tiles = tiles,
           .scratch = thread_scratch(static_cast<std::size_t>(slots * per_slot)),

@@ -30,6 +30,7 @@ struct Simd {
   static Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
   }
+  static bool any_not_equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ)) != 0; }
   static bool any_nan(Vec v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
 
   static Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -44,6 +45,27 @@ struct Simd {
   }
   static Vec load_f16(const std::uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  /// Transposes kWidth vectors in place.
+  static void transpose(Vec (&rows)[kWidth]) {
+    Vec pairs[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    Vec quads[8];  // quads[4 i + j]: column j of rows 4 i to 4 i + 3 in the lower half, column 4 + j in the upper
+    for (int i = 0; i < 8; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        const __m256d low = _mm256_castps_pd(pairs[i + j]);
+        const __m256d high = _mm256_castps_pd(pairs[i + 2 + j]);
+        quads[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+        quads[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      rows[j] = _mm256_permute2f128_ps(quads[j], quads[4 + j], 0x20);
+      rows[4 + j] = _mm256_permute2f128_ps(quads[j], quads[4 + j], 0x31);
+    }
   }
 };
 

@@ -32,6 +32,7 @@ struct Simd {
   static Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
   }
+  static bool any_not_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ) != 0; }
   static bool any_nan(Vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 
   static Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -43,6 +44,33 @@ struct Simd {
   }
   static Vec load_f16(const std::uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  /// Transposes kWidth vectors in place.
+  static void transpose(Vec (&rows)[kWidth]) {
+    Vec pairs[16];
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    Vec quads[16];  // quads[4 i + j]: columns j, 4 + j, 8 + j, 12 + j of rows 4 i to 4 i + 3
+    for (int i = 0; i < 16; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        const __m512d low = _mm512_castps_pd(pairs[i + j]);
+        const __m512d high = _mm512_castps_pd(pairs[i + 2 + j]);
+        quads[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+        quads[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      const Vec even_top = _mm512_shuffle_f32x4(quads[j], quads[4 + j], 0x88);  // columns j and 8 + j of rows 0 to 7
+      const Vec odd_top = _mm512_shuffle_f32x4(quads[j], quads[4 + j], 0xDD);   // columns 4 + j and 12 + j
+      const Vec even_bottom = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0x88);
+      const Vec odd_bottom = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0xDD);
+      rows[j] = _mm512_shuffle_f32x4(even_top, even_bottom, 0x88);
+      rows[8 + j] = _mm512_shuffle_f32x4(even_top, even_bottom, 0xDD);
+      rows[4 + j] = _mm512_shuffle_f32x4(odd_top, odd_bottom, 0x88);
+      rows[12 + j] = _mm512_shuffle_f32x4(odd_top, odd_bottom, 0xDD);
+    }
   }
 };
 

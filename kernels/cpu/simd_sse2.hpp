@@ -29,6 +29,7 @@ struct Simd {
   /// a < b ? x : y; y where either is NaN.
   static Vec select_less(Vec a, Vec b, Vec x, Vec y) { return select(_mm_cmplt_ps(a, b), x, y); }
   static Vec select_equal(Vec a, Vec b, Vec x, Vec y) { return select(_mm_cmpeq_ps(a, b), x, y); }
+  static bool any_not_equal(Vec a, Vec b) { return _mm_movemask_ps(_mm_cmpneq_ps(a, b)) != 0; }
   static bool any_nan(Vec v) { return _mm_movemask_ps(_mm_cmpunord_ps(v, v)) != 0; }
 
   /// Nearest whole number, |v| < 2²²: adding 1.5 · 2²³ leaves it in the low bits.
@@ -55,6 +56,8 @@ struct Simd {
         _mm_and_si128(_mm_cmpgt_epi32(magnitude, _mm_set1_epi32(0x7BFF)), _mm_set1_epi32(0x7F800000));
     return _mm_castsi128_ps(_mm_or_si128(_mm_or_si128(rebased, special), sign));
   }
+  /// Transposes kWidth vectors in place.
+  static void transpose(Vec (&rows)[kWidth]) { _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]); }
 
  private:
   static Vec select(Vec mask, Vec x, Vec y) { return _mm_or_ps(_mm_and_ps(mask, x), _mm_andnot_ps(mask, y)); }
