@@ -3,7 +3,7 @@ PRESET ?= release
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full sanitize bench format lint install clean
+.PHONY: help setup configure build programs demo test test-full sanitize bench bench-peers format lint install clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ sanitize: setup ## Unit and plug-in tests under the address, undefined-behaviour
 
 bench: build ## Library overhead and CPU back ends on model shapes
 	@$(BUILD)/bin/ditattn_bench --benchmark_min_time=0.2
+
+bench-peers: build ## CPU attention beside PyTorch, OpenVINO and ONNX Runtime (downloads them; an hour)
+	@scripts/bench_peers.sh $(BUILD)
 
 format: ## Format all C++
 	@scripts/setup.sh lint

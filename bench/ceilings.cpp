@@ -1,0 +1,60 @@
+// What the CPU's units can do: the rate of the kernels' own inner products on data in the first cache, in GFLOP/s over
+// all threads, as JSON. Usage: ditattn_ceilings [THREADS]
+
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "kernels/cpu/cpu_level.hpp"
+#include "kernels/cpu/flash_tile.hpp"
+
+namespace {
+
+using namespace ditattn::kernels::cpu;
+
+double ticks_per_second() {
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  const auto ticks = __builtin_ia32_rdtsc();
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  return static_cast<double>(__builtin_ia32_rdtsc() - ticks) /
+         std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+double gflops(const FlashKernel& kernel, int threads) {
+  std::vector<double> rates(static_cast<std::size_t>(threads));
+  std::vector<std::thread> workers;
+  for (double& rate : rates) {
+    workers.emplace_back([&] {
+      for (int i = 0; i < 200; ++i) rate = std::max(rate, kernel.multiply_rate());
+    });
+  }
+  double sum = 0;
+  for (std::size_t i = 0; i < workers.size(); ++i) {
+    workers[i].join();
+    sum += rates[i];
+  }
+  return 2e-9 * sum * ticks_per_second();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
+  if (threads < 1 || threads > 1024) {
+    fmt::print(stderr, "ditattn_ceilings: '{}' is not a number of threads from 1 to 1024.\n", argv[1]);
+    return 2;
+  }
+  const CpuLevel level = detect_cpu_level();
+  std::string text = fmt::format("\"sse2 float32\": {:.1f}", gflops(kFlashSse2, threads));
+  const auto add = [&](CpuLevel needed, const char* name, const FlashKernel& kernel) {
+    if (level >= needed) text += fmt::format(", \"{}\": {:.1f}", name, gflops(kernel, threads));
+  };
+  add(CpuLevel::avx2, "avx2 float32", kFlashAvx2);
+  add(CpuLevel::avx512, "avx512 float32", kFlashAvx512);
+  add(CpuLevel::avx512_bf16, "avx512_bf16 bfloat16", kFlashAvx512Bf16);
+  fmt::print("{{{}}}\n", text);
+}
