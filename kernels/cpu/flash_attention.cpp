@@ -16,11 +16,9 @@ const FlashKernel& f32_kernel(CpuLevel level) {
   return level == CpuLevel::avx2 ? kFlashAvx2 : kFlashSse2;
 }
 
-// Scales for which a bias divided by them keeps its precision; what is outside is no model's.
-bool is_plain(float scale) { return scale > 0x1p-60F && scale < 0x1p60F; }
-
 const FlashKernel& kernel_for(const AttentionProblem& problem, CpuUnits units) {
-  const bool dot = units.bf16_dot && problem.type == ElementType::bfloat16 && is_plain(problem.scale);
+  // The largest product is the largest logit only where the scale is positive.
+  const bool dot = units.bf16_dot && problem.type == ElementType::bfloat16 && problem.scale > 0;
   return dot ? kFlashAvx512Bf16 : f32_kernel(units.level);
 }
 

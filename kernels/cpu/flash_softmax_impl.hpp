@@ -14,15 +14,17 @@ Vec exp2_negative(Vec x) {
   return Simd::select_less(x, lowest, Simd::set1(0), Simd::scale_by_power(p, n));
 }
 
-// Hides what the mask and the ranges hide in one panel of logits. Selects rather than adds: a hidden NaN must go.
-void hide(float* logits, const float* bias, const float* first, const float* limit, int keys) {
+// Scales one panel of logits by `unit`, adds the mask, and hides what the mask and the ranges hide. Selects rather than
+// adds: a hidden NaN must go.
+void hide(float* logits, float unit, const float* bias, const float* first, const float* limit, int keys) {
   const Vec hidden = Simd::set1(-kInfinity);
+  const Vec scale = Simd::set1(unit);
   for (int v = 0; v < kLanes; v += Simd::kWidth) {
     const Vec seen_from = Simd::load(first + v);
     const Vec seen_to = Simd::load(limit + v);
     for (int key = 0; key < keys; ++key) {
       float* at = logits + key * kLanes + v;
-      Vec s = Simd::load(at);
+      Vec s = Operands::kQueryIsScaled ? Simd::load(at) : Simd::mul(Simd::load(at), scale);
       if (bias != nullptr) {
         const Vec b = Simd::load(bias + key * kLanes + v);
         s = Simd::select_equal(b, hidden, hidden, Simd::add(s, b));
@@ -34,30 +36,37 @@ void hide(float* logits, const float* bias, const float* first, const float* lim
   }
 }
 
-// One panel of logits, in units of `unit`, to probabilities relative to the new maximum, packed as operands; updates
-// max and sum, leaves rescale.
+// One panel of logits, which are to be multiplied by `unit`, to probabilities relative to the new maximum, packed as
+// operands; updates max and sum, leaves rescale.
 void softmax(float* logits, float unit, float* max, float* sum, float* rescale, int keys) {
   const Vec hidden = Simd::set1(-kInfinity);
   const Vec zero = Simd::set1(0);
-  const Vec factor = Simd::set1(unit * 1.44269504F);  // e^x = 2^(x · log2 e)
+  const Vec log2_e = Simd::set1(1.44269504F);  // e^x = 2^(x · log2 e)
+  const Vec scale = Simd::set1(unit);
   for (int v = 0; v < kLanes; v += Simd::kWidth) {
     const Vec old_max = Simd::load(max + v);
-    Vec new_max = old_max;
-    for (int key = 0; key < keys; ++key) new_max = Simd::max(new_max, Simd::load(logits + key * kLanes + v));
+    Vec block_max = hidden;
+    for (int key = 0; key < keys; ++key) block_max = Simd::max(block_max, Simd::load(logits + key * kLanes + v));
+    const Vec new_max = Simd::max(old_max, Operands::kQueryIsScaled ? block_max : Simd::mul(block_max, scale));
     // A row that has seen no key yet: subtract 0, so that −∞ gives e^−∞ = 0 and not NaN.
     const Vec subtract = Simd::select_equal(new_max, hidden, zero, new_max);
-    const auto power = [&](Vec x) { return exp2_negative(Simd::mul(Simd::sub(x, subtract), factor)); };
+    const Vec add = Simd::sub(zero, subtract);
     Vec total = zero;
     for (int key = 0; key < keys; key += Operands::kPack) {
       Vec p[Operands::kPack];
 #pragma GCC unroll 2
       for (int i = 0; i < Operands::kPack; ++i) {
-        p[i] = key + i < keys ? power(Simd::load(logits + (key + i) * kLanes + v)) : zero;
+        p[i] = zero;
+        if (key + i >= keys) continue;
+        const Vec s = Simd::load(logits + (key + i) * kLanes + v);
+        // Rounded twice, as where `hide` has scaled it: a row's bits must not depend on its neighbours' masks.
+        const Vec scaled = Operands::kQueryIsScaled ? s : Simd::mul(s, scale);
+        p[i] = exp2_negative(Simd::mul(Simd::add(scaled, add), log2_e));
         total = Simd::add(total, p[i]);
       }
       Operands::store_packed(logits + key / Operands::kPack * kLanes + v, p);
     }
-    const Vec shrink = power(old_max);
+    const Vec shrink = exp2_negative(Simd::mul(Simd::add(old_max, add), log2_e));
     Simd::store(rescale + v, shrink);
     Simd::store(sum + v, Simd::fma(Simd::load(sum + v), shrink, total));
     Simd::store(max + v, new_max);

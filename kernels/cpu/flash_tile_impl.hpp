@@ -174,7 +174,7 @@ void load_query(const AttentionProblem& problem, const FlashTile& tile, const Wo
   }
 }
 
-// What a logit is in: the scale, where Q does not have it already.
+// What products of Q and K are to be multiplied by: the scale, where Q does not have it already.
 float logit_unit(const AttentionProblem& problem) { return Operands::kQueryIsScaled ? 1 : problem.scale; }
 
 // Keys of a mask's row as what is added to logits.
@@ -188,14 +188,6 @@ void load_mask_row(const Mask& mask, std::int64_t first, int keys, float* destin
   }
 }
 
-// Into the logits' unit; what is finite stays so, as a mask of the lowest number must.
-float to_unit(float bias, float inverse_unit) {
-  const float scaled = bias * inverse_unit;
-  constexpr float kLargest = 3.40282347e38F;
-  if (bias >= -kLargest && scaled < -kLargest) return -kLargest;
-  return bias <= kLargest && scaled > kLargest ? kLargest : scaled;
-}
-
 // What a row group sees of a block.
 enum class Sees : std::uint8_t { nothing, some, all };
 
@@ -204,11 +196,10 @@ Sees both(Sees a, Sees b) { return a < b ? a : b; }
 // A panel's mask of a block. `some` also where it adds something.
 Sees load_bias(const AttentionProblem& problem, const FlashTile& tile, const Workspace& w, int panel, const Mask& mask,
                std::int64_t first_key, int keys) {
-  const float inverse_unit = Operands::kQueryIsScaled ? 1 : 1 / problem.scale;
   const int first_row = panel * kLanes;
   const Vec hidden = Simd::set1(-kInfinity);
   const Vec zero = Simd::set1(0);
-  Vec seen = hidden;     // the largest: −∞ if all is hidden
+  Vec seen = hidden;     // 0 if something is not hidden
   Vec different = zero;  // not 0 if something is added or hidden
   for (int first = first_row; first < first_row + kLanes; first += Simd::kWidth) {
     for (int i = 0; i < Simd::kWidth; ++i) {
@@ -218,9 +209,6 @@ Sees load_bias(const AttentionProblem& problem, const FlashTile& tile, const Wor
       if (position.token >= 0 && position.token < mask.rows) {
         const std::int64_t start = offset_of(mask.strides, tile.batch, position) + first_key * mask.key_stride;
         load_mask_row(mask, start, keys, row);
-        if (!Operands::kQueryIsScaled) {
-          for (int key = 0; key < keys; ++key) row[key] = to_unit(row[key], inverse_unit);
-        }
       } else {
         std::memset(row, 0, sizeof(float) * kTileKeys);
       }
@@ -229,7 +217,7 @@ Sees load_bias(const AttentionProblem& problem, const FlashTile& tile, const Wor
     rows_to_lanes(w.rows, w.row_pitch, keys, lanes);
     for (int key = 0; key < keys; ++key) {
       const Vec b = Simd::load(lanes + key * kLanes);
-      seen = Simd::max(seen, b);
+      seen = Simd::select_equal(b, hidden, seen, zero);
       different = Simd::select_equal(b, zero, different, Simd::set1(1));
     }
   }
@@ -284,7 +272,7 @@ void store_out(const AttentionProblem& problem, const FlashTile& tile, const Wor
       store_row(w.rows + (row - first) * w.row_pitch, problem.type, problem.head_size, const_cast<char*>(target));
       if (problem.lse == nullptr) continue;
       problem.lse[offset_of(problem.lse_strides, tile.batch, position)] =
-          w.sum[row] == 0 ? -kInfinity : w.max[row] * logit_unit(problem) + __builtin_logf(w.sum[row]);
+          w.sum[row] == 0 ? -kInfinity : w.max[row] + __builtin_logf(w.sum[row]);
     }
   }
 }
@@ -298,22 +286,37 @@ const char* key_row(const AttentionProblem& problem, const FlashTile& tile, cons
                          tile.batch * strides.batch + tile.kv_head * strides.head + key * strides.token);
 }
 
+// Which lanes of vector v see a key of the block: 1 or 0.
+Vec lanes_that_see(const Workspace& w, std::int64_t row, int v, int key, bool masked) {
+  const Vec zero = Simd::set1(0);
+  const Vec position = Simd::set1(static_cast<float>(key));
+  Vec seen = Simd::select_less(position, Simd::load(w.limit + row + v), Simd::set1(1), zero);
+  seen = Simd::select_less(position, Simd::load(w.first + row + v), zero, seen);
+  if (!masked) return seen;
+  return Simd::select_equal(Simd::load(w.bias + key * kLanes + v), Simd::set1(-kInfinity), zero, seen);
+}
+
 // Oᵀ += Vᵀ · Pᵀ for the panel at `row` where V has NaN or Inf and some positions are hidden: 0 · NaN must not happen
-// there. Slow and rare.
-void accumulate_visible(const AttentionProblem& problem, const Workspace& w, std::int64_t row, const char* value,
-                        std::int64_t stride, int keys, bool masked) {
-  float* out = w.out + row * problem.head_size;
-  for (std::int64_t d = 0; d < problem.head_size; ++d) {
-    for (int lane = 0; lane < kLanes; ++lane) out[d * kLanes + lane] *= w.rescale[row + lane];
-  }
-  for (int key = 0; key < keys; ++key) {
-    widen_row(element_pointer(value, problem.type, key * stride), problem.type, problem.head_size, w.rows);
-    const auto position = static_cast<float>(key);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (position < w.first[row + lane] || position >= w.limit[row + lane]) continue;
-      if (masked && w.bias[key * kLanes + lane] == -kInfinity) continue;
-      const float p = Operands::probability(w.logits, kLanes, key, lane);
-      for (std::int64_t d = 0; d < problem.head_size; ++d) out[d * kLanes + lane] += p * w.rows[d];
+// there, so V is zero in the lanes that do not see it. Otherwise the operations of `multiply` in its order, so that
+// results do not depend on which of the two ran. Slow and rare.
+void multiply_visible(const Workspace& w, std::int64_t row, float* out, int keys, std::int64_t depth, bool masked) {
+  for (int v = 0; v < kLanes; v += Simd::kWidth) {
+    const Vec rescale = Simd::load(w.rescale + row + v);
+    for (std::int64_t d = 0; d < depth; ++d) {
+      Simd::store(out + d * kLanes + v, Simd::mul(Simd::load(out + d * kLanes + v), rescale));
+    }
+    for (int unit = 0; unit < row_units(keys); ++unit) {
+      Vec seen[Operands::kPack];
+      for (int i = 0; i < Operands::kPack; ++i) {
+        const int key = unit * Operands::kPack + i;
+        seen[i] = key < keys ? lanes_that_see(w, row, v, key, masked) : Simd::set1(0);
+      }
+      const Vec p = Simd::load(w.logits + unit * kLanes + v);
+      for (std::int64_t d = 0; d < depth; ++d) {
+        float* sum = out + d * kLanes + v;
+        const Vec value = Operands::zero_unless(seen, Simd::set1(w.value[unit * w.pitch + d]));
+        Simd::store(sum, Operands::multiply_add(value, p, Simd::load(sum)));
+      }
     }
   }
 }
@@ -342,10 +345,12 @@ void attend_block(const AttentionProblem& problem, const FlashTile& tile, const 
 
   const int panels = used_lanes(tile) / kLanes;
   for (int panel = 0; panel < panels; ++panel) {
-    const int begin = next_keys * panel / panels;
-    const int end = next_keys * (panel + 1) / panels;
-    prefetch_rows(key + keys * key_stride * bytes, key_stride * bytes, begin, end, depth * bytes);
-    prefetch_rows(value + keys * value_stride * bytes, value_stride * bytes, begin, end, depth * bytes);
+    if (next_keys > 0) {
+      const int begin = next_keys * panel / panels;
+      const int end = next_keys * (panel + 1) / panels;
+      prefetch_rows(key + keys * key_stride * bytes, key_stride * bytes, begin, end, depth * bytes);
+      prefetch_rows(value + keys * value_stride * bytes, value_stride * bytes, begin, end, depth * bytes);
+    }
 
     Sees sees = panel_sees(w, panel, keys);
     bool masked = segment.mask.data != nullptr && sees != Sees::nothing;
@@ -357,12 +362,15 @@ void attend_block(const AttentionProblem& problem, const FlashTile& tile, const 
     if (sees == Sees::nothing) continue;
     const std::int64_t row = static_cast<std::int64_t>(panel) * kLanes;
     multiply(w.key, w.pitch, 1, w.query + row * w.units, nullptr, w.logits, keys, w.units);
-    if (sees == Sees::some) hide(w.logits, masked ? w.bias : nullptr, w.first + row, w.limit + row, keys);
-    softmax(w.logits, logit_unit(problem), w.max + row, w.sum + row, w.rescale + row, keys);
-    if (sees == Sees::some && !value_is_finite) {
-      accumulate_visible(problem, w, row, value, value_stride, keys, masked);
+    const bool hides = sees == Sees::some;
+    const float unit = logit_unit(problem);
+    if (hides) hide(w.logits, unit, masked ? w.bias : nullptr, w.first + row, w.limit + row, keys);
+    softmax(w.logits, hides ? 1 : unit, w.max + row, w.sum + row, w.rescale + row, keys);
+    float* out = w.out + row * depth;
+    if (hides && !value_is_finite) {
+      multiply_visible(w, row, out, keys, depth, masked);
     } else {
-      multiply(w.value, 1, w.pitch, w.logits, w.rescale + row, w.out + row * depth, depth, row_units(keys));
+      multiply(w.value, 1, w.pitch, w.logits, w.rescale + row, out, depth, row_units(keys));
     }
   }
 }

@@ -37,15 +37,16 @@ struct Operands {
     const __m512i exponent = _mm512_set1_epi16(0x7F80);
     __mmask32 special = 0;
     for (int row = 0; row < rows; row += 2) {
+      const bool has_odd = row + 1 < rows;
       const char* even = base + row * stride * 2;
-      const char* odd = even + stride * 2;
+      const char* odd = has_odd ? even + stride * 2 : even;
       float* to = units + row / 2 * pitch;
       for (std::int64_t i = 0; i < count; i += 16) {
         const __mmask16 lanes = count - i < 16 ? static_cast<__mmask16>((1U << (count - i)) - 1) : 0xFFFF;
         const auto load = [&](const char* from) {
           return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from + i * 2));
         };
-        const __m512i high = row + 1 < rows ? _mm512_slli_epi32(load(odd), 16) : _mm512_setzero_si512();
+        const __m512i high = has_odd ? _mm512_slli_epi32(load(odd), 16) : _mm512_setzero_si512();
         const __m512i pair = _mm512_or_si512(load(even), high);
         special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pair, exponent), exponent);
         _mm512_storeu_si512(to + i, pair);
@@ -61,9 +62,11 @@ struct Operands {
     const __m512i both = __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(p[1], p[0]));
     _mm512_storeu_si512(at, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both));
   }
-  static float probability(const float* units, int lanes, int key, int lane) {
-    const auto unit = __builtin_bit_cast(std::uint32_t, units[key / 2 * lanes + lane]);
-    return __builtin_bit_cast(float, key % 2 == 0 ? unit << 16 : unit & 0xFFFF0000U);
+  static Vec zero_unless(const Vec (&seen)[kPack], Vec units) {
+    const auto lanes = [](Vec x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ); };
+    const __m512i even = _mm512_maskz_set1_epi32(lanes(seen[0]), 0x0000FFFF);
+    const __m512i odd = _mm512_maskz_set1_epi32(lanes(seen[1]), static_cast<int>(0xFFFF0000));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(units), _mm512_or_si512(even, odd)));
   }
 
   /// As for float32, of degree 4: 2.7e-6 with rounding, where P is rounded to 2e-3 afterwards.

@@ -39,8 +39,11 @@ struct Operands {
   }
   /// kPack successive keys' probabilities as one vector of units.
   static void store_packed(float* at, const Vec (&p)[kPack]) { Simd::store(at, p[0]); }
-  /// Key `key`'s probability in lane `lane` of a panel of such units.
-  static float probability(const float* units, int lanes, int key, int lane) { return units[key * lanes + lane]; }
+  /// A vector of units with zero for each element i of the lanes in which seen[i] is 0.
+  static Vec zero_unless(const Vec (&seen)[kPack], Vec units) {
+    const Vec zero = Simd::set1(0);
+    return Simd::select_equal(seen[0], zero, zero, units);
+  }
 
   /// 2^r for |r| ≤ 1/2, least relative error among degree 5 with p(0) = 1: 8.1e-8, 1.6e-7 with rounding.
   static Vec exp2_fraction(Vec r) {
