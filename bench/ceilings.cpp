@@ -27,6 +27,7 @@ double ticks_per_second() {
 double gflops(const FlashKernel& kernel, int threads) {
   std::vector<double> rates(static_cast<std::size_t>(threads));
   std::vector<std::thread> workers;
+  workers.reserve(rates.size());
   for (double& rate : rates) {
     workers.emplace_back([&] {
       for (int i = 0; i < 200; ++i) rate = std::max(rate, kernel.multiply_rate());

@@ -65,13 +65,13 @@ struct Run {
 // Rows of a tile: as many as leave its arrays and a block of K and V within half a megabyte, so that they stay in the
 // second cache, but few enough that every thread gets some tiles. Results do not depend on it.
 std::int64_t choose_tile_rows(const AttentionProblem& problem, std::int64_t rows_per_head, int threads) {
-  constexpr std::int64_t kCacheBytes = 512 << 10;
-  constexpr std::int64_t kTilesPerThread = 4;
+  constexpr std::int64_t cache_bytes = 512 << 10;
+  constexpr std::int64_t tiles_per_thread = 4;
   std::int64_t rows = kTileRows;
   const auto bytes = [&] { return 8 * (rows + kTileKeys) * problem.head_size; };
   const auto tiles = [&] { return problem.batch * problem.kv_heads * ((rows_per_head + rows - 1) / rows); };
-  while (rows > 128 && bytes() > kCacheBytes) rows /= 2;
-  while (rows > 64 && tiles() < kTilesPerThread * threads) rows /= 2;
+  while (rows > 128 && bytes() > cache_bytes) rows /= 2;
+  while (rows > 64 && tiles() < tiles_per_thread * threads) rows /= 2;
   return rows;
 }
 

@@ -67,18 +67,18 @@ void multiply(const float* a, std::int64_t a_row, std::int64_t a_column, const f
 // Multiply-adds of one element per tick of the time-stamp counter, on data in the first cache: the best of a few runs
 // of some ten thousand ticks, which an interrupt rarely meets all. For ratios between units of one CPU.
 double multiply_rate() {
-  constexpr int kDepth = 64;
-  alignas(64) float a[6 * kDepth] = {};
-  alignas(64) float b[kDepth * kLanes] = {};
+  constexpr int depth = 64;
+  alignas(64) float a[6 * depth] = {};
+  alignas(64) float b[depth * kLanes] = {};
   alignas(64) float c[6 * kLanes] = {};
   double best = 0;
   for (int run = 0; run < 12; ++run) {
-    constexpr int kCalls = 16;
+    constexpr int calls = 16;
     const auto start = static_cast<double>(__builtin_ia32_rdtsc());
-    for (int call = 0; call < kCalls; ++call) multiply_rows<6>(a, kDepth, 1, b, nullptr, c, kDepth);
+    for (int call = 0; call < calls; ++call) multiply_rows<6>(a, depth, 1, b, nullptr, c, depth);
     asm volatile("" : : "r"(c) : "memory");
     const double ticks = static_cast<double>(__builtin_ia32_rdtsc()) - start;
-    const double rate = 6.0 * kLanes * kDepth * Operands::kPack * kCalls / ticks;
+    const double rate = 6.0 * kLanes * depth * Operands::kPack * calls / ticks;
     best = rate > best ? rate : best;
   }
   return best;

@@ -56,11 +56,11 @@ struct Operands {
   }
 
   static void store_packed(float* at, const Vec (&p)[kPack]) {
-    alignas(64) static constexpr std::uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                                  21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                                  11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static constexpr std::uint16_t interleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                                 21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                                 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i both = __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(p[1], p[0]));
-    _mm512_storeu_si512(at, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both));
+    _mm512_storeu_si512(at, _mm512_permutexvar_epi16(_mm512_load_si512(interleave), both));
   }
   static Vec zero_unless(const Vec (&seen)[kPack], Vec units) {
     const auto lanes = [](Vec x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ); };

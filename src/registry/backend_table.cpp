@@ -17,12 +17,6 @@ using tvm::ffi::Map;
 using tvm::ffi::Optional;
 using tvm::ffi::String;
 
-Array<String> to_array(const std::vector<std::string>& texts) {
-  Array<String> result;
-  for (const std::string& text : texts) result.push_back(String(text));
-  return result;
-}
-
 template <class T>
 std::optional<T> from_optional(const Optional<T>& value) {
   return value.has_value() ? std::optional<T>(value.value()) : std::nullopt;

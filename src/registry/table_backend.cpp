@@ -18,12 +18,6 @@ using tvm::ffi::Optional;
 using tvm::ffi::String;
 using Table = Map<String, Any>;
 
-Array<String> to_array(const std::vector<std::string>& texts) {
-  Array<String> result;
-  for (const std::string& text : texts) result.push_back(String(text));
-  return result;
-}
-
 std::vector<std::string> from_array(const Array<String>& array) { return {array.begin(), array.end()}; }
 
 template <class T>
@@ -111,6 +105,12 @@ class TableBackend final : public AttentionBackend {
 };
 
 }  // namespace
+
+Array<String> to_array(const std::vector<std::string>& texts) {
+  Array<String> result;
+  for (const std::string& text : texts) result.push_back(String(text));
+  return result;
+}
 
 BackendClass backend_from_table(const Any& table, const std::string& origin) {
   const auto functions = table.as<Table>();

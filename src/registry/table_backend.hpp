@@ -1,6 +1,7 @@
 #pragma once
 
 #include <tvm/ffi/any.h>
+#include <tvm/ffi/container/array.h>
 
 #include <string>
 
@@ -25,6 +26,9 @@ inline void set_problem_features(Problem& p, std::int64_t features) {
   p.spans = (features & 16) != 0;
   p.fp8_kv = (features & 32) != 0;
 }
+
+/// Texts as they cross the table.
+tvm::ffi::Array<tvm::ffi::String> to_array(const std::vector<std::string>& texts);
 
 /// Capabilities as they cross the table, and back.
 tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any> capabilities_to_map(const Capabilities& can);

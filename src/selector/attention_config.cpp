@@ -137,7 +137,7 @@ void parse_role(const std::string& role, const Json& entry, std::map<std::string
   }
   if (entry.is_object() && entry.empty()) throw ConfigError(fmt::format("Empty per_role entry for role '{}'", role));
   if (entry.is_object() && !has_spec_key(entry)) {
-    for (const auto& [key, value] : entry.items()) parse_role(role + "." + key, value, per_role);
+    for (const auto& [key, value] : entry.items()) parse_role(fmt::format("{}.{}", role, key), value, per_role);
     return;
   }
   if (entry.is_object() &&

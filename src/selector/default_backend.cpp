@@ -141,12 +141,12 @@ BackendClass default_backend(const std::vector<Candidate>& candidates) {
   if (candidates.size() == 1) return candidates.front().backend;
   static std::mutex mutex;
   static auto& made = *new std::deque<std::shared_ptr<const DefaultBackend>>;
-  constexpr std::size_t kKept = 64;  // registrations that change for ever must not fill memory
+  constexpr std::size_t most_kept = 64;  // registrations that change for ever must not fill memory
   std::lock_guard lock(mutex);
   for (const auto& known : made) {
     if (known->candidates() == candidates) return known;
   }
-  if (made.size() == kKept) made.pop_front();
+  if (made.size() == most_kept) made.pop_front();
   return made.emplace_back(std::make_shared<const DefaultBackend>(candidates));
 }
 

@@ -29,10 +29,10 @@ struct Request {
 void log_once(const std::string& text) {
   static std::mutex mutex;
   static auto& logged = *new std::set<std::string>;
-  constexpr std::size_t kKept = 4096;  // then they come again
+  constexpr std::size_t most_kept = 4096;  // then they come again
   {
     std::lock_guard lock(mutex);
-    if (logged.size() == kKept) logged.clear();
+    if (logged.size() == most_kept) logged.clear();
     if (!logged.insert(text).second) return;
   }
   log(LogLevel::info, text);
