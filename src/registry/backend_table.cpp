@@ -11,7 +11,6 @@ namespace ditattn {
 namespace {
 
 using tvm::ffi::Any;
-using tvm::ffi::Array;
 using tvm::ffi::Function;
 using tvm::ffi::Map;
 using tvm::ffi::Optional;

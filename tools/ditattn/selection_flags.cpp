@@ -34,7 +34,7 @@ AttentionConfig parse_selection(const SelectionFlags& flags) {
     const std::size_t equals = setting.find('=');
     attention.settings.emplace_back(setting.substr(0, equals), setting.substr(equals + 1));
   }
-  const AttentionConfig config = config_from_flags(attention);
+  AttentionConfig config = config_from_flags(attention);
   if (config.default_spec) parse_member(config.default_spec->backend);
   for (const auto& [role, spec] : config.per_role) parse_member(spec.backend);
   const auto name = environment(Env::DIFFUSION_ATTENTION_BACKEND);
