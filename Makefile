@@ -36,7 +36,7 @@ sanitize: setup ## Unit and plug-in tests under the address, undefined-behaviour
 bench: build ## Library overhead and CPU back ends on model shapes
 	@$(BUILD)/bin/ditattn_bench --benchmark_min_time=0.2
 
-bench-peers: build ## CPU attention beside PyTorch, OpenVINO and ONNX Runtime (downloads them; an hour)
+bench-peers: build ## CPU attention beside PyTorch, OpenVINO and ONNX Runtime (downloads them)
 	@scripts/bench_peers.sh $(BUILD)
 
 format: ## Format all C++

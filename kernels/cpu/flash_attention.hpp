@@ -12,7 +12,7 @@ struct CpuUnits {
 };
 
 /// The units for a level: the bfloat16 dot product where the level has it and, unless `always`, where it multiplies at
-/// least 1.2 times as fast as float32, measured now (half a millisecond): there are CPUs where it runs at half the
+/// least 1.2 times as fast as float32, measured now (0.2 ms): there are CPUs where it runs at half the
 /// rate.
 CpuUnits choose_units(CpuLevel level, bool always);
 

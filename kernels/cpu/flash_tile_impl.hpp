@@ -322,7 +322,7 @@ void multiply_visible(const Workspace& w, std::int64_t row, float* out, int keys
 }
 
 // Asks for rows [begin, end) of a block that will be needed next: rows lie far apart, which no hardware prefetcher
-// follows. Without it, loading K and V took 16 % of a float32 call of 1,024 tokens (Zen 4).
+// follows. Worth 6 % of 1,4,4096,4096,128 in float32 on one thread (Zen 4), 4 % in bfloat16.
 void prefetch_rows(const char* block, std::int64_t stride_bytes, int begin, int end, std::int64_t row_bytes) {
   for (int row = begin; row < end; ++row) {
     const char* start = block + row * stride_bytes;

@@ -69,7 +69,7 @@ struct Operands {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(units), _mm512_or_si512(even, odd)));
   }
 
-  /// As for float32, of degree 4: 2.7e-6 with rounding, where P is rounded to 2e-3 afterwards.
+  /// As for float32, of degree 4: 2.9e-6 with rounding, where P is rounded to 2e-3 afterwards.
   static Vec exp2_fraction(Vec r) {
     Vec p = Simd::set1(0.009585382F);
     p = Simd::fma(p, r, Simd::set1(0.055906627F));

@@ -157,9 +157,9 @@ def _end() -> None:
     set_log_handler(None)
 
 
-def library_directory() -> Path:
+def library_folder() -> Path:
     """The folder that libditattn.so was loaded from."""
-    return Path(function("library_directory")())
+    return Path(function("library_folder")())
 
 
 def plain(value: Any) -> Any:
