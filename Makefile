@@ -3,7 +3,7 @@ PRESET ?= release
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full sanitize bench bench-peers format lint install clean
+.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers format lint install clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,8 +33,8 @@ test-full: build ## Conformance over the full product of all values (hours; prin
 sanitize: setup ## Unit and plug-in tests under the address, undefined-behaviour and thread sanitizers
 	@scripts/sanitize.sh
 
-bench: build ## Library overhead and CPU back ends on model shapes
-	@$(BUILD)/bin/ditattn_bench --benchmark_min_time=0.2
+bench-cpu: build ## Library overhead and CPU back ends on model shapes (FILTER=regular expression)
+	@$(BUILD)/bin/ditattn_bench --benchmark_min_time=0.2 --benchmark_filter='$(or $(FILTER),.)'
 
 bench-peers: build ## CPU attention beside PyTorch, OpenVINO and ONNX Runtime (downloads them)
 	@scripts/bench_peers.sh $(BUILD)
