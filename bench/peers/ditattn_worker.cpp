@@ -1,19 +1,22 @@
 // ditattn as a worker of the comparison with other libraries (README.md has the protocol): reads commands from stdin,
-// answers on stdout. A configuration is a backend and a dtype, "FLASH_ATTN-fp32".
+// answers on stdout. A configuration is a member, a variant unless dense, and a dtype: "FLASH_ATTN-causal-fp32".
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <iostream>
 #include <map>
 #include <sstream>
 
+#include "bench/variants.hpp"
 #include "ditattn/ditattn.hpp"
 
 namespace {
 
 using namespace ditattn;
+using bench::Variant;
 
 const std::map<std::string, DLDataType> kDtypes = {{"fp32", kFloat32}, {"fp16", kFloat16}, {"bf16", kBFloat16}};
 
@@ -35,27 +38,62 @@ Tensor read_tensor(std::istream& stream, std::int64_t b, std::int64_t h, std::in
   return tensor;
 }
 
+struct Configuration {
+  DiffusionAttentionBackendEnum member;
+  Variant variant;
+  std::string dtype;
+
+  [[nodiscard]] std::string name() const {
+    return variant.causal || variant.padded ? fmt::format("{}-{}-{}", member.name(), variant.name, dtype)
+                                            : fmt::format("{}-{}", member.name(), dtype);
+  }
+};
+
+// What can be timed on this machine, asked for a head size that all have; a shape's own may then be refused when run.
+// TORCH_SDPA is left out: its native engine is written to be exact, not fast.
+std::vector<Configuration> configurations() {
+  std::vector<Configuration> all;
+  for (const DiffusionAttentionBackendEnum member : DiffusionAttentionBackendEnum::members()) {
+    if (member == DiffusionAttentionBackendEnum::TORCH_SDPA) continue;
+    for (const Variant& variant : bench::kVariants) {
+      for (const auto& [name, dtype] : kDtypes) {
+        if (can_run(member, variant, {.head_size = 64, .dtype = dtype})) all.push_back({member, variant, name});
+      }
+    }
+  }
+  return all;
+}
+
+// Everything stays until the next `load`: rounds go from one configuration to the next.
 class Worker {
  public:
+  [[nodiscard]] std::string ready() const {
+    std::string text = "ready";
+    for (const Configuration& configuration : configurations_) text += " " + configuration.name();
+    return text;
+  }
+
   void load(std::istream& arguments) {
     arguments >> path_ >> b_ >> h_ >> sq_ >> skv_ >> d_;
-    config_.clear();
+    layers_.clear();
+    inputs_.clear();
   }
 
   // Seconds per call and the number of calls.
   std::string run(std::istream& arguments) {
-    std::string config;
+    std::string name;
     int threads = 0;
     double min_seconds = 0;
-    arguments >> config >> threads >> min_seconds;
+    arguments >> name >> threads >> min_seconds;
     set_num_threads(threads);
-    if (config != config_) prepare(config);
+    if (!layers_.contains(name)) prepare(name);
+    const Layer& layer = layers_.at(name);
     using Clock = std::chrono::steady_clock;
     const auto start = Clock::now();
     std::int64_t calls = 0;
     double seconds = 0;
     do {
-      call();
+      layer.call();
       ++calls;
       seconds = std::chrono::duration<double>(Clock::now() - start).count();
     } while (seconds < min_seconds);
@@ -63,64 +101,77 @@ class Worker {
   }
 
   void write_output(std::istream& arguments) const {
-    std::string config;
+    std::string name;
     std::string path;
-    arguments >> config >> path;
+    arguments >> name >> path;
+    const Tensor& out = layers_.at(name).out;
     std::ofstream stream(path, std::ios::binary);
-    for (std::int64_t i = 0; i < out_.numel(); ++i) {
+    for (std::int64_t i = 0; i < out.numel(); ++i) {
       const std::int64_t x = i % d_;
       const std::int64_t token = i / d_ % sq_;
       const std::int64_t head = i / d_ / sq_ % h_;
       const std::int64_t batch = i / d_ / sq_ / h_;
       const auto value =
-          static_cast<float>(load_element(out_.data_ptr(), ((batch * sq_ + token) * h_ + head) * d_ + x, out_.dtype()));
+          static_cast<float>(load_element(out.data_ptr(), ((batch * sq_ + token) * h_ + head) * d_ + x, out.dtype()));
       stream.write(reinterpret_cast<const char*>(&value), sizeof value);
     }
   }
 
  private:
-  void prepare(const std::string& config) {
-    const std::size_t dash = config.find('-');
-    const DLDataType dtype = kDtypes.at(config.substr(dash + 1));
-    std::ifstream stream(path_, std::ios::binary);
-    query_ = read_tensor(stream, b_, h_, sq_, d_, dtype);
-    key_ = read_tensor(stream, b_, h_, skv_, d_, dtype);
-    value_ = read_tensor(stream, b_, h_, skv_, d_, dtype);
-    out_ = empty({b_, sq_, h_, d_}, dtype);
-    attention_ = DiffusionAttentionBackendEnum::from_name(config.substr(0, dash))
-                     .get_class()
-                     ->make({.num_heads = h_, .head_size = d_});
-    config_ = config;
-    call();
+  struct Inputs {
+    Tensor query, key, value;
+  };
+  struct Layer {
+    Inputs inputs;
+    AttentionMetadata metadata;
+    Tensor out;
+    std::unique_ptr<AttentionImpl> attention;
+
+    void call() const { attention->forward(inputs.query, inputs.key, inputs.value, metadata, {.out = out, .lse = {}}); }
+  };
+
+  void prepare(const std::string& name) {
+    const auto found = std::find_if(configurations_.begin(), configurations_.end(),
+                                    [&](const Configuration& c) { return c.name() == name; });
+    if (found == configurations_.end()) throw ValueError(fmt::format("There is no configuration '{}'.", name));
+    const DLDataType dtype = kDtypes.at(found->dtype);
+    Layer layer{
+        .inputs = inputs(found->dtype),
+        .metadata = metadata_of(found->variant, b_, skv_),
+        .out = empty({b_, sq_, h_, d_}, dtype),
+        .attention =
+            found->member.get_class()->make({.num_heads = h_, .head_size = d_, .causal = found->variant.causal}),
+    };
+    layer.call();
+    layers_.emplace(name, std::move(layer));
   }
-  void call() { attention_->forward(query_, key_, value_, {}, {.out = out_, .lse = {}}); }
 
-  std::string path_;
-  std::string config_;
-  std::int64_t b_ = 0, h_ = 0, sq_ = 0, skv_ = 0, d_ = 0;
-  Tensor query_, key_, value_, out_;
-  std::unique_ptr<AttentionImpl> attention_;
-};
-
-std::string configurations() {
-  std::string names;
-  for (const DiffusionAttentionBackendEnum member : DiffusionAttentionBackendEnum::members()) {
-    for (const auto& [name, dtype] : kDtypes) {
-      try {
-        if (member.get_class()->explain({.dtype = dtype})) names += fmt::format(" {}-{}", member.name(), name);
-      } catch (const Error&) {
-        break;  // unavailable here
-      }
+  const Inputs& inputs(const std::string& dtype_name) {
+    auto found = inputs_.find(dtype_name);
+    if (found == inputs_.end()) {
+      const DLDataType dtype = kDtypes.at(dtype_name);
+      std::ifstream stream(path_, std::ios::binary);
+      Inputs read;  // in the file's order
+      read.query = read_tensor(stream, b_, h_, sq_, d_, dtype);
+      read.key = read_tensor(stream, b_, h_, skv_, d_, dtype);
+      read.value = read_tensor(stream, b_, h_, skv_, d_, dtype);
+      found = inputs_.emplace(dtype_name, std::move(read)).first;
     }
+    return found->second;
   }
-  return names;
-}
+
+  const std::vector<Configuration> configurations_ = configurations();
+  std::string path_;
+  std::int64_t b_ = 0, h_ = 0, sq_ = 0, skv_ = 0, d_ = 0;
+  std::map<std::string, Inputs> inputs_;  // by dtype
+  std::map<std::string, Layer> layers_;   // by configuration
+};
 
 }  // namespace
 
 int main() {
-  std::cout << "ready" << configurations() << std::endl;
   Worker worker;
+  std::cout << worker.ready() << std::endl;
   for (std::string line; std::getline(std::cin, line);) {
     std::istringstream arguments(line);
     std::string command;
