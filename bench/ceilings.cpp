@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernels/cpu/cpu_level.hpp"
-#include "kernels/cpu/flash_tile.hpp"
+#include "kernels/cpu/tile.hpp"
 
 namespace {
 
@@ -24,7 +24,7 @@ double ticks_per_second() {
          std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-double gflops(const FlashKernel& kernel, int threads) {
+double gflops(const TileKernel& kernel, int threads) {
   std::vector<double> rates(static_cast<std::size_t>(threads));
   std::vector<std::thread> workers;
   workers.reserve(rates.size());
@@ -51,7 +51,7 @@ int main(int argc, char** argv) {
   }
   const CpuLevel level = detect_cpu_level();
   std::string text = fmt::format("\"sse2 float32\": {:.1f}", gflops(kFlashSse2, threads));
-  const auto add = [&](CpuLevel needed, const char* name, const FlashKernel& kernel) {
+  const auto add = [&](CpuLevel needed, const char* name, const TileKernel& kernel) {
     if (level >= needed) text += fmt::format(", \"{}\": {:.1f}", name, gflops(kernel, threads));
   };
   add(CpuLevel::avx2, "avx2 float32", kFlashAvx2);

@@ -78,7 +78,7 @@ inline CpuCall to_cpu_call(const AttentionCall& call, const AttentionImpl& impl,
   problem.rows = plan.total_rows;
   problem.keys = plan.total_keys;
   problem.head_size = call.query.size(3);
-  problem.type = element_type(call.query.dtype());
+  problem.type = problem.out_type = element_type(call.query.dtype());
   problem.scale = static_cast<float>(impl.softmax_scale());
   problem.num_queries = plan.num_queries;
   for (int i = 0; i < plan.num_queries; ++i) {

@@ -8,6 +8,15 @@ namespace ditattn::kernels::cpu {
 
 enum class ElementType : std::uint8_t { float32, float16, bfloat16, boolean };
 
+namespace {
+
+/// Local to each unit that includes it, because units have their own instruction sets.
+[[maybe_unused]] constexpr std::int64_t element_bytes(ElementType type) {
+  return type == ElementType::float32 ? 4 : type == ElementType::boolean ? 1 : 2;
+}
+
+}  // namespace
+
 /// Distances in elements; the head dimension has stride 1.
 struct Strides {
   std::int64_t batch = 0;
@@ -56,7 +65,8 @@ struct AttentionProblem {
   std::int64_t rows = 0;  ///< of all query segments
   std::int64_t keys = 0;  ///< of all key segments
   std::int64_t head_size = 0;
-  ElementType type = ElementType::float32;  ///< of query, key, value and out
+  ElementType type = ElementType::float32;      ///< of query, key and value
+  ElementType out_type = ElementType::float32;  ///< `type`, or float32
   float scale = 1;
 
   QuerySegment queries[2];

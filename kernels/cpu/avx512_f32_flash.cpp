@@ -4,6 +4,8 @@
 //
 #include "kernels/cpu/operands_f32.hpp"
 //
+#include "kernels/cpu/tile_rows_impl.hpp"
+//
 #include "kernels/cpu/flash_multiply_impl.hpp"
 //
 #include "kernels/cpu/flash_softmax_impl.hpp"
@@ -12,6 +14,6 @@
 
 namespace ditattn::kernels::cpu {
 
-const FlashKernel kFlashAvx512 = {&scratch_floats, &run_tile, &multiply_rate};
+const TileKernel kFlashAvx512 = {&scratch_floats, &block_floats, &pack_block, &run_tile, &multiply_rate};
 
 }  // namespace ditattn::kernels::cpu

@@ -11,33 +11,42 @@ namespace {
 using Vec = Simd::Vec;
 constexpr float kInfinity = __builtin_inff();
 
-std::int64_t element_bytes(ElementType type) {
-  return type == ElementType::float32 ? 4 : type == ElementType::boolean ? 1 : 2;
-}
-
 const char* element_pointer(const void* base, ElementType type, std::int64_t index) {
   return static_cast<const char*>(base) + index * element_bytes(type);
 }
 
-Vec load_elements(const void* p, ElementType type) {
-  if (type == ElementType::float32) return Simd::load(static_cast<const float*>(p));
-  const auto* halves = static_cast<const std::uint16_t*>(p);
+// Rows ahead that are asked for: rows of one head lie far apart, which no hardware prefetcher follows, and each may
+// need a page walk.
+constexpr int kRowsAhead = 12;
+
+// Asks for a row of `bytes` that will be read soon.
+void prefetch_row(const char* row, std::int64_t bytes) {
+  for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  __builtin_prefetch(row + bytes - 1, 0, 2);
+}
+
+template <ElementType type>
+Vec load_elements(const char* p) {
+  if constexpr (type == ElementType::float32) return Simd::load(reinterpret_cast<const float*>(p));
+  const auto* halves = reinterpret_cast<const std::uint16_t*>(p);
   return type == ElementType::float16 ? Simd::load_f16(halves) : Simd::load_bf16(halves);
 }
 
 // Widens one row of `count` elements to float32; the destination has room for a whole vector at least. Returns 0 per
 // lane, NaN where an element was NaN or infinite.
-Vec widen_row(const char* source, ElementType type, std::int64_t count, float* destination) {
+template <ElementType type>
+Vec widen_row(const char* source, std::int64_t count, float* destination) {
+  constexpr std::int64_t bytes = type == ElementType::float32 ? 4 : 2;
   const Vec zero = Simd::set1(0);
   Vec finite = zero;
   const auto widen = [&](std::int64_t i) {
-    const Vec x = load_elements(source + i * element_bytes(type), type);
+    const Vec x = load_elements<type>(source + i * bytes);
     Simd::store(destination + i, x);
     finite = Simd::fma(x, zero, finite);
   };
   if (count < Simd::kWidth) {
     alignas(64) char padded[Simd::kWidth * 4] = {};
-    std::memcpy(padded, source, static_cast<std::size_t>(count * element_bytes(type)));
+    std::memcpy(padded, source, static_cast<std::size_t>(count * bytes));
     source = padded;
     widen(0);
     return finite;
@@ -47,13 +56,17 @@ Vec widen_row(const char* source, ElementType type, std::int64_t count, float* d
   return finite;
 }
 
+Vec widen_row(const char* source, ElementType type, std::int64_t count, float* destination) {
+  if (type == ElementType::float32) return widen_row<ElementType::float32>(source, count, destination);
+  if (type == ElementType::float16) return widen_row<ElementType::float16>(source, count, destination);
+  return widen_row<ElementType::bfloat16>(source, count, destination);
+}
+
 float load_mask_element(const void* mask, ElementType type, std::int64_t index) {
   const char* p = element_pointer(mask, type, index);
   if (type == ElementType::boolean) return *p != 0 ? 0 : -kInfinity;
-  alignas(64) char padded[Simd::kWidth * 4] = {};
   alignas(64) float wide[Simd::kWidth];
-  std::memcpy(padded, p, static_cast<std::size_t>(element_bytes(type)));
-  Simd::store(wide, load_elements(padded, type));
+  widen_row(p, type, 1, wide);
   return wide[0];
 }
 

@@ -8,9 +8,11 @@ namespace {
 // Widens a block of K or V; true if all of it is finite.
 bool widen_block(const char* base, ElementType type, std::int64_t stride, int rows, std::int64_t count,
                  float* destination, std::int64_t pitch) {
+  const std::int64_t bytes = element_bytes(type);
   Vec finite = Simd::set1(0);
   for (int i = 0; i < rows; ++i) {
-    const char* source = element_pointer(base, type, i * stride);
+    const char* source = base + i * stride * bytes;
+    if (i + kRowsAhead < rows) prefetch_row(source + kRowsAhead * stride * bytes, count * bytes);
     finite = Simd::add(finite, widen_row(source, type, count, destination + i * pitch));
   }
   return !Simd::any_nan(finite);

@@ -34,6 +34,7 @@ struct Simd {
   static bool any_nan(Vec v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
 
   static Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static constexpr bool kScalesToZero = false;  ///< whether `scale_by_power` is right where the result underflows
   /// v · 2ⁿ for whole n from −126 to 127.
   static Vec scale_by_power(Vec v, Vec n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));

@@ -12,8 +12,8 @@ namespace {
 struct Simd {
   using Vec = __m512;
   static constexpr int kWidth = 16;
-  static constexpr int kVectors = 4;  ///< vectors per panel row: 6 × 4 accumulators of 32 registers
-  static constexpr int kMaxRows = 6;
+  static constexpr int kVectors = 2;  ///< vectors per panel row: 12 × 2 accumulators of 32 registers
+  static constexpr int kMaxRows = 12;
 
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
@@ -36,6 +36,7 @@ struct Simd {
   static bool any_nan(Vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 
   static Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static constexpr bool kScalesToZero = true;  ///< whether `scale_by_power` is right where the result underflows
   /// v · 2ⁿ for whole n.
   static Vec scale_by_power(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
   static Vec load_bf16(const std::uint16_t* p) {

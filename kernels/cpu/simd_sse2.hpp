@@ -37,6 +37,7 @@ struct Simd {
     const Vec magic = set1(12582912.0F);
     return sub(add(v, magic), magic);
   }
+  static constexpr bool kScalesToZero = false;  ///< whether `scale_by_power` is right where the result underflows
   /// v · 2ⁿ for whole n from −126 to 127.
   static Vec scale_by_power(Vec v, Vec n) {
     return mul(v, _mm_castsi128_ps(_mm_slli_epi32(_mm_add_epi32(_mm_cvtps_epi32(n), _mm_set1_epi32(127)), 23)));
