@@ -10,6 +10,7 @@
 
 #include "kernels/cpu/cpu_level.hpp"
 #include "kernels/cpu/flash_tile.hpp"
+#include "kernels/cpu/ticks.hpp"
 
 namespace {
 
@@ -18,9 +19,9 @@ using namespace ditattn::kernels::cpu;
 double ticks_per_second() {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
-  const auto ticks = __builtin_ia32_rdtsc();
+  const std::uint64_t first = read_ticks();
   std::this_thread::sleep_for(std::chrono::milliseconds(100));
-  return static_cast<double>(__builtin_ia32_rdtsc() - ticks) /
+  return static_cast<double>(read_ticks() - first) /
          std::chrono::duration<double>(Clock::now() - start).count();
 }
 

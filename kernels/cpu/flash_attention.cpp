@@ -7,19 +7,16 @@
 #include <new>
 
 #include "kernels/cpu/flash_tile.hpp"
+#include "kernels/cpu/level_kernels.hpp"
 
 namespace ditattn::kernels::cpu {
 namespace {
 
-const FlashKernel& f32_kernel(CpuLevel level) {
-  if (level >= CpuLevel::avx512) return kFlashAvx512;
-  return level == CpuLevel::avx2 ? kFlashAvx2 : kFlashSse2;
-}
-
 const FlashKernel& kernel_for(const AttentionProblem& problem, CpuUnits units) {
   // The largest product is the largest logit only where the scale is positive.
   const bool dot = units.bf16_dot && problem.type == ElementType::bfloat16 && problem.scale > 0;
-  return dot ? kFlashAvx512Bf16 : f32_kernel(units.level);
+  const LevelKernels& kernels = kernels_of(units.level);
+  return dot ? *kernels.flash_bf16_dot : *kernels.flash_f32;
 }
 
 // Grows and is kept by the calling thread, so that a repeated shape allocates nothing.
@@ -78,8 +75,9 @@ std::int64_t choose_tile_rows(const AttentionProblem& problem, std::int64_t rows
 }  // namespace
 
 CpuUnits choose_units(CpuLevel level, bool always) {
-  if (level < CpuLevel::avx512_bf16) return {.level = level};
-  const bool faster = always || kFlashAvx512Bf16.multiply_rate() > 1.2 * kFlashAvx512.multiply_rate();
+  const auto [f32, bf16_dot] = kernels_of(level);
+  if (bf16_dot == nullptr) return {.level = level};
+  const bool faster = always || bf16_dot->multiply_rate() > 1.2 * f32->multiply_rate();
   return {.level = level, .bf16_dot = faster};
 }
 

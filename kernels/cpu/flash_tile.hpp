@@ -36,5 +36,6 @@ extern const FlashKernel kFlashSse2;
 extern const FlashKernel kFlashAvx2;
 extern const FlashKernel kFlashAvx512;
 extern const FlashKernel kFlashAvx512Bf16;  ///< bfloat16 elements, positive scale
+extern const FlashKernel kFlashNeon;
 
 }  // namespace ditattn::kernels::cpu
