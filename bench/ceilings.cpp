@@ -21,8 +21,7 @@ double ticks_per_second() {
   const auto start = Clock::now();
   const std::uint64_t first = read_ticks();
   std::this_thread::sleep_for(std::chrono::milliseconds(100));
-  return static_cast<double>(read_ticks() - first) /
-         std::chrono::duration<double>(Clock::now() - start).count();
+  return static_cast<double>(read_ticks() - first) / std::chrono::duration<double>(Clock::now() - start).count();
 }
 
 double gflops(const FlashKernel& kernel, int threads) {
