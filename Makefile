@@ -30,7 +30,7 @@ test: build ## All tests but the full product
 test-full: build ## Conformance over the full product of all values (hours; prints progress)
 	@$(BUILD)/bin/conformance --full
 
-sanitize: setup ## Unit and plug-in tests under the address, undefined-behaviour and thread sanitizers
+sanitize: setup ## Unit, plug-in and CPU kernel tests under the address, undefined-behaviour and thread sanitizers
 	@scripts/sanitize.sh
 
 bench: build ## Library overhead and CPU back ends on model shapes

@@ -46,7 +46,7 @@ std::uint32_t encode(ElementType type, double value) {
   const double magnitude = std::fabs(value);
   const int exponent = magnitude < 0x1p-14 ? -14 : std::ilogb(magnitude);
   const auto mantissa = static_cast<std::uint32_t>(std::ldexp(magnitude, 10 - exponent));  // 1024 to 2047 if normal
-  return sign | (static_cast<std::uint32_t>(exponent + 14) << 10) + mantissa;
+  return sign | ((static_cast<std::uint32_t>(exponent + 14) << 10) + mantissa);
 }
 
 double read_element(const void* data, ElementType type, std::int64_t index) {
