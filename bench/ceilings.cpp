@@ -10,7 +10,6 @@
 
 #include "kernels/cpu/cpu_level.hpp"
 #include "kernels/cpu/flash_tile.hpp"
-#include "kernels/cpu/ticks.hpp"
 
 namespace {
 
@@ -19,9 +18,10 @@ using namespace ditattn::kernels::cpu;
 double ticks_per_second() {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
-  const std::uint64_t first = read_ticks();
+  const auto ticks = __builtin_ia32_rdtsc();
   std::this_thread::sleep_for(std::chrono::milliseconds(100));
-  return static_cast<double>(read_ticks() - first) / std::chrono::duration<double>(Clock::now() - start).count();
+  return static_cast<double>(__builtin_ia32_rdtsc() - ticks) /
+         std::chrono::duration<double>(Clock::now() - start).count();
 }
 
 double gflops(const FlashKernel& kernel, int threads) {
