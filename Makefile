@@ -3,7 +3,7 @@ PRESET ?= release
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers format lint install clean
+.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers format lint neon install clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,7 +30,7 @@ test: build ## All tests but the full product
 test-full: build ## Conformance over the full product of all values (hours; prints progress)
 	@$(BUILD)/bin/conformance --full
 
-sanitize: setup ## Unit and plug-in tests under the address, undefined-behaviour and thread sanitizers
+sanitize: setup ## Unit, plug-in and CPU kernel tests under the address, undefined-behaviour and thread sanitizers
 	@scripts/sanitize.sh
 
 bench-cpu: build ## Library overhead and CPU back ends on model shapes (FILTER=regular expression)
@@ -47,6 +47,10 @@ lint: ## Formatting and clang-tidy, no changes
 	@scripts/setup.sh lint
 	@$(MAKE) --no-print-directory build
 	@scripts/lint.sh $(BUILD)
+
+neon: ## The CPU kernels and their test for 64-bit Arm, cross-built, run under QEMU
+	@scripts/setup.sh neon
+	@scripts/neon.sh
 
 install: build ## Install to PREFIX (default out/)
 	@cmake --install $(BUILD) --prefix $(or $(PREFIX),out)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Installs what is missing and nothing else: Debian packages (scripts/packages*.txt) and the Python environment.
-# A second run finds everything there and touches no network.  Usage: scripts/setup.sh [lint]
+# A second run finds everything there and touches no network.  Usage: scripts/setup.sh [lint|neon]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 lists=(scripts/packages.txt)
-[ "${1:-}" = lint ] && lists+=(scripts/packages-lint.txt)
+[ $# -gt 0 ] && lists+=("scripts/packages-$1.txt")
 
 missing=()
 while read -r package; do

@@ -82,6 +82,7 @@ struct AttentionProblem {
   bool causal = false;
   std::int64_t causal_offset = 0;  ///< row i sees keys j ≤ i + offset
   /// Null: all. Else batch entry b's row r sees keys [ranges[i], ranges[i + 1]), i = b · range_batch_stride + 2 · r.
+  /// Ranges have the diagonal in them: `causal` is not looked at.
   const std::int64_t* ranges = nullptr;
   std::int64_t range_batch_stride = 0;
 };

@@ -2,10 +2,14 @@
 
 namespace ditattn::kernels::cpu {
 
-/// Instruction sets the kernels are built for, lowest first.
+/// Instruction sets the kernels are built for, lowest first; the first is what every CPU of the architecture has.
+#if defined(__aarch64__)
+enum class CpuLevel : int { neon };
+inline constexpr const char* kCpuLevelNames[] = {"neon"};
+#else
 enum class CpuLevel : int { sse2, avx2, avx512, avx512_bf16 };
-
 inline constexpr const char* kCpuLevelNames[] = {"sse2", "avx2", "avx512", "avx512_bf16"};
+#endif
 
 /// The highest level this CPU and operating system can run.
 CpuLevel detect_cpu_level();

@@ -7,8 +7,8 @@ namespace ditattn::kernels::cpu {
 
 /// What the kernels may use.
 struct CpuUnits {
-  CpuLevel level = CpuLevel::sse2;
-  bool bf16_dot = false;  ///< bfloat16 through its own dot product; otherwise widened to float32
+  CpuLevel level{};       ///< the lowest
+  bool bf16_dot = false;  ///< bfloat16 through the level's own dot product; otherwise widened to float32
 };
 
 /// The units for a level: the bfloat16 dot product where the level has it and, unless `always`, where it multiplies at

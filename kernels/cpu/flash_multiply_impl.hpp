@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/ticks.hpp"
+
 namespace ditattn::kernels::cpu {
 namespace {
 
@@ -65,8 +67,8 @@ void multiply(const float* a, std::int64_t a_row, std::int64_t a_column, const f
   }
 }
 
-// Multiply-adds of one element per tick of the time-stamp counter, on data in the first cache: the best of a few runs
-// of some ten thousand ticks, which an interrupt rarely meets all. For ratios between units of one CPU.
+// Multiply-adds of one element per tick, on data in the first cache: the best of a few runs of some ten thousand
+// cycles, which an interrupt rarely meets all. For ratios between units of one CPU.
 double multiply_rate() {
   constexpr int depth = 64;
   alignas(64) float a[Simd::kMaxRows * depth] = {};
@@ -75,10 +77,10 @@ double multiply_rate() {
   double best = 0;
   for (int run = 0; run < 12; ++run) {
     constexpr int calls = 16;
-    const auto start = static_cast<double>(__builtin_ia32_rdtsc());
+    const auto start = static_cast<double>(read_ticks());
     for (int call = 0; call < calls; ++call) multiply_rows<Simd::kMaxRows>(a, depth, 1, b, nullptr, c, depth);
     asm volatile("" : : "r"(c) : "memory");
-    const double ticks = static_cast<double>(__builtin_ia32_rdtsc()) - start;
+    const double ticks = static_cast<double>(read_ticks()) - start;
     const double rate = double{Simd::kMaxRows} * kLanes * depth * Operands::kPack * calls / ticks;
     best = rate > best ? rate : best;
   }

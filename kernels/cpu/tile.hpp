@@ -54,6 +54,7 @@ struct TileKernel {
   double (*multiply_rate)();  ///< of its micro-kernel, to compare units of this CPU
 };
 
+extern const TileKernel kFlashNeon;
 extern const TileKernel kFlashSse2;
 extern const TileKernel kFlashAvx2;
 extern const TileKernel kFlashAvx512;

@@ -1,4 +1,5 @@
-#include "kernels/cpu/cpu_level.hpp"
+#include "kernels/cpu/level_kernels.hpp"
+#include "kernels/cpu/tile.hpp"
 
 namespace ditattn::kernels::cpu {
 
@@ -11,6 +12,16 @@ CpuLevel detect_cpu_level() {
     return __builtin_cpu_supports("avx512bf16") ? CpuLevel::avx512_bf16 : CpuLevel::avx512;
   }
   return avx2 ? CpuLevel::avx2 : CpuLevel::sse2;  // every CPU with AVX2 has F16C
+}
+
+const LevelKernels& kernels_of(CpuLevel level) {
+  static constexpr LevelKernels kernels[] = {
+      {.flash_f32 = &kFlashSse2, .flash_bf16_dot = nullptr},
+      {.flash_f32 = &kFlashAvx2, .flash_bf16_dot = nullptr},
+      {.flash_f32 = &kFlashAvx512, .flash_bf16_dot = nullptr},
+      {.flash_f32 = &kFlashAvx512, .flash_bf16_dot = &kFlashAvx512Bf16},
+  };
+  return kernels[static_cast<int>(level)];
 }
 
 }  // namespace ditattn::kernels::cpu

@@ -1,0 +1,13 @@
+#include "kernels/cpu/level_kernels.hpp"
+#include "kernels/cpu/tile.hpp"
+
+namespace ditattn::kernels::cpu {
+
+CpuLevel detect_cpu_level() { return CpuLevel::neon; }
+
+const LevelKernels& kernels_of(CpuLevel /*level*/) {
+  static constexpr LevelKernels neon = {.flash_f32 = &kFlashNeon, .flash_bf16_dot = nullptr};
+  return neon;
+}
+
+}  // namespace ditattn::kernels::cpu

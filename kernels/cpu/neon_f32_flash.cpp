@@ -1,0 +1,19 @@
+#include "kernels/cpu/simd_neon.hpp"
+//
+#include "kernels/cpu/flash_elements_impl.hpp"
+//
+#include "kernels/cpu/operands_f32.hpp"
+//
+#include "kernels/cpu/tile_rows_impl.hpp"
+//
+#include "kernels/cpu/flash_multiply_impl.hpp"
+//
+#include "kernels/cpu/flash_softmax_impl.hpp"
+//
+#include "kernels/cpu/flash_tile_impl.hpp"
+
+namespace ditattn::kernels::cpu {
+
+const TileKernel kFlashNeon = {&scratch_floats, &block_floats, &pack_block, &run_tile, &multiply_rate};
+
+}  // namespace ditattn::kernels::cpu

@@ -1,0 +1,29 @@
+#pragma once
+
+/// What is tested: flash_attention at one level, or sdpa_native.
+
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/flash_attention.hpp"
+#include "tests/kernels/test_problem.hpp"
+
+namespace ditattn::kernels::cpu::testing {
+
+struct Engine {
+  std::string name;
+  bool is_flash = true;
+  CpuUnits units;
+};
+
+/// For GoogleTest.
+inline std::ostream& operator<<(std::ostream& out, const Engine& engine) { return out << engine.name; }
+
+/// All that this CPU can run: each level with all its units, whether faster or not, and sdpa_native.
+std::vector<Engine> engines();
+
+/// Computes `out` and `lse`.
+void run(const Engine& engine, TestProblem& test, int threads);
+
+}  // namespace ditattn::kernels::cpu::testing

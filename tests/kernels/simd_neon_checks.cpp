@@ -1,0 +1,11 @@
+#include "kernels/cpu/simd_neon.hpp"
+//
+#include "tests/kernels/simd_checks_impl.hpp"
+//
+#include "tests/kernels/simd_checks.hpp"
+
+namespace ditattn::kernels::cpu::testing {
+
+const char* wrong_word_neon() { return wrong_word(); }
+
+}  // namespace ditattn::kernels::cpu::testing
