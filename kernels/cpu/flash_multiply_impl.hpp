@@ -7,11 +7,10 @@
 namespace ditattn::kernels::cpu {
 namespace {
 
-// c[m][lane] = c[m][lane] · rescale[lane] + Σ_k a[m · a_row + k · a_column] · b[k][lane] for M rows m and the lanes of
-// a panel; without `rescale`, c starts from zero. Elements of a and b are the operands' units.
+// c[m][lane] = c[m][lane] · rescale[lane] + Σ_k a[k · kMaxRows + m] · b[k][lane] for M rows m and the lanes of a panel;
+// without `rescale`, c starts from zero. Elements of a and b are the operands' units.
 template <int M>
-void multiply_rows(const float* a, std::int64_t a_row, std::int64_t a_column, const float* b, const float* rescale,
-                   float* c, std::int64_t depth) {
+void multiply_rows(const float* a, const float* b, const float* rescale, float* c, std::int64_t depth) {
   Vec sums[M][Simd::kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -28,7 +27,7 @@ void multiply_rows(const float* a, std::int64_t a_row, std::int64_t a_column, co
     for (int v = 0; v < Simd::kVectors; ++v) row[v] = Simd::load(b + k * kLanes + v * Simd::kWidth);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const Vec x = Simd::set1(a[m * a_row + k * a_column]);
+      const Vec x = Simd::set1(a[k * Simd::kMaxRows + m]);
 #pragma GCC unroll 4
       for (int v = 0; v < Simd::kVectors; ++v) sums[m][v] = Operands::multiply_add(x, row[v], sums[m][v]);
     }
@@ -40,28 +39,27 @@ void multiply_rows(const float* a, std::int64_t a_row, std::int64_t a_column, co
   }
 }
 
-// All `rows` of c, in groups of kMaxRows and the rest.
-void multiply(const float* a, std::int64_t a_row, std::int64_t a_column, const float* b, const float* rescale, float* c,
-              std::int64_t rows, std::int64_t depth) {
-  std::int64_t m = 0;
-  const auto take = [&]<int M>() {
-    for (; m + M <= rows; m += M) multiply_rows<M>(a + m * a_row, a_row, a_column, b, rescale, c + m * kLanes, depth);
-  };
-  take.template operator()<Simd::kMaxRows>();
-  if (Simd::kMaxRows > 6) take.template operator()<6>();
-  a += m * a_row;
-  c += m * kLanes;
-  switch (rows - m) {
+// All `rows` of c from a's strips, which are `strip` apart.
+void multiply(const float* a, std::int64_t strip, const float* b, const float* rescale, float* c, std::int64_t rows,
+              std::int64_t depth) {
+  for (; rows >= Simd::kMaxRows; rows -= Simd::kMaxRows, a += strip, c += Simd::kMaxRows * kLanes) {
+    multiply_rows<Simd::kMaxRows>(a, b, rescale, c, depth);
+  }
+  if (rows >= 6) {
+    multiply_rows<6>(a, b, rescale, c, depth);
+    rows -= 6, a += 6, c += 6 * kLanes;
+  }
+  switch (rows) {
     case 5:
-      return multiply_rows<5>(a, a_row, a_column, b, rescale, c, depth);
+      return multiply_rows<5>(a, b, rescale, c, depth);
     case 4:
-      return multiply_rows<4>(a, a_row, a_column, b, rescale, c, depth);
+      return multiply_rows<4>(a, b, rescale, c, depth);
     case 3:
-      return multiply_rows<3>(a, a_row, a_column, b, rescale, c, depth);
+      return multiply_rows<3>(a, b, rescale, c, depth);
     case 2:
-      return multiply_rows<2>(a, a_row, a_column, b, rescale, c, depth);
+      return multiply_rows<2>(a, b, rescale, c, depth);
     case 1:
-      return multiply_rows<1>(a, a_row, a_column, b, rescale, c, depth);
+      return multiply_rows<1>(a, b, rescale, c, depth);
     default:
       return;
   }
@@ -78,7 +76,7 @@ double multiply_rate() {
   for (int run = 0; run < 12; ++run) {
     constexpr int calls = 16;
     const auto start = static_cast<double>(read_ticks());
-    for (int call = 0; call < calls; ++call) multiply_rows<Simd::kMaxRows>(a, depth, 1, b, nullptr, c, depth);
+    for (int call = 0; call < calls; ++call) multiply_rows<Simd::kMaxRows>(a, b, nullptr, c, depth);
     asm volatile("" : : "r"(c) : "memory");
     const double ticks = static_cast<double>(read_ticks()) - start;
     const double rate = double{Simd::kMaxRows} * kLanes * depth * Operands::kPack * calls / ticks;

@@ -18,36 +18,24 @@ std::int64_t row_units(std::int64_t head_size) { return (head_size + Operands::k
 
 // A block of K and V as operands; "units" are the operands', of 4 bytes.
 struct BlockLayout {
-  std::int64_t key_pitch;    // K: a row has row_units(head_size)
-  std::int64_t value_pitch;  // V: a row has head_size units, of kPack keys
-  std::int64_t value_start;
+  std::int64_t units;        // of a row of K: its strips have so many columns
+  std::int64_t value_start;  // V's strips have head sizes as rows and units of kPack keys as columns
+  std::int64_t value_strip;
   std::int64_t finite_at;  // 1 if all of V is finite
   std::int64_t floats;
 };
 
 BlockLayout block_layout(const AttentionProblem& problem) {
   BlockLayout layout{};
-  layout.key_pitch = pitch_of(row_units(problem.head_size));
-  layout.value_pitch = pitch_of(problem.head_size);
-  layout.value_start = kTileKeys * layout.key_pitch;
-  layout.finite_at = layout.value_start + kTileKeys / Operands::kPack * layout.value_pitch;
+  layout.units = row_units(problem.head_size);
+  layout.value_start = round_up(strips_of(kTileKeys) * strip_floats(layout.units) + strip_floats(Simd::kWidth), 16);
+  layout.value_strip = strip_floats(row_units(kTileKeys));
+  layout.finite_at = round_up(layout.value_start + strips_of(problem.head_size) * layout.value_strip, 16);
   layout.floats = layout.finite_at + 16;
   return layout;
 }
 
 std::int64_t block_floats(const AttentionProblem& problem) { return block_layout(problem).floats; }
-
-void pack_block(const AttentionProblem& problem, const KeyBlock& block, float* packed) {
-  const BlockLayout layout = block_layout(problem);
-  const KeySegment& segment = problem.key_segments[block.segment];
-  const int keys = block_keys(segment, block.batch, block.block);
-  Operands::load_keys(block_start(problem, block, segment.key, segment.key_strides), problem.type,
-                      segment.key_strides.token, keys, problem.head_size, packed, layout.key_pitch);
-  const bool finite = Operands::load_values(block_start(problem, block, segment.value, segment.value_strides),
-                                            problem.type, segment.value_strides.token, keys, problem.head_size,
-                                            packed + layout.value_start, layout.value_pitch);
-  packed[layout.finite_at] = finite ? 1 : 0;
-}
 
 // A tile's working memory.
 struct Workspace {
@@ -58,12 +46,14 @@ struct Workspace {
   float* out;          // Oᵀ, not yet divided by `sum`: head_size deep
   float* logits;       // one panel of Sᵀ, then Pᵀ in units: kTileKeys deep
   std::int64_t units;  // of a row of head_size
+  float* scratch;      // where all this starts
 };
 
 std::int64_t carve(const AttentionProblem& problem, const float* packed, float* scratch, Workspace& w) {
   Arena arena{.memory = scratch};
   w.layout = block_layout(problem);
-  w.units = row_units(problem.head_size);
+  w.units = w.layout.units;
+  w.scratch = scratch;
   carve_rows(arena, problem, w.rows);
   w.query = arena.take(kTileRows * w.units);
   w.out = arena.take(kTileRows * problem.head_size);
@@ -75,6 +65,47 @@ std::int64_t carve(const AttentionProblem& problem, const float* packed, float* 
 std::int64_t scratch_floats(const AttentionProblem& problem) {
   Workspace unused{};
   return carve(problem, nullptr, nullptr, unused);
+}
+
+void pack_keys(const AttentionProblem& problem, const KeyBlock& block, int keys, const Workspace& w, float* packed) {
+  const KeySegment& segment = problem.key_segments[block.segment];
+  const std::int64_t bytes = element_bytes(problem.type);
+  const std::int64_t stride = segment.key_strides.token * bytes;
+  const char* source = block_start(problem, block, segment.key, segment.key_strides);
+  for (int key = 0; key < keys; ++key) {
+    if (key + kRowsAhead < keys) prefetch_row(source + (key + kRowsAhead) * stride, problem.head_size * bytes);
+    const int row = key % Simd::kMaxRows;
+    Operands::load_row(source + key * stride, problem.type, problem.head_size, w.rows.staged + row * w.rows.row_pitch);
+    if (row + 1 < Simd::kMaxRows && key + 1 < keys) continue;
+    rows_to_strip(w.rows.staged, w.rows.row_pitch, w.units, packed);
+    packed += strip_floats(w.units);
+  }
+}
+
+bool pack_values(const AttentionProblem& problem, const KeyBlock& block, int keys, const Workspace& w, float* packed) {
+  const KeySegment& segment = problem.key_segments[block.segment];
+  const std::int64_t bytes = element_bytes(problem.type);
+  const std::int64_t stride = segment.value_strides.token * bytes;
+  const char* source = block_start(problem, block, segment.value, segment.value_strides);
+  bool finite = true;
+  for (int key = 0; key < keys; key += Operands::kPack) {
+    for (int ahead = key + kRowsAhead; ahead < keys && ahead < key + kRowsAhead + Operands::kPack; ++ahead) {
+      prefetch_row(source + ahead * stride, problem.head_size * bytes);
+    }
+    finite &= Operands::load_values(source + key * stride, problem.type, stride, keys - key, problem.head_size,
+                                    w.rows.staged);
+    store_column(w.rows.staged, problem.head_size, w.layout.value_strip,
+                 packed + key / Operands::kPack * Simd::kMaxRows);
+  }
+  return finite;
+}
+
+void pack_block(const AttentionProblem& problem, const KeyBlock& block, float* packed, float* scratch) {
+  Workspace w{};
+  carve(problem, nullptr, scratch, w);
+  const int keys = block_keys(problem.key_segments[block.segment], block.batch, block.block);
+  pack_keys(problem, block, keys, w, packed);
+  packed[w.layout.finite_at] = pack_values(problem, block, keys, w, packed + w.layout.value_start) ? 1 : 0;
 }
 
 void load_query(const AttentionProblem& problem, const Tile& tile, const Workspace& w) {
@@ -124,29 +155,20 @@ void multiply_visible(const Workspace& w, const float* values, int row, float* o
       const Vec p = Simd::load(w.logits + unit * kLanes + v);
       for (std::int64_t d = 0; d < depth; ++d) {
         float* sum = out + d * kLanes + v;
-        const Vec value = Operands::zero_unless(seen, Simd::set1(values[unit * w.layout.value_pitch + d]));
+        const Vec value = Operands::zero_unless(
+            seen,
+            Simd::set1(values[d / Simd::kMaxRows * w.layout.value_strip + unit * Simd::kMaxRows + d % Simd::kMaxRows]));
         Simd::store(sum, Operands::multiply_add(value, p, Simd::load(sum)));
       }
     }
   }
 }
 
-const float* get_block(const AttentionProblem& problem, const Workspace& w, const KeyBlock& block) {
-  if (w.blocks.packed != nullptr) return w.blocks.at(problem, block);
-  pack_block(problem, block, w.blocks.buffer);
-  return w.blocks.buffer;
-}
-
-// Asks for part of the block after `block`, of which some row of the tile sees something.
-void prefetch_block(const AttentionProblem& problem, const Workspace& w, KeyBlock block, int part, int parts) {
+// Asks for part of the block after `block`, which is not packed yet.
+void prefetch_block(const AttentionProblem& problem, KeyBlock block, int part, int parts) {
   ++block.block;
   const KeySegment& segment = problem.key_segments[block.segment];
   const int keys = block_keys(segment, block.batch, block.block);
-  if (w.blocks.packed != nullptr) {
-    const auto* start = reinterpret_cast<const char*>(w.blocks.at(problem, block));
-    const std::int64_t floats = w.layout.floats / kTileKeys;
-    return prefetch_rows(start, floats * 4, kTileKeys, floats * 4, part, parts);
-  }
   const std::int64_t bytes = element_bytes(problem.type);
   prefetch_rows(block_start(problem, block, segment.key, segment.key_strides), segment.key_strides.token * bytes, keys,
                 problem.head_size * bytes, part, parts);
@@ -161,13 +183,15 @@ void attend_block(const AttentionProblem& problem, const Tile& tile, const Works
   const KeySegment& segment = problem.key_segments[block.segment];
   const std::int64_t first_key = block.block * kTileKeys;
   const int block_size = block_keys(segment, tile.batch, block.block);
-  const float* key = get_block(problem, w, block);
+  const bool is_packed = w.blocks.packed != nullptr;
+  if (!is_packed) pack_block(problem, block, w.blocks.buffer, w.scratch);
+  const float* key = is_packed ? w.blocks.at(problem, block) : w.blocks.buffer;
   const float* value = key + w.layout.value_start;
   const bool value_is_finite = key[w.layout.finite_at] != 0;
 
   const int panels = used_lanes(tile) / kLanes;
   for (int panel = 0; panel < panels; ++panel) {
-    if (has_next) prefetch_block(problem, w, block, panel, panels);
+    if (has_next && !is_packed) prefetch_block(problem, block, panel, panels);
     const int row = panel * kLanes;
     auto [sees, keys] = load_limits(w.rows, row, first_key, block_size, Operands::kPack);
     bool masked = segment.mask.data != nullptr && sees != Sees::nothing;
@@ -177,7 +201,7 @@ void attend_block(const AttentionProblem& problem, const Tile& tile, const Works
       sees = both(sees, mask_sees);
     }
     if (sees == Sees::nothing) continue;
-    multiply(key, w.layout.key_pitch, 1, w.query + row * w.units, nullptr, w.logits, keys, w.units);
+    multiply(key, strip_floats(w.units), w.query + row * w.units, nullptr, w.logits, keys, w.units);
     const bool hides = sees == Sees::some;
     const float unit = logit_unit(problem);
     if (hides) hide(w.logits, unit, masked ? w.rows.bias : nullptr, w.rows.first + row, w.rows.limit + row, keys);
@@ -186,7 +210,7 @@ void attend_block(const AttentionProblem& problem, const Tile& tile, const Works
     if (hides && !value_is_finite) {
       multiply_visible(w, value, row, out, keys, depth, masked);
     } else {
-      multiply(value, 1, w.layout.value_pitch, w.logits, w.rows.rescale + row, out, depth, row_units(keys));
+      multiply(value, w.layout.value_strip, w.logits, w.rows.rescale + row, out, depth, row_units(keys));
     }
   }
 }

@@ -24,33 +24,20 @@ struct Operands {
     _mm512_storeu_si512(units + i / 2, _mm512_maskz_loadu_epi16(rest, source + i * 2));
   }
 
-  // No check for NaN and Inf: only V's are asked for.
-  static bool load_keys(const char* base, ElementType type, std::int64_t stride, int rows, std::int64_t count,
-                        float* units, std::int64_t pitch) {
-    for (int row = 0; row < rows; ++row) load_row(base + row * stride * 2, type, count, units + row * pitch);
-    return true;
-  }
-
-  // Rows two by two: a unit is one column of both.
-  static bool load_values(const char* base, ElementType /*type*/, std::int64_t stride, int rows, std::int64_t count,
-                          float* units, std::int64_t pitch) {
+  // A unit is one column of both rows.
+  static bool load_values(const char* source, ElementType /*type*/, std::int64_t stride_bytes, int keys,
+                          std::int64_t count, float* units) {
     const __m512i exponent = _mm512_set1_epi16(0x7F80);
     __mmask32 special = 0;
-    for (int row = 0; row < rows; row += 2) {
-      const bool has_odd = row + 1 < rows;
-      const char* even = base + row * stride * 2;
-      const char* odd = has_odd ? even + stride * 2 : even;
-      float* to = units + row / 2 * pitch;
-      for (std::int64_t i = 0; i < count; i += 16) {
-        const __mmask16 lanes = count - i < 16 ? static_cast<__mmask16>((1U << (count - i)) - 1) : 0xFFFF;
-        const auto load = [&](const char* from) {
-          return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from + i * 2));
-        };
-        const __m512i high = has_odd ? _mm512_slli_epi32(load(odd), 16) : _mm512_setzero_si512();
-        const __m512i pair = _mm512_or_si512(load(even), high);
-        special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pair, exponent), exponent);
-        _mm512_storeu_si512(to + i, pair);
-      }
+    for (std::int64_t i = 0; i < count; i += 16) {
+      const __mmask16 lanes = count - i < 16 ? static_cast<__mmask16>((1U << (count - i)) - 1) : 0xFFFF;
+      const auto load = [&](const char* from) {
+        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from + i * 2));
+      };
+      const __m512i high = keys > 1 ? _mm512_slli_epi32(load(source + stride_bytes), 16) : _mm512_setzero_si512();
+      const __m512i pair = _mm512_or_si512(load(source), high);
+      special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pair, exponent), exponent);
+      _mm512_storeu_si512(units + i, pair);
     }
     return special == 0;
   }

@@ -5,19 +5,6 @@
 namespace ditattn::kernels::cpu {
 namespace {
 
-// Widens a block of K or V; true if all of it is finite.
-bool widen_block(const char* base, ElementType type, std::int64_t stride, int rows, std::int64_t count,
-                 float* destination, std::int64_t pitch) {
-  const std::int64_t bytes = element_bytes(type);
-  Vec finite = Simd::set1(0);
-  for (int i = 0; i < rows; ++i) {
-    const char* source = base + i * stride * bytes;
-    if (i + kRowsAhead < rows) prefetch_row(source + kRowsAhead * stride * bytes, count * bytes);
-    finite = Simd::add(finite, widen_row(source, type, count, destination + i * pitch));
-  }
-  return !Simd::any_nan(finite);
-}
-
 struct Operands {
   static constexpr int kPack = 1;               ///< elements of the summed dimension in one 4-byte unit
   static constexpr bool kQueryIsScaled = true;  ///< Q is multiplied by the scale when it is loaded
@@ -29,15 +16,10 @@ struct Operands {
   static void load_row(const char* source, ElementType type, std::int64_t count, float* units) {
     widen_row(source, type, count, units);
   }
-  /// A block of K: units run along a row. True if all of it is finite.
-  static bool load_keys(const char* base, ElementType type, std::int64_t stride, int rows, std::int64_t count,
-                        float* units, std::int64_t pitch) {
-    return widen_block(base, type, stride, rows, count, units, pitch);
-  }
-  /// A block of V: units run down a column. True if all of it is finite.
-  static bool load_values(const char* base, ElementType type, std::int64_t stride, int rows, std::int64_t count,
-                          float* units, std::int64_t pitch) {
-    return widen_block(base, type, stride, rows, count, units, pitch);
+  /// kPack rows of V, or `keys` of them and zeros, as one row of `count` units. True if all of it is finite.
+  static bool load_values(const char* source, ElementType type, std::int64_t /*stride_bytes*/, int /*keys*/,
+                          std::int64_t count, float* units) {
+    return !Simd::any_nan(widen_row(source, type, count, units));
   }
   /// kPack successive keys' probabilities as one vector of units.
   static void store_packed(float* at, const Vec (&p)[kPack]) { Simd::store(at, p[0]); }

@@ -12,8 +12,8 @@ namespace {
 struct Simd {
   using Vec = __m512;
   static constexpr int kWidth = 16;
-  static constexpr int kVectors = 2;  ///< vectors per panel row: 12 × 2 accumulators of 32 registers
-  static constexpr int kMaxRows = 12;
+  static constexpr int kVectors = 4;  ///< vectors per panel row: 6 × 4 accumulators of 32 registers
+  static constexpr int kMaxRows = 6;
 
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }

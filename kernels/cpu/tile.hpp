@@ -48,7 +48,7 @@ struct TileKernel {
   std::int64_t (*scratch_floats)(const AttentionProblem& problem);
   /// What one block of K and V needs in the kernel's own layout.
   std::int64_t (*block_floats)(const AttentionProblem& problem);
-  void (*pack)(const AttentionProblem& problem, const KeyBlock& block, float* packed);
+  void (*pack)(const AttentionProblem& problem, const KeyBlock& block, float* packed, float* scratch);
   /// `packed`: all blocks of the tile's K/V head, segment by segment; null: `run` packs the blocks it needs itself.
   void (*run)(const AttentionProblem& problem, const Tile& tile, const float* packed, float* scratch);
   double (*multiply_rate)();  ///< of its micro-kernel, to compare units of this CPU

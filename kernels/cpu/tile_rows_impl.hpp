@@ -29,12 +29,6 @@ struct Arena {
   }
 };
 
-// From one row of an array to the next: an odd number of cache lines, so that the rows of a column fall into all sets.
-std::int64_t pitch_of(std::int64_t floats) {
-  const std::int64_t pitch = round_up(floats, 16);
-  return pitch % 32 == 0 ? pitch + 16 : pitch;
-}
-
 bool has_mask(const AttentionProblem& problem) {
   return problem.key_segments[0].mask.data != nullptr || problem.key_segments[1].mask.data != nullptr;
 }
@@ -49,7 +43,7 @@ struct Visible {
 // at
 // [(row / kLanes · depth + x) · kLanes + row mod kLanes].
 struct TileRows {
-  float* staged;   // kWidth rows of `row_pitch`, on their way to or from the transposed arrays
+  float* staged;   // rows of `row_pitch`, on their way to or from the transposed arrays
   float* bias;     // one panel's additive mask, transposed: kTileKeys deep; null without a mask
   float* max;      // running maximum of each row's logits, to the base 2
   float* sum;      // running Σ 2^(logit − max)
@@ -62,7 +56,7 @@ struct TileRows {
 
 void carve_rows(Arena& arena, const AttentionProblem& problem, TileRows& rows) {
   rows.row_pitch = round_up(problem.head_size > kTileKeys ? problem.head_size : kTileKeys, 16);
-  rows.staged = arena.take(Simd::kWidth * rows.row_pitch);
+  rows.staged = arena.take(round_up(Simd::kMaxRows, Simd::kWidth) * rows.row_pitch);
   rows.bias = has_mask(problem) ? arena.take(kLanes * kTileKeys) : nullptr;
   rows.max = arena.take(kTileRows);
   rows.sum = arena.take(kTileRows);
@@ -95,6 +89,38 @@ void lanes_to_rows(const float* panel, const float* factors, std::int64_t count,
     Simd::transpose(block);
     for (int i = 0; i < Simd::kWidth; ++i) Simd::store(rows + i * pitch + x, block[i]);
   }
+}
+
+// K and V lie in strips of kMaxRows rows, column by column: what the micro-kernel reads is one stream. Rejected: row by
+// row, a dozen short streams that no hardware prefetcher follows; with a packed head in the third cache this cost 5 to
+// 15 % of 1,4,4096,4096,128 in float32 (Zen 4).
+std::int64_t strip_floats(std::int64_t columns) { return columns * Simd::kMaxRows; }
+std::int64_t strips_of(std::int64_t rows) { return (rows + Simd::kMaxRows - 1) / Simd::kMaxRows; }
+
+// kMaxRows rows of `count` columns, `pitch` apart, to a strip; writes up to kWidth columns past its end.
+void rows_to_strip(const float* rows, std::int64_t pitch, std::int64_t count, float* strip) {
+  constexpr int parts = (Simd::kMaxRows + Simd::kWidth - 1) / Simd::kWidth;
+  for (std::int64_t x = 0; x < count; x += Simd::kWidth) {
+    Vec block[parts][Simd::kWidth];
+    for (int part = 0; part < parts; ++part) {
+      for (int i = 0; i < Simd::kWidth; ++i) block[part][i] = Simd::load(rows + (part * Simd::kWidth + i) * pitch + x);
+      Simd::transpose(block[part]);
+    }
+    for (int i = 0; i < Simd::kWidth; ++i) {  // in order: what is written past a column is the next one's
+      for (int part = 0; part < parts; ++part) {
+        Simd::store(strip + (x + i) * Simd::kMaxRows + part * Simd::kWidth, block[part][i]);
+      }
+    }
+  }
+}
+
+// One column of all strips: `count` values, strips `strip` apart.
+void store_column(const float* values, std::int64_t count, std::int64_t strip, float* column) {
+  std::int64_t i = 0;
+  for (; i + Simd::kMaxRows <= count; i += Simd::kMaxRows, column += strip) {
+    std::memcpy(column, values + i, Simd::kMaxRows * sizeof(float));
+  }
+  for (int rest = 0; i < count; ++i, ++rest) column[rest] = values[i];
 }
 
 // --- Rows of the problem ---
@@ -310,13 +336,12 @@ struct Blocks {
   }
 };
 
-// Asks for one of `parts` of what will be needed after the current block: of rows that lie far apart, which no hardware
-// prefetcher follows, or of the next packed block. Worth 6 % of 1,4,4096,4096,128 in float32 on one thread (Zen 4).
+// Asks for one of `parts` of rows that will be needed after the current block. Worth 6 % of 1,4,4096,4096,128 in
+// float32 on one thread (Zen 4).
 void prefetch_rows(const char* start, std::int64_t stride_bytes, int rows, std::int64_t row_bytes, int part,
                    int parts) {
   for (int row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
-    const char* at = start + row * stride_bytes;
-    for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    prefetch_row(start + row * stride_bytes, row_bytes);
   }
 }
 

@@ -9,7 +9,6 @@
 #include <memory>
 #include <new>
 #include <span>
-#include <thread>
 #include <vector>
 
 #include "kernels/cpu/half.hpp"
@@ -19,6 +18,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::size_t kKeptBytes = 64 << 20;
+constexpr std::int64_t kPackedBytes = 48 << 20;  // of packed heads, over all threads
 
 using Memory = std::unique_ptr<float, decltype(&std::free)>;
 
@@ -127,92 +127,69 @@ void run_unpacked(std::span<const AttentionProblem> problems, const Executor& ex
   });
 }
 
-// Tiles over K and V packed once per head. Stage s packs head s in the middle of the tiles of head s − `lookahead`
-// (before them where there is one head), so that packing is done long before it is needed, and tiles of the head whose
-// memory is taken over ended long ago; waiting is rare. Tasks are handed out in order and wait for earlier ones only:
-// no deadlock, however few threads there are.
-class Pipeline {
- public:
-  Pipeline(const AttentionProblem& problem, const Executor& executor, const TileKernel& kernel, const Cut& cut)
-      : problem_(problem), executor_(executor), kernel_(kernel), cut_(cut) {
-    for (int i = 0; i < problem.num_key_segments; ++i) blocks_ += blocks_of(problem.key_segments[i]);
-    packs_ = divide_up(blocks_, kBlocksPerTask);
-    lookahead_ = std::min({cut.heads - 1, 1 + 4 * executor.threads / cut.tiles_per_head, kMostBuffers - 1});
-    block_floats_ = kernel.block_floats(problem);
-  }
-
-  void run() {
-    const std::int64_t stage_tasks = packs_ + cut_.tiles_per_head;
-    const std::int64_t tasks = (cut_.heads + lookahead_) * stage_tasks;
-    const std::int64_t slots = std::min<std::int64_t>(executor_.threads, tasks);
-    const std::int64_t per_slot = aligned_floats(kernel_.scratch_floats(problem_));
-    const Scratch scratch((lookahead_ + 1) * blocks_ * block_floats_ + slots * per_slot);
-    packed_ = scratch.data() + slots * per_slot;
-    in_order(executor_, slots, tasks, [&](std::int64_t slot, std::int64_t i) {
-      const std::int64_t stage = i / stage_tasks;
-      const std::int64_t task = i % stage_tasks;
-      const std::int64_t pack = task - (lookahead_ == 0 ? 0 : cut_.tiles_per_head / 2);
-      if (pack >= 0 && pack < packs_) {
-        if (stage < cut_.heads) pack_blocks(stage, pack);
-      } else if (stage >= lookahead_) {
-        run_tile(stage - lookahead_, pack < 0 ? task : task - packs_, scratch.data() + slot * per_slot);
-      }
-    });
-  }
-
- private:
-  static constexpr std::int64_t kBlocksPerTask = 4;
-  static constexpr std::int64_t kMostBuffers = 64;
-
-  // Of one buffer, over all heads that have it in turn.
-  struct alignas(64) Progress {
-    std::atomic<std::int64_t> packs{0};
-    std::atomic<std::int64_t> tiles{0};
-  };
-
-  static void wait_until(const std::atomic<std::int64_t>& done, std::int64_t wanted) {
-    while (done.load(std::memory_order_acquire) < wanted) std::this_thread::yield();
-  }
-
-  [[nodiscard]] float* buffer(std::int64_t head) const {
-    return packed_ + head % (lookahead_ + 1) * blocks_ * block_floats_;
-  }
-
-  void pack_blocks(std::int64_t head, std::int64_t task) {
-    Progress& progress = progress_[head % (lookahead_ + 1)];
-    wait_until(progress.tiles, head / (lookahead_ + 1) * cut_.tiles_per_head);
-    const std::int64_t first_segment_blocks = blocks_of(problem_.key_segments[0]);
-    const std::int64_t end = std::min((task + 1) * kBlocksPerTask, blocks_);
-    for (std::int64_t block = task * kBlocksPerTask; block < end; ++block) {
-      const int segment = block < first_segment_blocks ? 0 : 1;
-      kernel_.pack(problem_,
-                   {.batch = head / problem_.kv_heads,
-                    .kv_head = head % problem_.kv_heads,
-                    .segment = segment,
-                    .block = segment == 0 ? block : block - first_segment_blocks},
-                   buffer(head) + block * block_floats_);
-    }
-    progress.packs.fetch_add(1, std::memory_order_release);
-  }
-
-  void run_tile(std::int64_t head, std::int64_t index, float* scratch) {
-    Progress& progress = progress_[head % (lookahead_ + 1)];
-    wait_until(progress.packs, (head / (lookahead_ + 1) + 1) * packs_);
-    kernel_.run(problem_, cut_.tile(problem_, head, index), buffer(head), scratch);
-    progress.tiles.fetch_add(1, std::memory_order_release);
-  }
-
-  const AttentionProblem& problem_;
-  const Executor& executor_;
-  const TileKernel& kernel_;
-  const Cut& cut_;
-  std::int64_t blocks_ = 0;  // of a head
-  std::int64_t packs_;       // tasks that pack a head
-  std::int64_t lookahead_;   // heads packed before their tiles are reached
-  std::int64_t block_floats_;
-  float* packed_ = nullptr;
-  Progress progress_[kMostBuffers];
+// Successive tiles of one head, done by one thread.
+struct TileRun {
+  std::int64_t head;
+  std::int64_t first;
+  std::int64_t tiles;
 };
+
+// Whole heads at first, less and less towards the end, so that threads end together.
+std::vector<TileRun> cut_into_runs(const Cut& cut, int threads) {
+  std::vector<TileRun> runs;
+  const std::int64_t all = cut.heads * cut.tiles_per_head;
+  for (std::int64_t done = 0; done < all;) {
+    const std::int64_t first = done % cut.tiles_per_head;
+    const std::int64_t share = divide_up(all - done, std::int64_t{2} * threads);
+    const std::int64_t tiles = std::min(share, cut.tiles_per_head - first);
+    runs.push_back({.head = done / cut.tiles_per_head, .first = first, .tiles = tiles});
+    done += tiles;
+  }
+  return runs;
+}
+
+// All blocks of a K/V head.
+void pack_head(const AttentionProblem& problem, const TileKernel& kernel, std::int64_t head, float* packed,
+               float* scratch) {
+  const std::int64_t block_floats = kernel.block_floats(problem);
+  for (int segment = 0; segment < problem.num_key_segments; ++segment) {
+    for (std::int64_t block = 0; block < blocks_of(problem.key_segments[segment]); ++block, packed += block_floats) {
+      kernel.pack(
+          problem,
+          {.batch = head / problem.kv_heads, .kv_head = head % problem.kv_heads, .segment = segment, .block = block},
+          packed, scratch);
+    }
+  }
+}
+
+// Each thread packs K and V of a head once for all tiles of a run. Rejected: packing each head once for all threads, in
+// a pipeline beside the tiles of the head before. On two cores (Zen 4) it lost 8 % of 2,16,1024,1024,72 in float32:
+// what another core has just written comes slowly.
+void run_packed(const AttentionProblem& problem, const Executor& executor, const TileKernel& kernel, const Cut& cut,
+                std::int64_t head_floats) {
+  const std::vector<TileRun> runs = cut_into_runs(cut, executor.threads);
+  const auto count = static_cast<std::int64_t>(runs.size());
+  const std::int64_t slots = std::min<std::int64_t>(executor.threads, count);
+  const std::int64_t tile_floats = aligned_floats(kernel.scratch_floats(problem));
+  const Scratch scratch(slots * (tile_floats + head_floats));
+  in_order(executor, slots, count, [&](std::int64_t slot, std::int64_t i) {
+    const TileRun& run = runs[static_cast<std::size_t>(i)];
+    float* tile_scratch = scratch.data() + slot * (tile_floats + head_floats);
+    float* packed = tile_scratch + tile_floats;
+    if (run.tiles > 1) pack_head(problem, kernel, run.head, packed, tile_scratch);
+    for (std::int64_t tile = run.first; tile < run.first + run.tiles; ++tile) {
+      kernel.run(problem, cut.tile(problem, run.head, tile), run.tiles > 1 ? packed : nullptr, tile_scratch);
+    }
+  });
+}
+
+// What a thread needs for a packed head; 0 where that would be more memory than it is worth.
+std::int64_t packed_head_floats(const AttentionProblem& problem, const TileKernel& kernel, int threads) {
+  std::int64_t blocks = 0;
+  for (int i = 0; i < problem.num_key_segments; ++i) blocks += blocks_of(problem.key_segments[i]);
+  const std::int64_t floats = blocks * kernel.block_floats(problem);
+  return floats * 4 * threads <= kPackedBytes ? floats : 0;
+}
 
 // --- Few rows, many keys ---
 
@@ -338,8 +315,9 @@ void tiled_attention(const AttentionProblem& problem, const Executor& executor, 
     return run_split(problem, executor, kernel, part_keys);
   }
   const Cut cut = cut_into_tiles(problem, executor.threads);
-  if (cut.tiles_per_head == 1) return run_unpacked({&problem, 1}, executor, kernel, cut);
-  Pipeline(problem, executor, kernel, cut).run();
+  const std::int64_t head_floats = packed_head_floats(problem, kernel, executor.threads);
+  if (cut.tiles_per_head == 1 || head_floats == 0) return run_unpacked({&problem, 1}, executor, kernel, cut);
+  run_packed(problem, executor, kernel, cut, head_floats);
 }
 
 }  // namespace ditattn::kernels::cpu
