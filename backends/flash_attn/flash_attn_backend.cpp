@@ -1,10 +1,7 @@
 #include <fmt/format.h>
 
-#include <cstdlib>
-#include <cstring>
-
+#include "backends/common/cpu_level_choice.hpp"
 #include "backends/common/cpu_problem.hpp"
-#include "ditattn/errors.hpp"
 #include "kernels/cpu/flash_attention.hpp"
 
 namespace ditattn {
@@ -16,23 +13,9 @@ namespace {
 
 constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
 
-// The best level of this CPU, or the one DITATTN_CPU_LEVEL names if the CPU has it; a level that is named is used
-// whole, whether that is faster or not.
-CpuUnits choose_cpu_units() {
-  const CpuLevel best = kernels::cpu::detect_cpu_level();
-  const char* wanted = std::getenv("DITATTN_CPU_LEVEL");
-  if (wanted == nullptr || *wanted == '\0') return kernels::cpu::choose_units(best, false);
-  for (int level = 0; level <= static_cast<int>(best); ++level) {
-    if (std::strcmp(wanted, kernels::cpu::kCpuLevelNames[level]) == 0) {
-      return kernels::cpu::choose_units(static_cast<CpuLevel>(level), true);
-    }
-  }
-  throw ValueError(fmt::format("DITATTN_CPU_LEVEL='{}' is not a level this CPU has: sse2 up to {}.", wanted,
-                               kernels::cpu::kCpuLevelNames[static_cast<int>(best)]));
-}
-
 CpuUnits cpu_units() {
-  static const CpuUnits units = choose_cpu_units();
+  // A level that is named is used whole, whether that is faster or not.
+  static const CpuUnits units = kernels::cpu::choose_units(cpu_level().level, cpu_level().forced);
   return units;
 }
 

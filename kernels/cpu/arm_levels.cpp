@@ -6,7 +6,7 @@ namespace ditattn::kernels::cpu {
 CpuLevel detect_cpu_level() { return CpuLevel::neon; }
 
 const LevelKernels& kernels_of(CpuLevel /*level*/) {
-  static constexpr LevelKernels neon = {.flash_f32 = &kFlashNeon, .flash_bf16_dot = nullptr};
+  static constexpr LevelKernels neon = {&kFlashNeon, nullptr, &kSageNeon, &kSageWideNeon};
   return neon;
 }
 

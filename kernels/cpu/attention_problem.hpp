@@ -68,6 +68,7 @@ struct AttentionProblem {
   ElementType type = ElementType::float32;      ///< of query, key and value
   ElementType out_type = ElementType::float32;  ///< `type`, or float32
   float scale = 1;
+  bool smooth_key = true;  ///< quantized kernels: take K's channel means off before it is quantized
 
   QuerySegment queries[2];
   int num_queries = 0;

@@ -7,8 +7,8 @@ namespace ditattn::kernels::cpu {
 enum class CpuLevel : int { neon };
 inline constexpr const char* kCpuLevelNames[] = {"neon"};
 #else
-enum class CpuLevel : int { sse2, avx2, avx512, avx512_bf16 };
-inline constexpr const char* kCpuLevelNames[] = {"sse2", "avx2", "avx512", "avx512_bf16"};
+enum class CpuLevel : int { sse2, avx2, avx512, avx512_vnni, avx512_bf16 };
+inline constexpr const char* kCpuLevelNames[] = {"sse2", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
 #endif
 
 /// The highest level this CPU and operating system can run.

@@ -16,9 +16,9 @@ const TileKernel& kernel_for(const AttentionProblem& problem, CpuUnits units) {
 }  // namespace
 
 CpuUnits choose_units(CpuLevel level, bool always) {
-  const auto [f32, bf16_dot] = kernels_of(level);
-  if (bf16_dot == nullptr) return {.level = level};
-  const bool faster = always || bf16_dot->multiply_rate() > 1.2 * f32->multiply_rate();
+  const LevelKernels& kernels = kernels_of(level);
+  if (kernels.flash_bf16_dot == nullptr) return {.level = level};
+  const bool faster = always || kernels.flash_bf16_dot->multiply_rate() > 1.2 * kernels.flash_f32->multiply_rate();
   return {.level = level, .bf16_dot = faster};
 }
 

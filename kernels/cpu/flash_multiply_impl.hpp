@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "kernels/cpu/ticks.hpp"
+#include "kernels/cpu/rate.hpp"
 
 namespace ditattn::kernels::cpu {
 namespace {
@@ -65,24 +65,13 @@ void multiply(const float* a, std::int64_t strip, const float* b, const float* r
   }
 }
 
-// Multiply-adds of one element per tick, on data in the first cache: the best of a few runs of some ten thousand
-// cycles, which an interrupt rarely meets all. For ratios between units of one CPU.
 double multiply_rate() {
   constexpr int depth = 64;
   alignas(64) float a[Simd::kMaxRows * depth] = {};
   alignas(64) float b[depth * kLanes] = {};
   alignas(64) float c[Simd::kMaxRows * kLanes] = {};
-  double best = 0;
-  for (int run = 0; run < 12; ++run) {
-    constexpr int calls = 16;
-    const auto start = static_cast<double>(read_ticks());
-    for (int call = 0; call < calls; ++call) multiply_rows<Simd::kMaxRows>(a, b, nullptr, c, depth);
-    asm volatile("" : : "r"(c) : "memory");
-    const double ticks = static_cast<double>(read_ticks()) - start;
-    const double rate = double{Simd::kMaxRows} * kLanes * depth * Operands::kPack * calls / ticks;
-    best = rate > best ? rate : best;
-  }
-  return best;
+  return best_rate(Simd::kMaxRows * kLanes * depth * Operands::kPack,
+                   [&] { multiply_rows<Simd::kMaxRows>(a, b, nullptr, c, depth); });
 }
 
 }  // namespace

@@ -108,31 +108,6 @@ void pack_block(const AttentionProblem& problem, const KeyBlock& block, float* p
   packed[w.layout.finite_at] = pack_values(problem, block, keys, w, packed + w.layout.value_start) ? 1 : 0;
 }
 
-void load_query(const AttentionProblem& problem, const Tile& tile, const Workspace& w) {
-  const Vec scale = Simd::set1(problem.scale * kLog2E);
-  for (int first = 0; first < used_lanes(tile); first += Simd::kWidth) {
-    for (int i = 0; i < Simd::kWidth; ++i) {
-      float* row = w.rows.staged + i * w.rows.row_pitch;
-      if (first + i < tile.rows) {
-        const char* source = query_row(problem, tile.batch, position_of(problem, tile, first + i));
-        if (first + i + kRowsAhead < tile.rows) {
-          prefetch_row(query_row(problem, tile.batch, position_of(problem, tile, first + i + kRowsAhead)),
-                       problem.head_size * element_bytes(problem.type));
-        }
-        Operands::load_row(source, problem.type, problem.head_size, row);
-      } else {
-        std::memset(row, 0, static_cast<std::size_t>(w.units) * sizeof(float));
-      }
-    }
-    float* panel = lane_of(w.query, w.units, first);
-    rows_to_lanes(w.rows.staged, w.rows.row_pitch, w.units, panel);
-    if (!Operands::kQueryIsScaled) continue;
-    for (std::int64_t x = 0; x < w.units; ++x) {
-      Simd::store(panel + x * kLanes, Simd::mul(Simd::load(panel + x * kLanes), scale));
-    }
-  }
-}
-
 // What products of Q and K are to be multiplied by for logits to the base 2, where Q does not have it already.
 float logit_unit(const AttentionProblem& problem) { return Operands::kQueryIsScaled ? 1 : problem.scale * kLog2E; }
 
@@ -161,6 +136,15 @@ void multiply_visible(const Workspace& w, const float* values, int row, float* o
         Simd::store(sum, Operands::multiply_add(value, p, Simd::load(sum)));
       }
     }
+  }
+}
+
+// Asks for one of `parts` of rows that will be needed after the current block. Worth 6 % of 1,4,4096,4096,128 in
+// float32 on one thread (Zen 4).
+void prefetch_rows(const char* start, std::int64_t stride_bytes, int rows, std::int64_t row_bytes, int part,
+                   int parts) {
+  for (int row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+    prefetch_row(start + row * stride_bytes, row_bytes);
   }
 }
 
@@ -227,7 +211,7 @@ void attend_segment(const AttentionProblem& problem, const Tile& tile, const Wor
 void run_tile(const AttentionProblem& problem, const Tile& tile, const float* packed, float* scratch) {
   Workspace w{};
   carve(problem, packed, scratch, w);
-  load_query(problem, tile, w);
+  load_query(problem, tile, w.rows, w.units, w.query);
   const auto lanes = static_cast<std::size_t>(used_lanes(tile));
   std::memset(w.out, 0, lanes * static_cast<std::size_t>(problem.head_size) * sizeof(float));
   for (int row = 0; row < used_lanes(tile); ++row) {

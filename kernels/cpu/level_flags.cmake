@@ -8,4 +8,5 @@ set(avx2_flags ${sse2_flags} -mavx2 -mfma -mf16c)
 # GCC 12 warns of uninitialized values inside its own AVX-512 intrinsics.
 set(avx512_flags ${sse2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512
                  -Wno-maybe-uninitialized -Wno-uninitialized)
+set(avx512_vnni_flags ${avx512_flags} -mavx512vnni)
 set(avx512_bf16_flags ${avx512_flags} -mavx512bf16)

@@ -12,6 +12,8 @@ struct TileKernel;
 struct LevelKernels {
   const TileKernel* flash_f32;       ///< whatever the elements, in float32
   const TileKernel* flash_bf16_dot;  ///< bfloat16 through its own dot product; null: the level has none
+  const TileKernel* sage;            ///< quantized
+  const TileKernel* sage_wide;       ///< quantized but for V
 };
 
 const LevelKernels& kernels_of(CpuLevel level);

@@ -2,7 +2,7 @@
 
 /// Operands of the products as pairs of bfloat16, for `vdpbf16ps`: products are exact, sums float32 (subnormal inputs
 /// count as zero, as that instruction defines). Q, K and V are taken as they are; P is rounded to bfloat16. Included
-/// after flash_elements_impl.hpp.
+/// after tile_elements_impl.hpp.
 
 namespace ditattn::kernels::cpu {
 namespace {

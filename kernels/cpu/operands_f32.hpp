@@ -1,6 +1,6 @@
 #pragma once
 
-/// Operands of the products as float32, whatever the elements. Included after flash_elements_impl.hpp.
+/// Operands of the products as float32, whatever the elements. Included after tile_elements_impl.hpp.
 
 namespace ditattn::kernels::cpu {
 namespace {

@@ -32,6 +32,7 @@ struct Simd {
   static Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
   }
+  static float largest(Vec v) { return _mm512_reduce_max_ps(v); }  ///< of all lanes; none is NaN
   static bool any_not_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ) != 0; }
   static bool any_nan(Vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 
@@ -72,6 +73,29 @@ struct Simd {
       rows[4 + j] = _mm512_shuffle_f32x4(odd_top, odd_bottom, 0x88);
       rows[12 + j] = _mm512_shuffle_f32x4(odd_top, odd_bottom, 0xDD);
     }
+  }
+
+  // Whole numbers of 32 bits, for 8-bit products.
+  using Ints = __m512i;
+  static Ints zero_ints() { return _mm512_setzero_si512(); }
+  static Ints load_ints(const float* p) { return _mm512_loadu_si512(p); }
+  static Vec bits(Ints v) { return _mm512_castsi512_ps(v); }
+  static Ints to_ints(Vec v) { return _mm512_cvtps_epi32(v); }  ///< to nearest
+  static Vec to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+  /// The low bytes of four vectors as one: x[0]'s is the lowest of each lane.
+  static Vec join_bytes(const Ints (&x)[4]) {
+    const __m512i byte = _mm512_set1_epi32(0xFF);
+    const __m512i low =
+        _mm512_or_si512(_mm512_and_si512(x[0], byte), _mm512_slli_epi32(_mm512_and_si512(x[1], byte), 8));
+    const __m512i high = _mm512_or_si512(_mm512_and_si512(x[2], byte), _mm512_slli_epi32(x[3], 8));
+    return bits(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  /// kWidth bytes in the order of the lanes.
+  static void store_bytes(void* p, Ints v) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  /// sums + Σ of four products per lane; an unsigned byte may be 127 at most, or 16-bit sums would saturate.
+  static Ints add_byte_products(Vec of_unsigned, Vec of_signed, Ints sums) {
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_castps_si512(of_unsigned), _mm512_castps_si512(of_signed));
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }
 };
 

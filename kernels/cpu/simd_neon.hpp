@@ -29,6 +29,7 @@ struct Simd {
   /// a < b ? x : y; y where either is NaN.
   static Vec select_less(Vec a, Vec b, Vec x, Vec y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
   static Vec select_equal(Vec a, Vec b, Vec x, Vec y) { return vbslq_f32(vceqq_f32(a, b), x, y); }
+  static float largest(Vec v) { return vmaxvq_f32(v); }  ///< of all lanes; none is NaN
   static bool any_not_equal(Vec a, Vec b) { return vminvq_u32(vceqq_f32(a, b)) == 0; }
   static bool any_nan(Vec v) { return any_not_equal(v, v); }
 

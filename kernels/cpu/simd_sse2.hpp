@@ -29,6 +29,11 @@ struct Simd {
   /// a < b ? x : y; y where either is NaN.
   static Vec select_less(Vec a, Vec b, Vec x, Vec y) { return select(_mm_cmplt_ps(a, b), x, y); }
   static Vec select_equal(Vec a, Vec b, Vec x, Vec y) { return select(_mm_cmpeq_ps(a, b), x, y); }
+  /// Of all lanes; none is NaN.
+  static float largest(Vec v) {
+    const __m128 two = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
   static bool any_not_equal(Vec a, Vec b) { return _mm_movemask_ps(_mm_cmpneq_ps(a, b)) != 0; }
   static bool any_nan(Vec v) { return _mm_movemask_ps(_mm_cmpunord_ps(v, v)) != 0; }
 

@@ -60,4 +60,11 @@ extern const TileKernel kFlashAvx2;
 extern const TileKernel kFlashAvx512;
 extern const TileKernel kFlashAvx512Bf16;  ///< bfloat16 elements, positive scale
 
+/// Quantized attention, and with V in 16 bits and more.
+extern const TileKernel kSageNeon, kSageWideNeon;
+extern const TileKernel kSageSse2, kSageWideSse2;
+extern const TileKernel kSageAvx2, kSageWideAvx2;
+extern const TileKernel kSageAvx512, kSageWideAvx512;
+extern const TileKernel kSageAvx512Vnni, kSageWideAvx512Vnni;
+
 }  // namespace ditattn::kernels::cpu

@@ -1,5 +1,5 @@
 /// What every kernel by tiles needs of a level: working memory, transposing, and which rows see which keys. Included
-/// after flash_elements_impl.hpp; all of it is local to the unit.
+/// after tile_elements_impl.hpp; all of it is local to the unit.
 
 #include <cstdint>
 #include <cstring>
@@ -190,53 +190,35 @@ float* lane_of(float* transposed, std::int64_t depth, int row) {
   return transposed + static_cast<std::int64_t>(row / kLanes) * depth * kLanes + row % kLanes;
 }
 
-// Keys of a mask's row as what is added to logits.
-void load_mask_row(const Mask& mask, std::int64_t first, int keys, float* destination) {
-  if (mask.type != ElementType::boolean && mask.key_stride == 1) {
-    widen_row(element_pointer(mask.data, mask.type, first), mask.type, keys, destination);
-    return;
-  }
-  for (int key = 0; key < keys; ++key) {
-    destination[key] = load_mask_element(mask.data, mask.type, first + key * mask.key_stride);
+// Qᵀ in units, times scale · log2 e where the operands want that.
+void load_query(const AttentionProblem& problem, const Tile& tile, const TileRows& rows, std::int64_t units,
+                float* query) {
+  const Vec scale = Simd::set1(problem.scale * kLog2E);
+  for (int first = 0; first < used_lanes(tile); first += Simd::kWidth) {
+    for (int i = 0; i < Simd::kWidth; ++i) {
+      float* row = rows.staged + i * rows.row_pitch;
+      if (first + i < tile.rows) {
+        const char* source = query_row(problem, tile.batch, position_of(problem, tile, first + i));
+        if (first + i + kRowsAhead < tile.rows) {
+          prefetch_row(query_row(problem, tile.batch, position_of(problem, tile, first + i + kRowsAhead)),
+                       problem.head_size * element_bytes(problem.type));
+        }
+        Operands::load_row(source, problem.type, problem.head_size, row);
+      } else {
+        std::memset(row, 0, static_cast<std::size_t>(units) * sizeof(float));
+      }
+    }
+    float* panel = lane_of(query, units, first);
+    rows_to_lanes(rows.staged, rows.row_pitch, units, panel);
+    if (!Operands::kQueryIsScaled) continue;
+    for (std::int64_t x = 0; x < units; ++x) {
+      Simd::store(panel + x * kLanes, Simd::mul(Simd::load(panel + x * kLanes), scale));
+    }
   }
 }
 
 // What a row group sees of a block.
 enum class Sees : std::uint8_t { nothing, some, all };
-
-Sees both(Sees a, Sees b) { return a < b ? a : b; }
-
-// A panel's mask of a block. `some` also where it adds something.
-Sees load_bias(const AttentionProblem& problem, const Tile& tile, const TileRows& rows, int panel, const Mask& mask,
-               std::int64_t first_key, int keys) {
-  const int first_row = panel * kLanes;
-  const Vec hidden = Simd::set1(-kInfinity);
-  const Vec zero = Simd::set1(0);
-  Vec seen = hidden;     // 0 if something is not hidden
-  Vec different = zero;  // not 0 if something is added or hidden
-  for (int first = first_row; first < first_row + kLanes; first += Simd::kWidth) {
-    for (int i = 0; i < Simd::kWidth; ++i) {
-      float* row = rows.staged + i * rows.row_pitch;
-      RowPosition position = position_of(problem, tile, first + i < tile.rows ? first + i : tile.rows - 1);
-      position.token -= mask.first_row;
-      if (position.token >= 0 && position.token < mask.rows) {
-        const std::int64_t start = offset_of(mask.strides, tile.batch, position) + first_key * mask.key_stride;
-        load_mask_row(mask, start, keys, row);
-      } else {
-        std::memset(row, 0, sizeof(float) * kTileKeys);
-      }
-    }
-    float* lanes = rows.bias + (first - first_row);
-    rows_to_lanes(rows.staged, rows.row_pitch, keys, lanes);
-    for (int key = 0; key < keys; ++key) {
-      const Vec b = Simd::load(lanes + key * kLanes);
-      seen = Simd::select_equal(b, hidden, seen, zero);
-      different = Simd::select_equal(b, zero, different, Simd::set1(1));
-    }
-  }
-  if (!Simd::any_not_equal(different, zero)) return Sees::all;
-  return Simd::any_not_equal(seen, hidden) ? Sees::some : Sees::nothing;
-}
 
 // The keys of a segment that each row sees, masks aside. Returns the range that some row sees.
 Visible load_visible(const AttentionProblem& problem, const Tile& tile, const TileRows& rows,
@@ -335,15 +317,6 @@ struct Blocks {
     return packed + (before + block.block) * floats;
   }
 };
-
-// Asks for one of `parts` of rows that will be needed after the current block. Worth 6 % of 1,4,4096,4096,128 in
-// float32 on one thread (Zen 4).
-void prefetch_rows(const char* start, std::int64_t stride_bytes, int rows, std::int64_t row_bytes, int part,
-                   int parts) {
-  for (int row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
-    prefetch_row(start + row * stride_bytes, row_bytes);
-  }
-}
 
 }  // namespace
 }  // namespace ditattn::kernels::cpu

@@ -9,17 +9,20 @@ CpuLevel detect_cpu_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512bf16") ? CpuLevel::avx512_bf16 : CpuLevel::avx512;
+    // Every CPU with AVX512-BF16 has VNNI.
+    if (__builtin_cpu_supports("avx512bf16")) return CpuLevel::avx512_bf16;
+    return __builtin_cpu_supports("avx512vnni") ? CpuLevel::avx512_vnni : CpuLevel::avx512;
   }
   return avx2 ? CpuLevel::avx2 : CpuLevel::sse2;  // every CPU with AVX2 has F16C
 }
 
 const LevelKernels& kernels_of(CpuLevel level) {
   static constexpr LevelKernels kernels[] = {
-      {.flash_f32 = &kFlashSse2, .flash_bf16_dot = nullptr},
-      {.flash_f32 = &kFlashAvx2, .flash_bf16_dot = nullptr},
-      {.flash_f32 = &kFlashAvx512, .flash_bf16_dot = nullptr},
-      {.flash_f32 = &kFlashAvx512, .flash_bf16_dot = &kFlashAvx512Bf16},
+      {&kFlashSse2, nullptr, &kSageSse2, &kSageWideSse2},
+      {&kFlashAvx2, nullptr, &kSageAvx2, &kSageWideAvx2},
+      {&kFlashAvx512, nullptr, &kSageAvx512, &kSageWideAvx512},
+      {&kFlashAvx512, nullptr, &kSageAvx512Vnni, &kSageWideAvx512Vnni},
+      {&kFlashAvx512, &kFlashAvx512Bf16, &kSageAvx512Vnni, &kSageWideAvx512Vnni},
   };
   return kernels[static_cast<int>(level)];
 }
