@@ -8,7 +8,9 @@ namespace {
 struct ByteProducts {
   static constexpr int kUnsignedMost = 255;
   static Simd::Ints add(Vec of_unsigned, Vec of_signed, Simd::Ints sums) {
-    return _mm512_dpbusd_epi32(sums, _mm512_castps_si512(of_unsigned), _mm512_castps_si512(of_signed));
+    // Not _mm512_dpbusd_epi32: GCC 12 thinks that it touches memory and stores all sums at each step: half the speed.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(of_unsigned), "v"(of_signed));
+    return sums;
   }
 };
 

@@ -34,10 +34,17 @@ struct WideValues {
 
 constexpr float kLog2ProbabilityMost = Dots::kProbabilityMost == 255 ? 7.99435344F : 6.98868469F;
 
-// sums[m] += Σ_k a[k · kMaxRows + m] · b[k] for M rows of a strip and the lanes of a panel, in units.
-template <int M, class Sums, class Add>
-[[gnu::always_inline]] inline void accumulate(const float* a, const float* b, std::int64_t depth,
-                                              Sums (&sums)[M][Simd::kVectors], Add add) {
+// M rows of c for a panel: what `product` makes of Σ_k a[k · kMaxRows + m] · b[k], in units, and of row m's scale.
+template <int M, class Product>
+void product_rows(const Product& product, const float* a, const float* scales, float* c) {
+  typename Product::Sums sums[M][Simd::kVectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Simd::kVectors; ++v) sums[m][v] = product.start(v * Simd::kWidth);
+  }
+  const float* b = product.lanes;
+  const std::int64_t depth = product.units;
   for (std::int64_t k = 0; k < depth; ++k) {
     Vec row[Simd::kVectors];
 #pragma GCC unroll 4
@@ -46,85 +53,68 @@ template <int M, class Sums, class Add>
     for (int m = 0; m < M; ++m) {
       const Vec x = Simd::set1(a[k * Simd::kMaxRows + m]);
 #pragma GCC unroll 4
-      for (int v = 0; v < Simd::kVectors; ++v) sums[m][v] = add(x, row[v], sums[m][v]);
+      for (int v = 0; v < Simd::kVectors; ++v) sums[m][v] = Product::add(x, row[v], sums[m][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    const Vec scale = Simd::set1(scales[m]);
+#pragma GCC unroll 4
+    for (int v = 0; v < Simd::kVectors; ++v) {
+      product.finish(sums[m][v], scale, v * Simd::kWidth, c + m * kLanes + v * Simd::kWidth);
     }
   }
 }
 
-// Logits of M keys: the sums, which begin at `start` per lane, times each key's scale.
-struct LogitRows {
-  const float* query;
-  const float* start;
+// Logits: sums that begin with what takes off K's offset, times each key's scale.
+struct LogitProduct {
+  using Sums = Dots::Sums;
+  const float* lanes;  // Q
   std::int64_t units;
+  const float* first_sums;
 
-  template <int M>
-  void run(const float* key, const float* key_scale, float* logits) const {
-    Dots::Sums sums[M][Simd::kVectors];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < Simd::kVectors; ++v) sums[m][v] = Dots::start(start + v * Simd::kWidth);
-    }
-    accumulate<M>(key, query, units, sums, [](Vec a, Vec b, Dots::Sums s) { return Dots::add_logits(a, b, s); });
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Vec scale = Simd::set1(key_scale[m]);
-#pragma GCC unroll 4
-      for (int v = 0; v < Simd::kVectors; ++v) {
-        Simd::store(logits + m * kLanes + v * Simd::kWidth, Simd::mul(Dots::to_floats(sums[m][v]), scale));
-      }
-    }
+  Sums start(int lane) const { return Dots::start(first_sums + lane); }
+  static Sums add(Vec key, Vec query, Sums sums) { return Dots::add_logits(key, query, sums); }
+  void finish(Sums sums, Vec key_scale, int /*lane*/, float* at) const {
+    Simd::store(at, Simd::mul(Dots::to_floats(sums), key_scale));
   }
 };
 
-// M rows of Oᵀ: out · rescale + the sums · weight · each channel's scale.
+// Oᵀ · rescale + sums · weight · each channel's scale.
 template <class Values>
-struct ValueRows {
-  const float* p;
+struct ValueProduct {
+  using Sums = typename Values::Sums;
+  const float* lanes;  // P
+  std::int64_t units;
   const float* rescale;
   const float* weight;
-  std::int64_t units;
 
-  template <int M>
-  void run(const float* value, const float* value_scale, float* out) const {
-    typename Values::Sums sums[M][Simd::kVectors];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < Simd::kVectors; ++v) sums[m][v] = Values::zero();
-    }
-    accumulate<M>(value, p, units, sums, [](Vec a, Vec b, auto s) { return Values::add(a, b, s); });
-#pragma GCC unroll 4
-    for (int v = 0; v < Simd::kVectors; ++v) {
-      const Vec shrink = Simd::load(rescale + v * Simd::kWidth);
-      const Vec w = Simd::load(weight + v * Simd::kWidth);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        float* at = out + m * kLanes + v * Simd::kWidth;
-        const Vec scale = Values::kQuantized ? Simd::mul(w, Simd::set1(value_scale[m])) : w;
-        Simd::store(at, Simd::fma(Values::to_floats(sums[m][v]), scale, Simd::mul(Simd::load(at), shrink)));
-      }
-    }
+  Sums start(int /*lane*/) const { return Values::zero(); }
+  static Sums add(Vec value, Vec p, Sums sums) { return Values::add(value, p, sums); }
+  void finish(Sums sums, Vec value_scale, int lane, float* at) const {
+    const Vec w = Simd::load(weight + lane);
+    const Vec scale = Values::kQuantized ? Simd::mul(w, value_scale) : w;
+    Simd::store(at, Simd::fma(Values::to_floats(sums), scale, Simd::mul(Simd::load(at), Simd::load(rescale + lane))));
   }
 };
 
-// `body` over all rows: strips of `a` with their scales and rows of c.
-template <class Body>
-void over_strips(const Body& body, const float* a, std::int64_t strip, const float* scales, float* c,
-                 std::int64_t rows) {
+// All `rows` of c, from strips of `a` and their scales.
+template <class Product>
+void multiply_strips(const Product& product, const float* a, std::int64_t strip, const float* scales, float* c,
+                     std::int64_t rows) {
   static_assert(Simd::kMaxRows == 6);
-  for (; rows >= 6; rows -= 6, a += strip, scales += 6, c += 6 * kLanes) body.template run<6>(a, scales, c);
+  for (; rows >= 6; rows -= 6, a += strip, scales += 6, c += 6 * kLanes) product_rows<6>(product, a, scales, c);
   switch (rows) {
     case 5:
-      return body.template run<5>(a, scales, c);
+      return product_rows<5>(product, a, scales, c);
     case 4:
-      return body.template run<4>(a, scales, c);
+      return product_rows<4>(product, a, scales, c);
     case 3:
-      return body.template run<3>(a, scales, c);
+      return product_rows<3>(product, a, scales, c);
     case 2:
-      return body.template run<2>(a, scales, c);
+      return product_rows<2>(product, a, scales, c);
     case 1:
-      return body.template run<1>(a, scales, c);
+      return product_rows<1>(product, a, scales, c);
     default:
       return;
   }
@@ -137,9 +127,9 @@ double value_rate() {
   alignas(64) float p[depth * kLanes] = {};
   alignas(64) float lanes[kLanes] = {};
   alignas(64) float out[Simd::kMaxRows * kLanes] = {};
-  const ValueRows<Values> rows{.p = p, .rescale = lanes, .weight = lanes, .units = depth};
+  const ValueProduct<Values> product{.lanes = p, .units = depth, .rescale = lanes, .weight = lanes};
   return best_rate(Simd::kMaxRows * kLanes * depth * Values::kPack,
-                   [&] { rows.template run<Simd::kMaxRows>(a, lanes, out); });
+                   [&] { product_rows<Simd::kMaxRows>(product, a, lanes, out); });
 }
 
 }  // namespace

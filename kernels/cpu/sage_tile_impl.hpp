@@ -115,12 +115,11 @@ void sage_softmax(const SageWorkspace& w, int row, int keys) {
     const Vec subtract = Simd::select_equal(new_max, hidden, zero, new_max);
     const Vec add = Simd::sub(Simd::set1(Values::kQuantized ? kLog2ProbabilityMost : 0), nearest);
     Vec total = zero;
+    for (int key = keys; key % Values::kPack != 0; ++key) Simd::store(logits + key * kLanes, hidden);
     for (int key = 0; key < keys; key += Values::kPack) {
       Vec p[Values::kPack];
 #pragma GCC unroll 4
       for (int i = 0; i < Values::kPack; ++i) {
-        p[i] = zero;
-        if (key + i >= keys) continue;
         p[i] = exp2_negative<Exp2Short>(Simd::fma(Simd::load(logits + (key + i) * kLanes), unit, add));
         total = Simd::add(total, p[i]);
       }
@@ -173,15 +172,16 @@ void attend_sage_block(const AttentionProblem& problem, const Tile& tile, const 
   for (int row = 0; row < used_lanes(tile); row += kLanes) {
     const auto [sees, keys] = load_limits(w.rows, row, block.block * kTileKeys, block_size, Dots::kPack);
     if (sees == Sees::nothing) continue;
-    const LogitRows logits{.query = w.query_units + row * layout.units, .start = w.start + row, .units = layout.units};
-    over_strips(logits, packed, strip_floats(layout.units), packed + layout.key_scale, w.logits, keys);
+    const LogitProduct logits{
+        .lanes = w.query_units + row * layout.units, .units = layout.units, .first_sums = w.start + row};
+    multiply_strips(logits, packed, strip_floats(layout.units), packed + layout.key_scale, w.logits, keys);
     multiply_mean(w.query + row * depth, packed + layout.mean, depth, w.mean_products);
     if (sees == Sees::some || seen < block_size) hide_keys(w, packed + layout.hidden, seen < block_size, row, keys);
     sage_softmax<Values>(w, row, keys);
     float* out = w.out + row * depth;
-    const ValueRows<Values> values{
-        .p = w.logits, .rescale = w.rows.rescale + row, .weight = w.weight, .units = units_of(keys, Values::kPack)};
-    over_strips(values, packed + layout.value_start, layout.value_strip, packed + layout.value_scale, out, depth);
+    const ValueProduct<Values> values{
+        .lanes = w.logits, .units = units_of(keys, Values::kPack), .rescale = w.rows.rescale + row, .weight = w.weight};
+    multiply_strips(values, packed + layout.value_start, layout.value_strip, packed + layout.value_scale, out, depth);
     if (packed[layout.flags + 1] != 0) {
       add_unquantized(problem, block, w, packed + layout.unquantized, row, keys, out);
     }
