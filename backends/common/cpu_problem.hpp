@@ -103,7 +103,4 @@ inline CpuCall to_cpu_call(const AttentionCall& call, const AttentionImpl& impl,
   return result;
 }
 
-/// The process's thread pool, for the kernels.
-inline kernels::cpu::Executor cpu_executor() { return {.threads = num_threads(), .parallel_for = &parallel_for}; }
-
 }  // namespace ditattn

@@ -1,7 +1,7 @@
 #include <fmt/format.h>
 
 #include "backends/common/cpu_level_choice.hpp"
-#include "backends/common/cpu_problem.hpp"
+#include "backends/common/cpu_options.hpp"
 #include "kernels/cpu/flash_attention.hpp"
 
 namespace ditattn {
@@ -28,11 +28,16 @@ std::string engine_name() {
 
 class FlashAttentionImpl final : public AttentionImpl {
  public:
-  using AttentionImpl::AttentionImpl;
+  explicit FlashAttentionImpl(const ImplConfig& config)
+      : AttentionImpl(config), threads_(thread_limit("FLASH_ATTN", config.backend_kwargs)) {}
+
   void run(const AttentionCall& call) const override {
     const CpuCall cpu = to_cpu_call(call, *this, kAlignment);
-    kernels::cpu::flash_attention(cpu.problem, cpu_executor(), cpu_units());
+    kernels::cpu::flash_attention(cpu.problem, cpu_executor(threads_), cpu_units());
   }
+
+ private:
+  int threads_;
 };
 
 }  // namespace
@@ -49,6 +54,7 @@ class FlashAttentionBackend final : public AttentionBackend {
   [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
     return std::make_unique<FlashAttentionImpl>(config);
   }
+  [[nodiscard]] std::vector<std::string> known_kwargs() const override { return {kThreadsOption}; }
 
  private:
   Capabilities capabilities_;

@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include "backends/common/cpu_level_choice.hpp"
-#include "backends/common/cpu_problem.hpp"
+#include "backends/common/cpu_options.hpp"
 #include "kernels/cpu/sage_attention.hpp"
 
 namespace ditattn {
@@ -18,8 +18,9 @@ constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
 struct Options {
   SageOptions kernel;
   bool smooth_key = true;
+  int threads;
 
-  explicit Options(const BackendKwargs& kwargs) {
+  explicit Options(const BackendKwargs& kwargs) : threads(thread_limit("SAGE_ATTN", kwargs)) {
     for (const auto& [key, value] : kwargs) {
       if (key == "pv") kernel.wide_values = parse_pv(value);
       if (key == "smooth_k") smooth_key = parse_smooth(value);
@@ -62,7 +63,7 @@ class SageAttentionImpl final : public AttentionImpl {
   void run(const AttentionCall& call) const override {
     CpuCall cpu = to_cpu_call(call, *this, kAlignment);
     cpu.problem.smooth_key = options_.smooth_key;
-    kernels::cpu::sage_attention(cpu.problem, cpu_executor(), cpu_level().level, options_.kernel);
+    kernels::cpu::sage_attention(cpu.problem, cpu_executor(options_.threads), cpu_level().level, options_.kernel);
   }
 
  private:
@@ -78,7 +79,7 @@ class SageAttentionBackend final : public AttentionBackend {
   [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
     return std::make_unique<SageAttentionImpl>(config);
   }
-  [[nodiscard]] std::vector<std::string> known_kwargs() const override { return {"pv", "smooth_k"}; }
+  [[nodiscard]] std::vector<std::string> known_kwargs() const override { return {"pv", "smooth_k", kThreadsOption}; }
 
  private:
   Capabilities capabilities_ = sage_capabilities();

@@ -4,7 +4,7 @@
 
 #include <string_view>
 
-#include "backends/common/cpu_problem.hpp"
+#include "backends/common/cpu_options.hpp"
 #include "kernels/cpu/sdpa_native.hpp"
 
 namespace ditattn {
@@ -14,12 +14,16 @@ constexpr CausalAlignment kAlignment = CausalAlignment::top_left;  // PyTorch's 
 
 class SDPAImpl : public AttentionImpl {
  public:
-  using AttentionImpl::AttentionImpl;
+  explicit SDPAImpl(const ImplConfig& config)
+      : AttentionImpl(config), threads_(thread_limit("TORCH_SDPA", config.backend_kwargs)) {}
 
   void run(const AttentionCall& call) const override {
     const CpuCall cpu = to_cpu_call(call, *this, kAlignment);
-    kernels::cpu::sdpa_native(cpu.problem, cpu_executor());
+    kernels::cpu::sdpa_native(cpu.problem, cpu_executor(threads_));
   }
+
+ private:
+  int threads_;
 };
 
 class SDPABackend : public AttentionBackend {
@@ -35,6 +39,7 @@ class SDPABackend : public AttentionBackend {
   [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
     return std::make_unique<SDPAImpl>(config);
   }
+  [[nodiscard]] std::vector<std::string> known_kwargs() const override { return {kThreadsOption}; }
 };
 
 }  // namespace

@@ -48,6 +48,7 @@ struct Job {
   std::int64_t count;
   ParallelBody body;
   void* context;
+  int most_at_work;    // threads in the whole pool while helpers join this job
   int helpers_wanted;  // guarded by Pool::mutex_
   int inside = 0;      // helpers at work, guarded by Pool::mutex_
   std::atomic<std::int64_t> next{0};
@@ -59,21 +60,29 @@ struct Job {
 
 class Pool {
  public:
-  void run(Job& job, int threads) {
+  void run(Job& job) {
     {
       std::lock_guard lock(mutex_);
-      add_workers(threads - 1);
+      add_workers(job.helpers_wanted);
       jobs_.push_back(&job);
+      ++at_work_;
     }
     wake_.notify_all();
     job.work();
     std::unique_lock lock(mutex_);
     std::erase(jobs_, &job);
+    leave();
     done_.wait(lock, [&] { return job.inside == 0; });
   }
 
  private:
   void serve();
+
+  // One thread less at work: another may help where one is wanted.
+  void leave() {
+    --at_work_;
+    if (!jobs_.empty()) wake_.notify_one();
+  }
 
   // Workers serve until the process ends. Where no more threads can be had, those there are do the work.
   void add_workers(int wanted) {
@@ -90,6 +99,7 @@ class Pool {
   std::condition_variable done_;
   std::vector<Job*> jobs_;
   int workers_ = 0;
+  int at_work_ = 0;  // callers and helpers; helpers join only while there are few enough
 };
 
 // True on pool threads and inside parallel_for: nested calls then run where they are.
@@ -99,7 +109,8 @@ void Pool::serve() {
   inside_parallel_for = true;
   std::unique_lock lock(mutex_);
   while (true) {
-    const auto job = std::ranges::find_if(jobs_, [](const Job* j) { return j->helpers_wanted > 0; });
+    const auto job =
+        std::ranges::find_if(jobs_, [&](const Job* j) { return j->helpers_wanted > 0 && at_work_ < j->most_at_work; });
     if (job == jobs_.end()) {
       wake_.wait(lock);
       continue;
@@ -107,9 +118,11 @@ void Pool::serve() {
     Job& mine = **job;
     --mine.helpers_wanted;
     ++mine.inside;
+    ++at_work_;
     lock.unlock();
     mine.work();
     lock.lock();
+    leave();
     if (--mine.inside == 0) done_.notify_all();
   }
 }
@@ -153,8 +166,9 @@ void parallel_for(std::int64_t count, ParallelBody body, void* context) {
     return;
   }
   inside_parallel_for = true;
-  Job job{.count = count, .body = body, .context = context, .helpers_wanted = threads - 1};
-  pool().run(job, threads);
+  Job job{
+      .count = count, .body = body, .context = context, .most_at_work = num_threads(), .helpers_wanted = threads - 1};
+  pool().run(job);
   inside_parallel_for = false;
 }
 

@@ -95,6 +95,31 @@ TEST_F(ThreadPool, ManyCallersAtOnce) {
 }
 
 // What tasks wrote is seen by the caller without further synchronisation.
+// Idle workers do not help where as many threads as allowed are at work already.
+TEST_F(ThreadPool, CallersAtOnceAreNotOversubscribed) {
+  for_each_index(4, [](std::int64_t) {});  // three workers are there now
+  set_num_threads(2);
+  std::atomic<int> held = 0;
+  std::atomic<bool> release = false;
+  std::thread holder([&] {
+    for_each_index(2, [&](std::int64_t) {
+      ++held;
+      while (!release) std::this_thread::yield();
+    });
+  });
+  while (held < 2) std::this_thread::yield();
+  std::atomic<int> elsewhere = 0;
+  for (int round = 0; round < 20; ++round) {
+    for_each_index(16, [&, caller = std::this_thread::get_id()](std::int64_t) {
+      if (std::this_thread::get_id() != caller) ++elsewhere;
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    });
+  }
+  EXPECT_EQ(elsewhere, 0);
+  release = true;
+  holder.join();
+}
+
 TEST_F(ThreadPool, ResultsAreVisibleToTheCaller) {
   std::vector<std::int64_t> squares(1000);
   for_each_index(1000, [&](std::int64_t index) { squares[static_cast<std::size_t>(index)] = index * index; });

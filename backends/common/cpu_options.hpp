@@ -1,0 +1,37 @@
+#pragma once
+
+/// Options that all CPU backends take in `backend_kwargs`. Shared by the CPU backends.
+
+#include <ditattn/backend.hpp>
+#include <ditattn/errors.hpp>
+
+#include <algorithm>
+#include <string>
+
+#include "backends/common/cpu_problem.hpp"
+
+namespace ditattn {
+
+inline constexpr const char* kThreadsOption = "num_threads";
+
+/// backend_kwargs["num_threads"]: at most so many threads for this layer; none: 0. ValueError for what is no number
+/// from 1.
+inline int thread_limit(const std::string& backend, const BackendKwargs& kwargs) {
+  for (const auto& [key, value] : kwargs) {
+    if (key != kThreadsOption) continue;
+    const auto count = value.try_cast<std::int64_t>();
+    if (count && *count >= 1) return static_cast<int>(std::min<std::int64_t>(*count, 1 << 20));
+    throw ValueError(backend + ": backend_kwargs['num_threads'] is " +
+                     (count ? std::to_string(*count) : std::string("not a whole number")) +
+                     ". Give the most threads this layer may use, 1 or more; more than num_threads() are never used.");
+  }
+  return 0;
+}
+
+/// The process's thread pool, for the kernels: `num_threads()` of it, or `limit` where that is set and less.
+inline kernels::cpu::Executor cpu_executor(int limit) {
+  const int threads = num_threads();
+  return {.threads = limit > 0 ? std::min(limit, threads) : threads, .parallel_for = &parallel_for};
+}
+
+}  // namespace ditattn
