@@ -57,5 +57,7 @@ int main(int argc, char** argv) {
   add(CpuLevel::avx2, "avx2 float32", kFlashAvx2);
   add(CpuLevel::avx512, "avx512 float32", kFlashAvx512);
   add(CpuLevel::avx512_bf16, "avx512_bf16 bfloat16", kFlashAvx512Bf16);
+  add(CpuLevel::avx2, "avx2 7-bit", kSageAvx2);
+  add(CpuLevel::avx512_vnni, "avx512_vnni 8-bit", kSageAvx512Vnni);
   fmt::print("{{{}}}\n", text);
 }

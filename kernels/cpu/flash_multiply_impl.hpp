@@ -70,7 +70,7 @@ double multiply_rate() {
   alignas(64) float a[Simd::kMaxRows * depth] = {};
   alignas(64) float b[depth * kLanes] = {};
   alignas(64) float c[Simd::kMaxRows * kLanes] = {};
-  return best_rate(Simd::kMaxRows * kLanes * depth * Operands::kPack,
+  return best_rate(Simd::kMaxRows * kLanes * depth * Operands::kPack, c,
                    [&] { multiply_rows<Simd::kMaxRows>(a, b, nullptr, c, depth); });
 }
 

@@ -128,7 +128,7 @@ double value_rate() {
   alignas(64) float lanes[kLanes] = {};
   alignas(64) float out[Simd::kMaxRows * kLanes] = {};
   const ValueProduct<Values> product{.lanes = p, .units = depth, .rescale = lanes, .weight = lanes};
-  return best_rate(Simd::kMaxRows * kLanes * depth * Values::kPack,
+  return best_rate(Simd::kMaxRows * kLanes * depth * Values::kPack, out,
                    [&] { product_rows<Simd::kMaxRows>(product, a, lanes, out); });
 }
 
