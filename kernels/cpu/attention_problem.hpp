@@ -86,6 +86,9 @@ struct AttentionProblem {
   /// Ranges have the diagonal in them: `causal` is not looked at.
   const std::int64_t* ranges = nullptr;
   std::int64_t range_batch_stride = 0;
+  /// Quantized kernels: batch entry b has no row that sees keys outside [seen[2 · b], seen[2 · b + 1]). Null: not
+  /// known.
+  const std::int64_t* seen = nullptr;
 };
 
 /// How a kernel spreads work: calls body(context, i) once for each i in [0, count).

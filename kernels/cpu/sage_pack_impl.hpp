@@ -2,7 +2,8 @@
 ///   K − its channels' mean over the block, one scale per key; V, one scale per channel.
 /// Upstream takes the mean over the whole sequence, which the softmax does not see. Here Q · mean is added back in
 /// float32, one dot product per row and block: so the LSE is the true one, keys are read once, and no block's numbers
-/// depend on another's. What nobody sees (padding, hidden keys) takes no part. Included after sage_multiply_impl.hpp.
+/// depend on another's. What no row of the problem sees takes no part; within a block, keys that other rows see do.
+/// Included after sage_multiply_impl.hpp.
 
 #include <cstdint>
 
@@ -84,13 +85,18 @@ BlockRows key_rows(const AttentionProblem& problem, const KeyBlock& block, bool 
           .keys = block_keys(segment, block.batch, block.block)};
 }
 
-// Marks the keys that a mask hides; it is the same for all heads and rows.
+// Marks the keys that no row sees: a mask here is the same for all heads and rows.
 int mark_hidden(const AttentionProblem& problem, const KeyBlock& block, int keys, float* hidden) {
-  const Mask& mask = problem.key_segments[block.segment].mask;
+  const KeySegment& segment = problem.key_segments[block.segment];
+  const Mask& mask = segment.mask;
   int seen = keys;
   for (int key = 0; key < keys; ++key) {
-    const std::int64_t at = block.batch * mask.strides.batch + (block.block * kTileKeys + key) * mask.key_stride;
-    const bool hides = mask.data != nullptr && load_mask_element(mask.data, mask.type, at) != 0;
+    const std::int64_t index = block.block * kTileKeys + key;
+    const std::int64_t position = segment.first_key + index;
+    const std::int64_t at = block.batch * mask.strides.batch + index * mask.key_stride;
+    const bool outside = problem.seen != nullptr &&
+                         (position < problem.seen[2 * block.batch] || position >= problem.seen[2 * block.batch + 1]);
+    const bool hides = outside || (mask.data != nullptr && load_mask_element(mask.data, mask.type, at) != 0);
     hidden[key] = hides ? 1 : 0;
     seen -= hides ? 1 : 0;
   }

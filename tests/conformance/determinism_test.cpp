@@ -1,5 +1,5 @@
-// FLASH_ATTN's results are bit-identical from run to run, and whatever the number of threads, the rest of the batch,
-// the other query rows, their masks, and what stands in hidden positions.
+// Results of our tiled kernels are bit-identical from run to run, and whatever the number of threads, the rest of the
+// batch, the other query rows, their masks, and what stands in hidden positions.
 
 #include <ditattn/ditattn.hpp>
 #include <gtest/gtest.h>
@@ -38,26 +38,28 @@ bool same_bits(const Tensor& a, const Tensor& b) {
          std::memcmp(a.data_ptr(), b.data_ptr(), static_cast<std::size_t>(a.numel()) * sizeof(float)) == 0;
 }
 
-class Determinism : public testing::Test {
+class Determinism : public testing::TestWithParam<const char*> {
  protected:
   Tensor query = random_tensor({kBatch, kRows, kHeads, kSize}, 1);
   Tensor key = random_tensor({kBatch, kKeys, kHeads / 2, kSize}, 2);
   Tensor value = random_tensor({kBatch, kKeys, kHeads / 2, kSize}, 3);
-  std::unique_ptr<AttentionImpl> attention = DiffusionAttentionBackendEnum::FLASH_ATTN.get_class()->make(
-      {.num_heads = kHeads, .head_size = kSize, .num_kv_heads = kHeads / 2});
+  std::unique_ptr<AttentionImpl> attention =
+      DiffusionAttentionBackendEnum::from_name(GetParam())
+          .get_class()
+          ->make({.num_heads = kHeads, .head_size = kSize, .num_kv_heads = kHeads / 2});
   Tensor whole = attention->forward(query, key, value);
 
   void TearDown() override { set_num_threads(0); }
 };
 
-TEST_F(Determinism, FromRunToRunAndForAnyThreadCount) {
+TEST_P(Determinism, FromRunToRunAndForAnyThreadCount) {
   for (const int threads : {1, 2, 3, 8}) {
     set_num_threads(threads);
     EXPECT_TRUE(same_bits(attention->forward(query, key, value), whole)) << threads << " threads";
   }
 }
 
-TEST_F(Determinism, ForAnyBatch) {
+TEST_P(Determinism, ForAnyBatch) {
   for (std::int64_t entry = 0; entry < kBatch; ++entry) {
     const Tensor alone =
         attention->forward(slice(query, entry, 0, kRows), slice(key, entry, 0, kKeys), slice(value, entry, 0, kKeys));
@@ -65,7 +67,7 @@ TEST_F(Determinism, ForAnyBatch) {
   }
 }
 
-TEST_F(Determinism, ForAnyOtherRows) {
+TEST_P(Determinism, ForAnyOtherRows) {
   for (const std::int64_t first : {0, 1, 100, 332}) {
     const std::int64_t count = std::min<std::int64_t>(57, kRows - first);
     const Tensor part =
@@ -73,6 +75,9 @@ TEST_F(Determinism, ForAnyOtherRows) {
     EXPECT_TRUE(same_bits(part, slice(whole, 1, first, count))) << "rows from " << first;
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Members, Determinism, testing::Values("FLASH_ATTN", "SAGE_ATTN"),
+                         [](const auto& test) { return std::string(test.param); });
 
 // Causal attention over kTokens tokens, all elements of out and LSE as bytes, by token.
 class DeterminismOfRows : public testing::TestWithParam<DLDataType> {

@@ -95,13 +95,25 @@ std::vector<NamedBackend> cpu_backends() {
   return backends;
 }
 
+double quantization(const NamedBackend& named) {
+  if (named.member != "SAGE_ATTN") return 0;
+  return named.backend->capabilities().engine.find("7 and 8 bits") == std::string::npos ? 1 : 2;
+}
+
+double quantized_error_bound(double quantization, double logits) {
+  return quantization * std::min(5e-3 + 6e-4 * logits, 1.0);
+}
+double quantized_lse_bound(double quantization, double logits) { return quantization * (1e-4 + 3e-3 * logits); }
+
 Measured compare(const Case& c, const Inputs& inputs, const reference::Result& expected, const Tensor& out,
-                 const Tensor& lse) {
+                 const Tensor& lse, double quantization) {
   Measured measured;
   const double logits = largest_norm(inputs.query) * largest_norm(inputs.key) * std::abs(c.softmax_scale());
   const double logit_factor = std::max(1., logits / 32);
   measured.bound = error_bound(c, logit_factor);
   measured.lse_bound = 1e-5 * logit_factor;
+  measured.bound += quantized_error_bound(quantization, logits);
+  measured.lse_bound += quantized_lse_bound(quantization, logits);
   Comparison comparison{.measured = measured};
   std::size_t row = 0;
   for (std::int64_t b = 0; b < c.batch; ++b) {
@@ -187,7 +199,7 @@ Tally::Outcome run_on(const Case& c, const NamedBackend& named, const Oracle& or
     measured.wrong = fmt::format("explain() says yes, forward() says {}: {}", error.kind(), error.message());
     return Tally::Outcome::measured;
   }
-  measured = compare(c, oracle.inputs, oracle.result, out, outputs.given.lse);
+  measured = compare(c, oracle.inputs, oracle.result, out, outputs.given.lse, quantization(named));
   if (!c.out_given) return Tally::Outcome::measured;
   if (out.data_ptr() != outputs.given.out.data_ptr()) measured.wrong = "forward did not return the given out";
   if (const std::int64_t count = count_overwritten(outputs.out); count > 0) {

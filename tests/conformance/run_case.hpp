@@ -34,9 +34,18 @@ struct Measured {
   [[nodiscard]] bool ok() const { return wrong.empty() && error <= bound && lse_error <= lse_bound; }
 };
 
+/// 0 for an exact backend; for quantized ones the error of their numbers against 8 bits': 1, or 2 where some have 7.
+double quantization(const NamedBackend& named);
+
+/// Bounds for quantized backends where no logit is larger than `logits`. Rounding Q and K moves a logit by its row's
+/// and key's size, not by its own; a moved logit moves weight from key to key, of all of it at most. Rounding P and V
+/// alone costs up to 5e-3 where keys are few.
+double quantized_error_bound(double quantization, double logits);
+double quantized_lse_bound(double quantization, double logits);
+
 /// Measures `out` and `lse` (null: not compared) against the oracle's rows.
 Measured compare(const Case& c, const Inputs& inputs, const reference::Result& expected, const Tensor& out,
-                 const Tensor& lse);
+                 const Tensor& lse, double quantization = 0);
 
 /// Totals per backend and dtype.
 class Tally {
