@@ -19,7 +19,7 @@ KEYS = {
     "defaults": ["device", "candidates", "platform_default", "explicit", "in_effect"],
 }
 FEATURES = "sse2 avx2 fma avx512f avx512bw avx512vl avx512_bf16 avx512_vnni amx_tile amx_bf16 amx_int8".split()
-SAGE_FILE = MODULES / "sage_attn.so"
+MISSING_FILE = MODULES / "sage_attn3.so"
 
 
 def named(entries):
@@ -91,8 +91,8 @@ def test_custom(ditattn):
 def test_what_is_not_included(stand_ins):
     """Without its plug-in and without a reason from the build, where a file would have to be put."""
     moved = stand_ins.json("doctor", env={"DITATTN_PLUGIN_PATH": ""})
-    sage = named(moved["backends"])["SAGE_ATTN"]
-    assert "no such module" in sage["reason"] and str(SAGE_FILE) in sage["remedy"]
+    sage = named(moved["backends"])["SAGE_ATTN_3"]
+    assert "no such module" in sage["reason"] and str(MISSING_FILE) in sage["remedy"]
     assert moved["library"]["search_path"][0]["exists"] is False
     assert named(moved["devices"])["cpu"]["usable"] is False
     assert moved["defaults"][0]["platform_default"] is None and moved["defaults"][0]["in_effect"] is None
@@ -108,20 +108,20 @@ def test_not_built(ditattn, tmp_path):
         shutil.copy(ditattn.program.parent.parent / "lib" / name, library)
     modules = library / "ditattn/backends" / MODULES
     modules.mkdir(parents=True)
-    (modules / "sage_attn.not_built").write_text("not built yet: this version of ditattn does not include it\n")
+    (modules / "sage_attn3.not_built").write_text("not built yet: this version of ditattn does not include it\n")
     (modules / "cudnn_attn.not_built").write_text("cuDNN's headers were not found\n")
     command = type(ditattn)(tmp_path / "bin" / "ditattn")
     backends = named(command.json("doctor")["backends"])
-    assert backends["SAGE_ATTN"]["remedy"].startswith("Nothing to install: this version of ditattn does not include")
+    assert backends["SAGE_ATTN_3"]["remedy"].startswith("Nothing to install: this version of ditattn does not include")
     assert "cuDNN's headers were not found" in backends["CUDNN_ATTN"]["reason"]
     assert backends["CUDNN_ATTN"]["remedy"] == "Provide what the reason names, and build ditattn again."
 
 
 def test_broken_plugin(ditattn, plugin_folder):
-    file = plugin_folder / SAGE_FILE
+    file = plugin_folder / MISSING_FILE
     file.write_bytes(b"no library at all" * 100)
     env = {"DITATTN_PLUGIN_PATH": str(plugin_folder)}
-    sage = named(ditattn.json("doctor", env=env)["backends"])["SAGE_ATTN"]
+    sage = named(ditattn.json("doctor", env=env)["backends"])["SAGE_ATTN_3"]
     assert f"{file}: module failed to load" in sage["reason"] and "invalid ELF header" in sage["reason"]
     assert sage["remedy"] == f"Replace {file} by a shared library built for this machine, or remove it."
     text = ditattn.ok("doctor", env=env)
@@ -129,10 +129,10 @@ def test_broken_plugin(ditattn, plugin_folder):
 
 
 def test_plugin_cut_short(ditattn, plugin_folder):
-    file = plugin_folder / SAGE_FILE
+    file = plugin_folder / MISSING_FILE
     whole = Path(os.environ["DITATTN_TEST_PLUGIN"]).read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    sage = named(ditattn.json("doctor", env={"DITATTN_PLUGIN_PATH": str(plugin_folder)})["backends"])["SAGE_ATTN"]
+    sage = named(ditattn.json("doctor", env={"DITATTN_PLUGIN_PATH": str(plugin_folder)})["backends"])["SAGE_ATTN_3"]
     assert f"Copy {file} again" in sage["remedy"]
 
 
@@ -314,7 +314,7 @@ def test_nothing_commands_the_terminal(ditattn):
     assert named(ditattn.json("doctor", env=env)["environment"])["DITATTN_NUM_THREADS"]["value"] == evil
 
 
-@pytest.mark.parametrize("verb", [["doctor"], ["info", "SAGE_ATTN"]])
+@pytest.mark.parametrize("verb", [["doctor"], ["info", "SAGE_ATTN_3"]])
 def test_broken_utf8(ditattn, verb):
     env = {**ditattn.environment(), "DITATTN_PLUGIN_PATH": b"/" + b"\x80" * 300}
     done = subprocess.run([str(ditattn.program), *verb], env=env, capture_output=True, timeout=60)

@@ -58,6 +58,16 @@ def test_cpu_backends_are_available(ditattn, name):
     assert entry["gqa"] and entry["causal"] and entry["lse"]
 
 
+def test_the_quantized_cpu_backend_is_available(ditattn):
+    entry = by_name(ditattn.json("list"))["SAGE_ATTN"]
+    assert entry["available"], entry["reason"]
+    assert entry["engine"].startswith("own quantized kernels, ") and entry["devices"] == ["cpu"]
+    assert entry["dtypes"] == ["float32", "float16", "bfloat16"]
+    assert entry["head_sizes"] == {"min": 1, "max": 256, "multiple": 1}
+    assert entry["masks"] == ["padding", "spans"]
+    assert entry["gqa"] and entry["causal"] and entry["lse"]
+
+
 def test_stand_ins(stand_ins):
     entries = by_name(stand_ins.json("list"))
     assert entries["TORCH_SDPA"]["available"] and entries["TORCH_SDPA"]["engine"] == "stand-in for tests"

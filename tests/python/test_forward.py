@@ -290,7 +290,7 @@ def test_attention_takes_a_mask_or_metadata():
 
 def test_attention_asks_the_environment(monkeypatch):
     arrays = inputs()
-    monkeypatch.setenv("DIFFUSION_ATTENTION_BACKEND", "sage_attn")
+    monkeypatch.setenv("DIFFUSION_ATTENTION_BACKEND", "sage_attn_3")
     with pytest.raises(ImportError, match="not built yet"):
         attention(*arrays)
     assert_close(attention(*arrays, backend="flash_attn"), *arrays)
@@ -298,7 +298,7 @@ def test_attention_asks_the_environment(monkeypatch):
 
 def test_attention_asks_the_configuration():
     arrays = inputs()
-    config = {"default": "flash_attn", "per_role": {"cross": "sage_attn"}}
+    config = {"default": "flash_attn", "per_role": {"cross": "sage_attn_3"}}
     assert_close(attention(*arrays, config=config, role="self"), *arrays)
     with pytest.raises(ImportError, match="not built yet"):
         attention(*arrays, config=config, role="cross")

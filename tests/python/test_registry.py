@@ -241,7 +241,7 @@ def test_a_failure_is_remembered_until_a_registration_changes(module):
 
 def test_a_missing_back_end_leaves_the_others_alone():
     with pytest.raises(ImportError, match="not built yet"):
-        Enum.SAGE_ATTN.get_class()
+        Enum.SAGE_ATTN_3.get_class()
     assert Enum.TORCH_SDPA.get_class().get_name() == "SDPA"
 
 

@@ -73,7 +73,7 @@ def test_the_configuration_under_its_name_in_vllm_omni():
 
 def test_an_explicit_choice_is_never_replaced():
     with pytest.raises(ImportError, match="not built yet"):
-        get_attn_backend_for_role("self", 64, {"default": "sage_attn"})
+        get_attn_backend_for_role("self", 64, {"default": "sage_attn_3"})
     with pytest.raises(ValueError, match="Unknown diffusion attention backend: 'NO_SUCH'"):
         get_attn_backend_for_role("self", 64, {"default": "no_such"})
 
