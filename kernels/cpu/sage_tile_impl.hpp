@@ -104,13 +104,14 @@ void sage_softmax(const SageWorkspace& w, int row, int keys) {
   const Vec zero = Simd::set1(0);
   for (int v = 0; v < kLanes; v += Simd::kWidth) {
     float* logits = w.logits + v;
-    const Vec unit = Simd::load(w.query_scale + row + v);
     Vec largest = hidden;
     for (int key = 0; key < keys; ++key) largest = Simd::max(largest, Simd::load(logits + key * kLanes));
     const Vec old_max = Simd::load(w.rows.max + row + v);
-    const Vec block_max = Simd::fma(largest, unit, Simd::load(w.mean_products + v));
+    // A row that sees no key of the block: nothing of its Q shows, not even NaN, and −∞ gives 0.
+    const Vec unit = Simd::select_equal(largest, hidden, Simd::set1(1), Simd::load(w.query_scale + row + v));
+    const Vec block_max =
+        Simd::select_equal(largest, hidden, hidden, Simd::fma(largest, unit, Simd::load(w.mean_products + v)));
     const Vec new_max = Simd::max(old_max, block_max);
-    // A row that sees no key of the block: subtract nothing, so that −∞ gives 0 and not NaN.
     const Vec nearest = Simd::select_equal(largest, hidden, zero, Simd::mul(largest, unit));
     const Vec subtract = Simd::select_equal(new_max, hidden, zero, new_max);
     const Vec add = Simd::sub(Simd::set1(Values::kQuantized ? kLog2ProbabilityMost : 0), nearest);

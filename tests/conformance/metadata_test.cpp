@@ -248,7 +248,7 @@ TEST_P(Metadata, RandomProblemsMatchTheOracle) {
   }
   std::cout << fmt::format("{}: {} problems, {} refused, worst error {:.2f} of the bound, LSE {:.1e}\n", GetParam(),
                            kProblems, refused, worst, worst_lse);
-  EXPECT_LT(refused, kProblems / 2);
+  EXPECT_GE(kProblems - refused, 200);
 }
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Metadata, testing::Values("FLASH_ATTN", "TORCH_SDPA", "SAGE_ATTN"),

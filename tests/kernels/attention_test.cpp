@@ -11,8 +11,6 @@
 namespace ditattn::kernels::cpu::testing {
 namespace {
 
-constexpr ElementType kTypes[] = {ElementType::float32, ElementType::float16, ElementType::bfloat16};
-
 class Kernels : public ::testing::TestWithParam<Engine> {
  protected:
   const Engine& engine = GetParam();

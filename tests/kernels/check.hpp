@@ -6,8 +6,17 @@
 /// reference is not finite, the result is not, and nowhere else.
 
 #include "tests/kernels/engine.hpp"
+#include "tests/kernels/reference.hpp"
 
 namespace ditattn::kernels::cpu::testing {
+
+/// What results may differ by: `error`, and `rounding` times what the element type's rounding and float32 sums cost.
+struct Bounds {
+  double error = 0;
+  double lse = 0;
+  double rounding = 1;
+};
+void check_results(const std::string& engine, const TestProblem& test, const Expected& expected, Bounds bounds);
 
 /// Runs the engine and checks what it wrote; failures name the spec.
 void run_and_check(const Engine& engine, TestProblem& test);

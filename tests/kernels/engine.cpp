@@ -16,6 +16,8 @@ void on_threads(std::int64_t count, Executor::Body body, void* context) {
 
 }  // namespace
 
+Executor executor(int threads) { return {.threads = threads, .parallel_for = &on_threads}; }
+
 std::vector<Engine> engines() {
   std::vector<Engine> result;
   for (int level = 0; level <= static_cast<int>(detect_cpu_level()); ++level) {
@@ -28,11 +30,10 @@ std::vector<Engine> engines() {
 
 void run(const Engine& engine, TestProblem& test, int threads) {
   test.clear_results();
-  const Executor executor{.threads = threads, .parallel_for = &on_threads};
   if (engine.is_flash) {
-    flash_attention(test.problem(), executor, engine.units);
+    flash_attention(test.problem(), executor(threads), engine.units);
   } else {
-    sdpa_native(test.problem(), executor);
+    sdpa_native(test.problem(), executor(threads));
   }
 }
 

@@ -23,6 +23,9 @@ inline std::ostream& operator<<(std::ostream& out, const Engine& engine) { retur
 /// All that this CPU can run: each level with all its units, whether faster or not, and sdpa_native.
 std::vector<Engine> engines();
 
+/// Threads of std::thread, one per task.
+Executor executor(int threads);
+
 /// Computes `out` and `lse`.
 void run(const Engine& engine, TestProblem& test, int threads);
 

@@ -7,14 +7,30 @@
 #include "tests/kernels/buffer.hpp"
 
 namespace ditattn::kernels::cpu::testing {
-namespace {
-
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
 const KeySegment& segment_of(const AttentionProblem& problem, std::int64_t key) {
   const bool second = problem.num_key_segments == 2 && key >= problem.key_segments[1].first_key;
   return problem.key_segments[second ? 1 : 0];
 }
+
+Row read_row(const AttentionProblem& problem, const void* data, const Strides& strides, std::int64_t batch,
+             std::int64_t token, std::int64_t head) {
+  Row row(static_cast<std::size_t>(problem.head_size));
+  const std::int64_t first = batch * strides.batch + token * strides.token + head * strides.head;
+  for (std::size_t d = 0; d < row.size(); ++d) {
+    row[d] = read_element(data, problem.type, first + static_cast<std::int64_t>(d));
+  }
+  return row;
+}
+
+Row read_query(const AttentionProblem& problem, std::int64_t batch, std::int64_t row, std::int64_t head) {
+  const bool second = problem.num_queries == 2 && row >= problem.queries[1].first_row;
+  const QuerySegment& segment = problem.queries[second ? 1 : 0];
+  return read_row(problem, segment.data, segment.strides, batch, row - segment.first_row, head);
+}
+
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
 
 // What is added to the scaled logit; −∞ hides.
 double mask_value(const Mask& mask, std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t key) {
@@ -32,19 +48,6 @@ double mask_of(const AttentionProblem& problem, std::int64_t batch, std::int64_t
   return mask_value(segment.mask, batch, head, row, key - segment.first_key);
 }
 
-// A row of `head_size` elements as doubles.
-using Row = std::vector<double>;
-
-Row read_row(const AttentionProblem& problem, const void* data, const Strides& strides, std::int64_t batch,
-             std::int64_t token, std::int64_t head) {
-  Row row(static_cast<std::size_t>(problem.head_size));
-  const std::int64_t first = batch * strides.batch + token * strides.token + head * strides.head;
-  for (std::size_t d = 0; d < row.size(); ++d) {
-    row[d] = read_element(data, problem.type, first + static_cast<std::int64_t>(d));
-  }
-  return row;
-}
-
 struct KeysAndValues {
   std::vector<Row> keys, values;
 };
@@ -58,12 +61,6 @@ KeysAndValues read_keys(const AttentionProblem& problem, std::int64_t batch, std
     result.values.push_back(read_row(problem, segment.value, segment.value_strides, batch, token, kv_head));
   }
   return result;
-}
-
-Row read_query(const AttentionProblem& problem, std::int64_t batch, std::int64_t row, std::int64_t head) {
-  const bool second = problem.num_queries == 2 && row >= problem.queries[1].first_row;
-  const QuerySegment& segment = problem.queries[second ? 1 : 0];
-  return read_row(problem, segment.data, segment.strides, batch, row - segment.first_row, head);
 }
 
 struct Logit {

@@ -8,6 +8,15 @@
 
 namespace ditattn::kernels::cpu::testing {
 
+/// A row of `head_size` elements.
+using Row = std::vector<double>;
+
+/// Keys and rows are counted over all segments.
+const KeySegment& segment_of(const AttentionProblem& problem, std::int64_t key);
+Row read_row(const AttentionProblem& problem, const void* data, const Strides& strides, std::int64_t batch,
+             std::int64_t token, std::int64_t head);
+Row read_query(const AttentionProblem& problem, std::int64_t batch, std::int64_t row, std::int64_t head);
+
 /// Whether a query row sees a key, both counted over all segments.
 bool sees(const AttentionProblem& problem, std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t key);
 

@@ -50,6 +50,7 @@ struct Spec {
   int threads = 1;
 };
 
+inline constexpr ElementType kTypes[] = {ElementType::float32, ElementType::float16, ElementType::bfloat16};
 std::string to_string(ElementType type);
 std::ostream& operator<<(std::ostream& out, const Spec& spec);
 
