@@ -46,8 +46,16 @@ class Sage : public ::testing::TestWithParam<SageEngine> {
   const SageEngine& engine = GetParam();
   Random random{options().seed};
 
-  // A number between two may be rounded otherwise than in double precision, one step of 255 or 127: of P now and then,
-  // of Q and K where 16-bit elements lie exactly between.
+  // A number between two may be rounded otherwise than in double precision, by one step of 255 or 127: of P now and
+  // then, which shows in small problems, and of Q and K where 16-bit elements lie exactly between, which moves a row's
+  // logits.
+  [[nodiscard]] Bounds bounds(const TestProblem& test) const {
+    const AttentionProblem& p = test.problem();
+    const double step = engine.numbers.key_most == 127 ? 1 : 2;
+    const bool many = p.batch * p.heads * p.rows * p.head_size >= 1000;
+    return {.error = (many ? 1e-3 : 5e-3) * step, .lse = (p.type == ElementType::float32 ? 2e-3 : 2.5e-2) * step};
+  }
+
   void check(Spec spec, bool smooth_key = true) {
     spec.specials_seen = false;
     for (MaskSpec& mask : spec.masks) {  // keys alone: the same for all rows and heads
@@ -59,9 +67,7 @@ class Sage : public ::testing::TestWithParam<SageEngine> {
     run(engine, test, spec.threads, smooth_key);
     SageNumbers numbers = engine.numbers;
     numbers.smooth_key = smooth_key;
-    const double step = numbers.key_most == 127 ? 1 : 2;
-    check_results(engine.name, test, expected_sage_results(test.problem(), numbers),
-                  {.error = 1e-3 * step, .lse = 6e-3 * step});
+    check_results(engine.name, test, expected_sage_results(test.problem(), numbers), bounds(test));
     const Buffer out = test.out;
     run(engine, test, spec.threads % 3 + 1, smooth_key);
     EXPECT_EQ(test.out, out) << "bits depend on the threads; " << spec;
