@@ -18,8 +18,8 @@ using ParallelBody = void (*)(void* context, std::int64_t index);
 
 /// Calls `body(context, i)` once for each i in [0, count), on the calling thread and the process's one pool; returns
 /// when all are done. Tasks are handed out one by one, in order (dynamic scheduling). Calls from several threads
-/// share the pool, whose threads help only while fewer than `num_threads` are at work, callers included; nested calls run on
-/// the calling thread. So cores are never oversubscribed by more than the callers themselves.
+/// share the pool, whose threads help only while fewer than `num_threads` are at work, callers included; nested calls
+/// run on the calling thread. So cores are never oversubscribed by more than the callers themselves.
 DITATTN_API void parallel_for(std::int64_t count, ParallelBody body, void* context);
 
 }  // namespace ditattn

@@ -78,7 +78,7 @@ void load_sage_query(const AttentionProblem& problem, const Tile& tile, const Sa
 // Q · the block's mean for a panel.
 void multiply_mean(const float* query, const float* mean, std::int64_t head_size, float* products) {
   Vec sums[Simd::kVectors];
-  for (int v = 0; v < Simd::kVectors; ++v) sums[v] = Simd::set1(0);
+  for (Vec& sum : sums) sum = Simd::set1(0);
   for (std::int64_t d = 0; d < head_size; ++d) {
     for (int v = 0; v < Simd::kVectors; ++v) {
       sums[v] = Simd::fma(Simd::set1(mean[d]), Simd::load(query + d * kLanes + v * Simd::kWidth), sums[v]);

@@ -36,7 +36,7 @@ struct KeyBlock {
 namespace {
 
 /// Blocks of a segment; of a packed K/V head, its first segment's come first. Local to each unit, as all they share.
-[[maybe_unused]] std::int64_t blocks_of(const KeySegment& segment) {
+[[maybe_unused]] constexpr std::int64_t blocks_of(const KeySegment& segment) {
   return (segment.keys + kTileKeys - 1) / kTileKeys;
 }
 
