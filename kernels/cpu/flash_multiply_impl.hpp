@@ -12,7 +12,7 @@ namespace {
 template <int M>
 void multiply_rows(const float* a, const float* b, const float* rescale, float* c, std::int64_t depth) {
   Vec sums[M][Simd::kVectors];
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < Simd::kVectors; ++v) {
@@ -25,14 +25,14 @@ void multiply_rows(const float* a, const float* b, const float* rescale, float* 
     Vec row[Simd::kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Simd::kVectors; ++v) row[v] = Simd::load(b + k * kLanes + v * Simd::kWidth);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const Vec x = Simd::set1(a[k * Simd::kMaxRows + m]);
 #pragma GCC unroll 4
       for (int v = 0; v < Simd::kVectors; ++v) sums[m][v] = Operands::multiply_add(x, row[v], sums[m][v]);
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < Simd::kVectors; ++v) Simd::store(c + m * kLanes + v * Simd::kWidth, sums[m][v]);
@@ -42,13 +42,8 @@ void multiply_rows(const float* a, const float* b, const float* rescale, float* 
 // All `rows` of c from a's strips, which are `strip` apart.
 void multiply(const float* a, std::int64_t strip, const float* b, const float* rescale, float* c, std::int64_t rows,
               std::int64_t depth) {
-  for (; rows >= Simd::kMaxRows; rows -= Simd::kMaxRows, a += strip, c += Simd::kMaxRows * kLanes) {
-    multiply_rows<Simd::kMaxRows>(a, b, rescale, c, depth);
-  }
-  if (rows >= 6) {
-    multiply_rows<6>(a, b, rescale, c, depth);
-    rows -= 6, a += 6, c += 6 * kLanes;
-  }
+  static_assert(Simd::kMaxRows == 6);
+  for (; rows >= 6; rows -= 6, a += strip, c += 6 * kLanes) multiply_rows<6>(a, b, rescale, c, depth);
   switch (rows) {
     case 5:
       return multiply_rows<5>(a, b, rescale, c, depth);

@@ -1,5 +1,5 @@
-/// The two products of quantized attention, each with what makes numbers of its sums. Included after
-/// flash_multiply_impl.hpp and a `Dots`.
+/// The two products of quantized attention, each with what makes numbers of its sums. Included after a
+/// `Dots`.
 
 #include <cstdint>
 

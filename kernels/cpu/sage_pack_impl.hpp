@@ -27,7 +27,7 @@ struct SageBlock {
   std::int64_t key_scale;
   std::int64_t value_scale;
   std::int64_t mean;
-  std::int64_t hidden;       // by key: 1 where a mask hides it from all rows
+  std::int64_t hidden;       // by key: 1 where no row sees it
   std::int64_t unquantized;  // by key: 1 where V has NaN or Inf
   std::int64_t flags;        // [0]: keys that are not hidden; [1]: 1 where some V is unquantized
   std::int64_t floats;

@@ -40,8 +40,7 @@ struct Visible {
 };
 
 // State of the tile's rows. Panels are outermost in all transposed arrays: element (row, x) of one of `depth` rows is
-// at
-// [(row / kLanes · depth + x) · kLanes + row mod kLanes].
+// at [(row / kLanes · depth + x) · kLanes + row mod kLanes].
 struct TileRows {
   float* staged;   // rows of `row_pitch`, on their way to or from the transposed arrays
   float* bias;     // one panel's additive mask, transposed: kTileKeys deep; null without a mask
