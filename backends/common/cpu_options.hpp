@@ -4,6 +4,7 @@
 
 #include <ditattn/backend.hpp>
 #include <ditattn/errors.hpp>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <string>
@@ -14,6 +15,15 @@ namespace ditattn {
 
 inline constexpr const char* kThreadsOption = "num_threads";
 
+/// An option's value as an error shows it; of what is no string, number or boolean, the type.
+inline std::string option_text(const tvm::ffi::Any& value) {
+  if (const auto text = value.as<tvm::ffi::String>()) return fmt::format("'{}'", std::string(*text));
+  if (const auto truth = value.as<bool>()) return *truth ? "true" : "false";
+  if (const auto whole = value.as<std::int64_t>()) return fmt::format("{}", *whole);
+  if (const auto number = value.as<double>()) return fmt::format("{}", *number);
+  return "a value of type " + value.GetTypeKey();
+}
+
 /// backend_kwargs["num_threads"]: at most so many threads for this layer; none: 0. ValueError for what is no number
 /// from 1.
 inline int thread_limit(const std::string& backend, const BackendKwargs& kwargs) {
@@ -21,9 +31,10 @@ inline int thread_limit(const std::string& backend, const BackendKwargs& kwargs)
     if (key != kThreadsOption) continue;
     const auto count = value.try_cast<std::int64_t>();
     if (count && *count >= 1) return static_cast<int>(std::min<std::int64_t>(*count, 1 << 20));
-    throw ValueError(backend + ": backend_kwargs['num_threads'] is " +
-                     (count ? std::to_string(*count) : std::string("not a whole number")) +
-                     ". Give the most threads this layer may use, 1 or more; more than num_threads() are never used.");
+    throw ValueError(
+        fmt::format("{}: backend_kwargs['num_threads'] is {}, not a whole number from 1. Give the most threads this "
+                    "layer may use; more than num_threads() are never used.",
+                    backend, option_text(value)));
   }
   return 0;
 }

@@ -35,11 +35,13 @@ struct Options {
     throw ValueError(
         fmt::format("SAGE_ATTN: backend_kwargs['pv'] is {}. On the CPU it is \"int8\" (the default) or "
                     "\"fp16\" (V keeps 16 bits).",
-                    text ? fmt::format("'{}'", std::string(*text)) : "not a string"));
+                    option_text(value)));
   }
   static bool parse_smooth(const tvm::ffi::Any& value) {
     if (const auto smooth = value.try_cast<bool>()) return *smooth;
-    throw ValueError("SAGE_ATTN: backend_kwargs['smooth_k'] is not a boolean: true (the default) or false.");
+    throw ValueError(
+        fmt::format("SAGE_ATTN: backend_kwargs['smooth_k'] is {}, not a boolean: true (the default) or false.",
+                    option_text(value)));
   }
 };
 
