@@ -57,7 +57,9 @@ int main(int argc, char** argv) {
   add(CpuLevel::avx2, "avx2 float32", kFlashAvx2);
   add(CpuLevel::avx512, "avx512 float32", kFlashAvx512);
   add(CpuLevel::avx512_bf16, "avx512_bf16 bfloat16", kFlashAvx512Bf16);
+  add(CpuLevel::amx, "amx bfloat16", kFlashAmx);
   add(CpuLevel::avx2, "avx2 7-bit", kSageAvx2);
   add(CpuLevel::avx512_vnni, "avx512_vnni 8-bit", kSageAvx512Vnni);
+  add(CpuLevel::amx, "amx 8-bit", kSageAmx);
   fmt::print("{{{}}}\n", text);
 }

@@ -1,18 +1,8 @@
 #include "kernels/cpu/simd_avx512.hpp"
 //
-#include "kernels/cpu/tile_elements_impl.hpp"
+#include "kernels/cpu/multiply_impl.hpp"
 //
 #include "kernels/cpu/operands_f32.hpp"
-//
-#include "kernels/cpu/tile_rows_impl.hpp"
-//
-#include "kernels/cpu/tile_softmax_impl.hpp"
-//
-#include "kernels/cpu/flash_multiply_impl.hpp"
-//
-#include "kernels/cpu/flash_softmax_impl.hpp"
-//
-#include "kernels/cpu/flash_mask_impl.hpp"
 //
 #include "kernels/cpu/flash_tile_impl.hpp"
 

@@ -1,7 +1,7 @@
 #pragma once
 
 /// Products of 8-bit numbers where the CPU has no fast ones: as float32, whose sums are exact too, because they stay
-/// below 2²⁴ (127 · 127 · 256, 255 · 127 · 128). Included after tile_rows_impl.hpp.
+/// below 2²⁴ (127 · 127 · 256, 255 · 127 · 128). Included after tile_elements_impl.hpp.
 
 namespace ditattn::kernels::cpu {
 namespace {
@@ -13,12 +13,18 @@ struct Dots {
   static constexpr int kProbabilityMost = 255;  ///< P's numbers are 0 to this
 
   using Sums = Vec;
-  static Sums zero() { return Simd::set1(0); }
-  static Sums start(const float* sums) { return Simd::load(sums); }
-  static void store_start(float* at, Vec whole_numbers) { Simd::store(at, whole_numbers); }
+  static void store_sums(float* at, Vec whole_numbers) { Simd::store(at, whole_numbers); }
   static Vec to_floats(Sums sums) { return sums; }
-  static Sums add_logits(Vec key, Vec query, Sums sums) { return Simd::fma(key, query, sums); }
-  static Sums add_values(Vec value, Vec p, Sums sums) { return Simd::fma(value, p, sums); }
+
+  /// What one step of the micro-kernel adds: a is K or V, b is Q or P.
+  struct Terms {
+    using Sums = Vec;
+    static Sums zero() { return Simd::set1(0); }
+    static Sums load(const float* sums) { return Simd::load(sums); }
+    static Sums add(Vec a, Vec b, Sums sums) { return Simd::fma(a, b, sums); }
+  };
+  using Logits = Terms;
+  using Values = Terms;
 
   /// Numbers to the nearest whole ones, kPack vectors as one of units.
   static Vec join(const Vec (&x)[kPack]) { return Simd::round(x[0]); }

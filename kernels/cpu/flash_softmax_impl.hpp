@@ -11,10 +11,11 @@ void softmax(float* logits, float unit, float* max, float* sum, float* rescale, 
   const Vec hidden = Simd::set1(-kInfinity);
   const Vec zero = Simd::set1(0);
   const Vec scale = Simd::set1(unit);
+  Vec largest[Simd::kVectors];
+  find_largest(logits, keys, largest);
   for (int v = 0; v < kLanes; v += Simd::kWidth) {
     const Vec old_max = Simd::load(max + v);
-    Vec block_max = hidden;
-    for (int key = 0; key < keys; ++key) block_max = Simd::max(block_max, Simd::load(logits + key * kLanes + v));
+    const Vec block_max = largest[v / Simd::kWidth];
     const Vec new_max = Simd::max(old_max, Operands::kQueryIsScaled ? block_max : Simd::mul(block_max, scale));
     // A row that has seen no key yet: subtract 0, so that −∞ gives e^−∞ = 0 and not NaN.
     const Vec subtract = Simd::select_equal(new_max, hidden, zero, new_max);
@@ -34,6 +35,7 @@ void softmax(float* logits, float unit, float* max, float* sum, float* rescale, 
       }
       Operands::store_packed(logits + key / Operands::kPack * kLanes + v, p);
     }
+    fill_last_step(logits + v, (keys + Operands::kPack - 1) / Operands::kPack);
     const Vec shrink = exp2_negative(Simd::add(old_max, add));
     Simd::store(rescale + v, shrink);
     Simd::store(sum + v, Simd::fma(Simd::load(sum + v), shrink, total));

@@ -1,5 +1,5 @@
-/// One tile of attention in terms of a level's `Simd` and `Operands`. Included last by one translation unit per kernel;
-/// everything is local to that unit.
+/// One tile of attention in terms of a level's `Simd`, `multiply` and `Operands`. Included last by one translation unit
+/// per kernel; everything is local to that unit.
 ///
 /// Layout: query rows lie along the vector lanes, keys and head dimensions along registers and loops. The logits of a
 /// block are Sᵀ = K · Qᵀ and the output Oᵀ += Vᵀ · Pᵀ, one micro-kernel for both. So the maxima and sums of the softmax
@@ -9,29 +9,36 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cpu/tile.hpp"
+#include "kernels/cpu/tile_rows_impl.hpp"
+//
+#include "kernels/cpu/flash_mask_impl.hpp"
+#include "kernels/cpu/special_values_impl.hpp"
+#include "kernels/cpu/tile_softmax_impl.hpp"
+//
+#include "kernels/cpu/flash_products_impl.hpp"
+#include "kernels/cpu/flash_softmax_impl.hpp"
 
 namespace ditattn::kernels::cpu {
 namespace {
-
-std::int64_t row_units(std::int64_t head_size) { return (head_size + Operands::kPack - 1) / Operands::kPack; }
 
 // A block of K and V as operands; "units" are the operands', of 4 bytes.
 struct BlockLayout {
   std::int64_t units;        // of a row of K: its strips have so many columns
   std::int64_t value_start;  // V's strips have head sizes as rows and units of kPack keys as columns
   std::int64_t value_strip;
-  std::int64_t finite_at;  // 1 if all of V is finite
+  std::int64_t special;      // by key: 1 where V has NaN or Inf
+  std::int64_t has_special;  // 1 where some key has
   std::int64_t floats;
 };
 
 BlockLayout block_layout(const AttentionProblem& problem) {
   BlockLayout layout{};
-  layout.units = row_units(problem.head_size);
+  layout.units = units_of(problem.head_size, Operands::kPack);
   layout.value_start = round_up(strips_of(kTileKeys) * strip_floats(layout.units) + strip_floats(Simd::kWidth), 16);
-  layout.value_strip = strip_floats(row_units(kTileKeys));
-  layout.finite_at = round_up(layout.value_start + strips_of(problem.head_size) * layout.value_strip, 16);
-  layout.floats = layout.finite_at + 16;
+  layout.value_strip = strip_floats(units_of(kTileKeys, Operands::kPack));
+  layout.special = round_up(layout.value_start + strips_of(problem.head_size) * layout.value_strip, 16);
+  layout.has_special = layout.special + kTileKeys;
+  layout.floats = layout.has_special + 16;
   return layout;
 }
 
@@ -74,30 +81,58 @@ void pack_keys(const AttentionProblem& problem, const KeyBlock& block, int keys,
   const char* source = block_start(problem, block, segment.key, segment.key_strides);
   for (int key = 0; key < keys; ++key) {
     if (key + kRowsAhead < keys) prefetch_row(source + (key + kRowsAhead) * stride, problem.head_size * bytes);
-    const int row = key % Simd::kMaxRows;
+    const int row = key % kStripRows;
     Operands::load_row(source + key * stride, problem.type, problem.head_size, w.rows.staged + row * w.rows.row_pitch);
-    if (row + 1 < Simd::kMaxRows && key + 1 < keys) continue;
+    if (row + 1 < kStripRows && key + 1 < keys) continue;
     rows_to_strip(w.rows.staged, w.rows.row_pitch, w.units, packed);
     packed += strip_floats(w.units);
   }
 }
 
-bool pack_values(const AttentionProblem& problem, const KeyBlock& block, int keys, const Workspace& w, float* packed) {
+// `keys` rows of V at `source`, up to kPack, as one row of units, zero where they are not finite; marks those.
+bool load_value_units(const AttentionProblem& problem, const char* source, std::int64_t stride, int keys,
+                      float* special, float* units) {
+  for (int i = 0; i < keys; ++i) special[i] = 0;
+  if (Operands::load_values(source, problem.type, stride, keys, problem.head_size, units)) return false;
+  for (std::int64_t x = 0; x < problem.head_size; x += Simd::kWidth) {
+    Simd::store(units + x, Operands::finite_or_zero(Simd::load(units + x)));
+  }
+  for (int i = 0; i < keys; ++i) {
+    alignas(64) float part[Simd::kWidth];
+    for (std::int64_t x = 0; x < problem.head_size; x += Simd::kWidth) {
+      const std::int64_t count = clamp(problem.head_size - x, 0, Simd::kWidth);
+      const char* start = element_pointer(source + i * stride, problem.type, x);
+      if (Simd::any_nan(widen_row(start, problem.type, count, part))) special[i] = 1;
+    }
+  }
+  return true;
+}
+
+void pack_values(const AttentionProblem& problem, const KeyBlock& block, int keys, const Workspace& w, float* packed) {
   const KeySegment& segment = problem.key_segments[block.segment];
   const std::int64_t bytes = element_bytes(problem.type);
   const std::int64_t stride = segment.value_strides.token * bytes;
   const char* source = block_start(problem, block, segment.value, segment.value_strides);
-  bool finite = true;
-  for (int key = 0; key < keys; key += Operands::kPack) {
-    for (int ahead = key + kRowsAhead; ahead < keys && ahead < key + kRowsAhead + Operands::kPack; ++ahead) {
-      prefetch_row(source + ahead * stride, problem.head_size * bytes);
+  bool has_special = false;
+  const auto units = static_cast<int>(units_of(keys, Operands::kPack));
+  for (int unit = 0; unit < units; ++unit) {
+    const int key = unit * Operands::kPack;
+    float* staged = w.rows.staged + unit % kStripColumns * w.rows.row_pitch;
+    if (key < keys) {
+      for (int ahead = key + kRowsAhead; ahead < keys && ahead < key + kRowsAhead + Operands::kPack; ++ahead) {
+        prefetch_row(source + ahead * stride, problem.head_size * bytes);
+      }
+      const int pack = keys - key < Operands::kPack ? keys - key : Operands::kPack;
+      has_special |=
+          load_value_units(problem, source + key * stride, stride, pack, packed + w.layout.special + key, staged);
+    } else {
+      std::memset(staged, 0, static_cast<std::size_t>(w.rows.row_pitch) * sizeof(float));
     }
-    finite &= Operands::load_values(source + key * stride, problem.type, stride, keys - key, problem.head_size,
-                                    w.rows.staged);
-    store_column(w.rows.staged, problem.head_size, w.layout.value_strip,
-                 packed + key / Operands::kPack * Simd::kMaxRows);
+    if ((unit + 1) % kStripColumns != 0) continue;
+    columns_to_strips(w.rows.staged, w.rows.row_pitch, unit + 1 - kStripColumns, problem.head_size,
+                      w.layout.value_strip, packed + w.layout.value_start);
   }
-  return finite;
+  packed[w.layout.has_special] = has_special ? 1 : 0;
 }
 
 void pack_block(const AttentionProblem& problem, const KeyBlock& block, float* packed, float* scratch) {
@@ -105,39 +140,11 @@ void pack_block(const AttentionProblem& problem, const KeyBlock& block, float* p
   carve(problem, nullptr, scratch, w);
   const int keys = block_keys(problem.key_segments[block.segment], block.batch, block.block);
   pack_keys(problem, block, keys, w, packed);
-  packed[w.layout.finite_at] = pack_values(problem, block, keys, w, packed + w.layout.value_start) ? 1 : 0;
+  pack_values(problem, block, keys, w, packed);
 }
 
 // What products of Q and K are to be multiplied by for logits to the base 2, where Q does not have it already.
 float logit_unit(const AttentionProblem& problem) { return Operands::kQueryIsScaled ? 1 : problem.scale * kLog2E; }
-
-// Oᵀ += Vᵀ · Pᵀ for the panel at `row` where V has NaN or Inf and some positions are hidden: 0 · NaN must not happen
-// there, so V is zero in the lanes that do not see it. Otherwise the operations of `multiply` in its order, so that
-// results do not depend on which of the two ran. Slow and rare.
-void multiply_visible(const Workspace& w, const float* values, int row, float* out, int keys, std::int64_t depth,
-                      bool masked) {
-  for (int v = 0; v < kLanes; v += Simd::kWidth) {
-    const Vec rescale = Simd::load(w.rows.rescale + row + v);
-    for (std::int64_t d = 0; d < depth; ++d) {
-      Simd::store(out + d * kLanes + v, Simd::mul(Simd::load(out + d * kLanes + v), rescale));
-    }
-    for (int unit = 0; unit < row_units(keys); ++unit) {
-      Vec seen[Operands::kPack];
-      for (int i = 0; i < Operands::kPack; ++i) {
-        const int key = unit * Operands::kPack + i;
-        seen[i] = key < keys ? lanes_that_see(w.rows, row, v, key, masked) : Simd::set1(0);
-      }
-      const Vec p = Simd::load(w.logits + unit * kLanes + v);
-      for (std::int64_t d = 0; d < depth; ++d) {
-        float* sum = out + d * kLanes + v;
-        const Vec value = Operands::zero_unless(
-            seen,
-            Simd::set1(values[d / Simd::kMaxRows * w.layout.value_strip + unit * Simd::kMaxRows + d % Simd::kMaxRows]));
-        Simd::store(sum, Operands::multiply_add(value, p, Simd::load(sum)));
-      }
-    }
-  }
-}
 
 // Asks for one of `parts` of rows that will be needed after the current block. Worth 6 % of 1,4,4096,4096,128 in
 // float32 on one thread (Zen 4).
@@ -171,7 +178,7 @@ void attend_block(const AttentionProblem& problem, const Tile& tile, const Works
   if (!is_packed) pack_block(problem, block, w.blocks.buffer, w.scratch);
   const float* key = is_packed ? w.blocks.at(problem, block) : w.blocks.buffer;
   const float* value = key + w.layout.value_start;
-  const bool value_is_finite = key[w.layout.finite_at] != 0;
+  const bool has_special = key[w.layout.has_special] != 0;
 
   const int panels = used_lanes(tile) / kLanes;
   for (int panel = 0; panel < panels; ++panel) {
@@ -185,17 +192,17 @@ void attend_block(const AttentionProblem& problem, const Tile& tile, const Works
       sees = both(sees, mask_sees);
     }
     if (sees == Sees::nothing) continue;
-    multiply(key, strip_floats(w.units), w.query + row * w.units, nullptr, w.logits, keys, w.units);
+    const LogitProduct logits{.lanes = w.query + row * w.units, .units = w.units};
+    multiply(logits, key, strip_floats(w.units), w.logits, keys);
     const bool hides = sees == Sees::some;
     const float unit = logit_unit(problem);
     if (hides) hide(w.logits, unit, masked ? w.rows.bias : nullptr, w.rows.first + row, w.rows.limit + row, keys);
     softmax(w.logits, hides ? 1 : unit, w.rows.max + row, w.rows.sum + row, w.rows.rescale + row, keys);
     float* out = w.out + row * depth;
-    if (hides && !value_is_finite) {
-      multiply_visible(w, value, row, out, keys, depth, masked);
-    } else {
-      multiply(value, w.layout.value_strip, w.logits, w.rows.rescale + row, out, depth, row_units(keys));
-    }
+    const ValueProduct values{
+        .lanes = w.logits, .units = units_of(keys, Operands::kPack), .rescale = w.rows.rescale + row};
+    multiply(values, value, w.layout.value_strip, out, static_cast<int>(depth));
+    if (has_special) add_special_values(problem, block, w.rows, key + w.layout.special, row, keys, masked, out);
   }
 }
 
@@ -211,6 +218,7 @@ void attend_segment(const AttentionProblem& problem, const Tile& tile, const Wor
 void run_tile(const AttentionProblem& problem, const Tile& tile, const float* packed, float* scratch) {
   Workspace w{};
   carve(problem, packed, scratch, w);
+  const MatrixRegisters registers;
   load_query(problem, tile, w.rows, w.units, w.query);
   const auto lanes = static_cast<std::size_t>(used_lanes(tile));
   std::memset(w.out, 0, lanes * static_cast<std::size_t>(problem.head_size) * sizeof(float));

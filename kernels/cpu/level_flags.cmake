@@ -10,3 +10,4 @@ set(avx512_flags ${sse2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma 
                  -Wno-maybe-uninitialized -Wno-uninitialized)
 set(avx512_vnni_flags ${avx512_flags} -mavx512vnni)
 set(avx512_bf16_flags ${avx512_flags} -mavx512bf16)
+set(amx_flags ${avx512_bf16_flags})  # its own instructions are written as such

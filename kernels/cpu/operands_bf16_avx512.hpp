@@ -1,68 +1,15 @@
 #pragma once
 
-/// Operands of the products as pairs of bfloat16, for `vdpbf16ps`: products are exact, sums float32 (subnormal inputs
-/// count as zero, as that instruction defines). Q, K and V are taken as they are; P is rounded to bfloat16. Included
-/// after tile_elements_impl.hpp.
+/// Pairs of bfloat16 for `vdpbf16ps`.
+
+#include "kernels/cpu/bf16_pairs.hpp"
 
 namespace ditattn::kernels::cpu {
 namespace {
 
-struct Operands {
-  static constexpr int kPack = 2;
-  static constexpr bool kQueryIsScaled = false;
-
-  static Vec multiply_add(Vec a, Vec b, Vec c) {
-    return _mm512_dpbf16_ps(c, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
-  }
-
-  // Masked, so that nothing past the row is read, and an odd row ends in a zero.
-  static void load_row(const char* source, ElementType /*type*/, std::int64_t count, float* units) {
-    std::int64_t i = 0;
-    for (; i + 32 <= count; i += 32) _mm512_storeu_si512(units + i / 2, _mm512_loadu_si512(source + i * 2));
-    if (i == count) return;
-    const auto rest = static_cast<__mmask32>((1U << (count - i)) - 1);
-    _mm512_storeu_si512(units + i / 2, _mm512_maskz_loadu_epi16(rest, source + i * 2));
-  }
-
-  // A unit is one column of both rows.
-  static bool load_values(const char* source, ElementType /*type*/, std::int64_t stride_bytes, int keys,
-                          std::int64_t count, float* units) {
-    const __m512i exponent = _mm512_set1_epi16(0x7F80);
-    __mmask32 special = 0;
-    for (std::int64_t i = 0; i < count; i += 16) {
-      const __mmask16 lanes = count - i < 16 ? static_cast<__mmask16>((1U << (count - i)) - 1) : 0xFFFF;
-      const auto load = [&](const char* from) {
-        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from + i * 2));
-      };
-      const __m512i high = keys > 1 ? _mm512_slli_epi32(load(source + stride_bytes), 16) : _mm512_setzero_si512();
-      const __m512i pair = _mm512_or_si512(load(source), high);
-      special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pair, exponent), exponent);
-      _mm512_storeu_si512(units + i, pair);
-    }
-    return special == 0;
-  }
-
-  static void store_packed(float* at, const Vec (&p)[kPack]) {
-    alignas(64) static constexpr std::uint16_t interleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                                 21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                                 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i both = __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(p[1], p[0]));
-    _mm512_storeu_si512(at, _mm512_permutexvar_epi16(_mm512_load_si512(interleave), both));
-  }
-  static Vec zero_unless(const Vec (&seen)[kPack], Vec units) {
-    const auto lanes = [](Vec x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ); };
-    const __m512i even = _mm512_maskz_set1_epi32(lanes(seen[0]), 0x0000FFFF);
-    const __m512i odd = _mm512_maskz_set1_epi32(lanes(seen[1]), static_cast<int>(0xFFFF0000));
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(units), _mm512_or_si512(even, odd)));
-  }
-
-  /// As for float32, of degree 4: 2.9e-6 with rounding, where P is rounded to 2e-3 afterwards.
-  static Vec exp2_fraction(Vec r) {
-    Vec p = Simd::set1(0.009585382F);
-    p = Simd::fma(p, r, Simd::set1(0.055906627F));
-    p = Simd::fma(p, r, Simd::set1(0.24024038F));
-    p = Simd::fma(p, r, Simd::set1(0.6931241F));
-    return Simd::fma(p, r, Simd::set1(1));
+struct Operands : Bf16Pairs {
+  static Vec add(Vec a, Vec b, Vec sums) {
+    return _mm512_dpbf16_ps(sums, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
   }
 };
 

@@ -35,10 +35,14 @@ std::vector<std::int64_t> find_seen(const AttentionProblem& problem) {
 
 void sage_attention(const AttentionProblem& problem, const Executor& executor, CpuLevel level, SageOptions options) {
   const LevelKernels& kernels = kernels_of(level);
+  sage_attention(problem, executor, options.wide_values ? *kernels.sage_wide : *kernels.sage);
+}
+
+void sage_attention(const AttentionProblem& problem, const Executor& executor, const TileKernel& kernel) {
   const std::vector<std::int64_t> seen = find_seen(problem);
   AttentionProblem with_seen = problem;
   with_seen.seen = seen.empty() ? nullptr : seen.data();
-  tiled_attention(with_seen, executor, options.wide_values ? *kernels.sage_wide : *kernels.sage);
+  tiled_attention(with_seen, executor, kernel);
 }
 
 }  // namespace ditattn::kernels::cpu

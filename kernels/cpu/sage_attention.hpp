@@ -20,4 +20,9 @@ struct SageOptions {
 /// scale of the 127 beside it. Throws std::bad_alloc before anything is written.
 void sage_attention(const AttentionProblem& problem, const Executor& executor, CpuLevel level, SageOptions options);
 
+struct TileKernel;
+
+/// By a kernel that is in no level's table.
+void sage_attention(const AttentionProblem& problem, const Executor& executor, const TileKernel& kernel);
+
 }  // namespace ditattn::kernels::cpu

@@ -3,7 +3,7 @@
 /// Upstream takes the mean over the whole sequence, which the softmax does not see. Here Q · mean is added back in
 /// float32, one dot product per row and block: so the LSE is the true one, keys are read once, and no block's numbers
 /// depend on another's. What no row of the problem sees takes no part; within a block, keys that other rows see do.
-/// Included after sage_multiply_impl.hpp.
+/// Included after sage_products_impl.hpp.
 
 #include <cstdint>
 
@@ -27,13 +27,11 @@ struct SageBlock {
   std::int64_t key_scale;
   std::int64_t value_scale;
   std::int64_t mean;
-  std::int64_t hidden;       // by key: 1 where no row sees it
-  std::int64_t unquantized;  // by key: 1 where V has NaN or Inf
-  std::int64_t flags;        // [0]: keys that are not hidden; [1]: 1 where some V is unquantized
+  std::int64_t hidden;   // by key: 1 where no row sees it
+  std::int64_t special;  // by key: 1 where V has NaN or Inf
+  std::int64_t flags;    // [0]: keys that are not hidden; [1]: 1 where some V is special
   std::int64_t floats;
 };
-
-std::int64_t units_of(std::int64_t numbers, int pack) { return (numbers + pack - 1) / pack; }
 
 template <class Values>
 SageBlock sage_block(std::int64_t head_size) {
@@ -52,7 +50,7 @@ SageBlock sage_block(std::int64_t head_size) {
   block.value_scale = take(round_up(head_size, 16));
   block.mean = take(round_up(head_size, 16));
   block.hidden = take(kTileKeys);
-  block.unquantized = take(kTileKeys);
+  block.special = take(kTileKeys);
   block.flags = take(2);
   block.floats = arena.used;
   return block;
@@ -116,7 +114,7 @@ void find_mean(const BlockRows& rows, const float* hidden, int seen, float* mean
   }
 }
 
-// Quantizes the rows staged (kMaxRows of `pitch`) in place, less the mean: numbers in units. Leaves each row's scale.
+// Quantizes the rows staged (kStripRows of `pitch`) in place, less the mean: numbers in units. Leaves each row's scale.
 void quantize_rows(float* staged, std::int64_t pitch, int count, const float* mean, std::int64_t head_size,
                    float* scales) {
   constexpr auto most = static_cast<float>(Dots::kKeyMost);
@@ -141,9 +139,9 @@ void quantize_rows(float* staged, std::int64_t pitch, int count, const float* me
 
 void quantize_keys(const BlockRows& rows, const SageBlock& layout, const float* hidden, float* staged,
                    std::int64_t pitch, float* packed) {
-  for (int first = 0; first < rows.keys; first += Simd::kMaxRows) {
-    const int count = rows.keys - first < Simd::kMaxRows ? rows.keys - first : Simd::kMaxRows;
-    bool usable[Simd::kMaxRows];
+  for (int first = 0; first < rows.keys; first += kStripRows) {
+    const int count = rows.keys - first < kStripRows ? rows.keys - first : kStripRows;
+    bool usable[kStripRows];
     for (int row = 0; row < count; ++row) {
       float* x = staged + row * pitch;
       usable[row] = hidden[first + row] == 0 && rows.load(first + row, x);
@@ -155,11 +153,11 @@ void quantize_keys(const BlockRows& rows, const SageBlock& layout, const float* 
     for (int row = 0; row < count; ++row) {  // NaN and Inf show as NaN in all rows that see the key
       if (!usable[row] && hidden[first + row] == 0) scales[row] = __builtin_nanf("");
     }
-    rows_to_strip(staged, pitch, layout.units, packed + first / Simd::kMaxRows * strip_floats(layout.units));
+    rows_to_strip(staged, pitch, layout.units, packed + first / kStripRows * strip_floats(layout.units));
   }
 }
 
-// A row of V, zero where it is hidden, and in single places that are not finite, which `unquantized` marks.
+// A row of V, zero where it is hidden, and in single places that are not finite, which `special` marks.
 void load_value_row(const BlockRows& rows, const SageBlock& layout, int key, float* packed, float* row) {
   const Vec zero = Simd::set1(0);
   const bool hides = key >= rows.keys || packed[layout.hidden + key] != 0;
@@ -169,7 +167,7 @@ void load_value_row(const BlockRows& rows, const SageBlock& layout, int key, flo
     Simd::store(row + x, Simd::select_equal(Simd::sub(v, v), zero, v, zero));
   }
   if (key >= rows.keys) return;
-  packed[layout.unquantized + key] = finite ? 0 : 1;
+  packed[layout.special + key] = finite ? 0 : 1;
   if (!finite) packed[layout.flags + 1] = 1;
 }
 
@@ -188,24 +186,31 @@ void quantize_values(const BlockRows& rows, const SageBlock& layout, float* stag
     Simd::store(packed + layout.value_scale + x, Simd::mul(largest, Simd::set1(1 / most)));
     Simd::store(inverse + x, inverse_scale(largest, most));
   }
-  for (int first = 0; first < rows.keys; first += Dots::kPack) {
-    for (int i = 0; i < Dots::kPack; ++i) load_value_row(rows, layout, first + i, packed, staged + i * pitch);
+  constexpr std::int64_t row_floats = kMostHeadSize + Simd::kWidth;
+  alignas(64) float row[Dots::kPack * row_floats];
+  const auto units = static_cast<int>(units_of(rows.keys, Dots::kPack));
+  for (int unit = 0; unit < units; ++unit) {
+    for (int i = 0; i < Dots::kPack; ++i) {
+      load_value_row(rows, layout, unit * Dots::kPack + i, packed, row + i * row_floats);
+    }
+    float* column = staged + unit % kStripColumns * pitch;
     for (std::int64_t x = 0; x < rows.head_size; x += Simd::kWidth) {
       Vec numbers[Dots::kPack];
       for (int i = 0; i < Dots::kPack; ++i) {
-        numbers[i] = Simd::mul(Simd::load(staged + i * pitch + x), Simd::load(inverse + x));
+        numbers[i] = Simd::mul(Simd::load(row + i * row_floats + x), Simd::load(inverse + x));
       }
-      Simd::store(staged + x, Dots::join(numbers));
+      Simd::store(column + x, Dots::join(numbers));
     }
-    store_column(staged, rows.head_size, layout.value_strip,
-                 packed + layout.value_start + first / Dots::kPack * Simd::kMaxRows);
+    if ((unit + 1) % kStripColumns != 0) continue;
+    columns_to_strips(staged, pitch, unit + 1 - kStripColumns, rows.head_size, layout.value_strip,
+                      packed + layout.value_start);
   }
 }
 
 void keep_values(const BlockRows& rows, const SageBlock& layout, float* staged, float* packed) {
   for (int key = 0; key < rows.keys; ++key) {
     load_value_row(rows, layout, key, packed, staged);
-    store_column(staged, rows.head_size, layout.value_strip, packed + layout.value_start + key * Simd::kMaxRows);
+    columns_to_strips(staged, 0, key, rows.head_size, layout.value_strip, packed + layout.value_start);
   }
 }
 

@@ -5,6 +5,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/cpu/tile_rows_impl.hpp"
+//
+#include "kernels/cpu/special_values_impl.hpp"
+#include "kernels/cpu/tile_softmax_impl.hpp"
+//
+#include "kernels/cpu/sage_products_impl.hpp"
+//
+#include "kernels/cpu/sage_pack_impl.hpp"
+
 namespace ditattn::kernels::cpu {
 namespace {
 
@@ -60,7 +69,7 @@ void quantize_query(const SageWorkspace& w, std::int64_t head_size, const float*
     }
     Simd::store(units + unit * kLanes, Dots::join(numbers));
   }
-  Dots::store_start(w.start + row, Simd::mul(total, Simd::set1(-Dots::kKeyOffset)));
+  Dots::store_sums(w.start + row, Simd::mul(total, Simd::set1(-Dots::kKeyOffset)));
   // Rows of zeros have sums of zero: any scale but zero will do. NaN and Inf show as NaN.
   const Vec none = Simd::set1(0);
   const Vec scale = Simd::select_equal(inverse, none, Simd::set1(1), Simd::mul(largest, Simd::set1(1 / most)));
@@ -102,10 +111,11 @@ template <class Values>
 void sage_softmax(const SageWorkspace& w, int row, int keys) {
   const Vec hidden = Simd::set1(-kInfinity);
   const Vec zero = Simd::set1(0);
+  Vec panel_largest[Simd::kVectors];
+  find_largest(w.logits, keys, panel_largest);
   for (int v = 0; v < kLanes; v += Simd::kWidth) {
     float* logits = w.logits + v;
-    Vec largest = hidden;
-    for (int key = 0; key < keys; ++key) largest = Simd::max(largest, Simd::load(logits + key * kLanes));
+    const Vec largest = panel_largest[v / Simd::kWidth];
     const Vec old_max = Simd::load(w.rows.max + row + v);
     // A row that sees no key of the block: nothing of its Q shows, not even NaN, and −∞ gives 0.
     const Vec unit = Simd::select_equal(largest, hidden, Simd::set1(1), Simd::load(w.query_scale + row + v));
@@ -126,6 +136,7 @@ void sage_softmax(const SageWorkspace& w, int row, int keys) {
       }
       Simd::store(logits + key / Values::kPack * kLanes, Values::join(p));
     }
+    fill_last_step(logits, (keys + Values::kPack - 1) / Values::kPack);
     const Vec shrink = exp2_negative<Exp2Short>(Simd::sub(old_max, subtract));
     const Vec weight =
         Simd::mul(exp2_negative<Exp2Short>(Simd::sub(block_max, subtract)), Simd::set1(1 / Values::kMost));
@@ -133,26 +144,6 @@ void sage_softmax(const SageWorkspace& w, int row, int keys) {
     Simd::store(w.weight + v, weight);
     Simd::store(w.rows.sum + row + v, Simd::fma(total, weight, Simd::mul(Simd::load(w.rows.sum + row + v), shrink)));
     Simd::store(w.rows.max + row + v, new_max);
-  }
-}
-
-// What V holds that is not finite, in all rows that see it.
-void add_unquantized(const AttentionProblem& problem, const KeyBlock& block, const SageWorkspace& w,
-                     const float* unquantized, int row, int keys, float* out) {
-  const BlockRows rows = key_rows(problem, block, true);
-  for (int key = 0; key < keys; ++key) {
-    if (unquantized[key] == 0) continue;
-    rows.load(key, w.rows.staged);
-    for (int v = 0; v < kLanes; v += Simd::kWidth) {
-      const Vec seen = lanes_that_see(w.rows, row, v, key, false);
-      for (std::int64_t d = 0; d < problem.head_size; ++d) {
-        const float x = w.rows.staged[d];
-        if (x - x == 0) continue;
-        float* at = out + d * kLanes + v;
-        const Vec sum = Simd::load(at);
-        Simd::store(at, Simd::select_equal(seen, Simd::set1(0), sum, Simd::add(sum, Simd::set1(x))));
-      }
-    }
   }
 }
 
@@ -173,18 +164,23 @@ void attend_sage_block(const AttentionProblem& problem, const Tile& tile, const 
   for (int row = 0; row < used_lanes(tile); row += kLanes) {
     const auto [sees, keys] = load_limits(w.rows, row, block.block * kTileKeys, block_size, Dots::kPack);
     if (sees == Sees::nothing) continue;
-    const LogitProduct logits{
-        .lanes = w.query_units + row * layout.units, .units = layout.units, .first_sums = w.start + row};
-    multiply_strips(logits, packed, strip_floats(layout.units), packed + layout.key_scale, w.logits, keys);
+    const LogitProduct logits{.lanes = w.query_units + row * layout.units,
+                              .units = layout.units,
+                              .first_sums = w.start + row,
+                              .scales = packed + layout.key_scale};
+    multiply(logits, packed, strip_floats(layout.units), w.logits, keys);
     multiply_mean(w.query + row * depth, packed + layout.mean, depth, w.mean_products);
     if (sees == Sees::some || seen < block_size) hide_keys(w, packed + layout.hidden, seen < block_size, row, keys);
     sage_softmax<Values>(w, row, keys);
     float* out = w.out + row * depth;
-    const ValueProduct<Values> values{
-        .lanes = w.logits, .units = units_of(keys, Values::kPack), .rescale = w.rows.rescale + row, .weight = w.weight};
-    multiply_strips(values, packed + layout.value_start, layout.value_strip, packed + layout.value_scale, out, depth);
+    const ValueProduct<Values> values{.lanes = w.logits,
+                                      .units = units_of(keys, Values::kPack),
+                                      .rescale = w.rows.rescale + row,
+                                      .weight = w.weight,
+                                      .scales = packed + layout.value_scale};
+    multiply(values, packed + layout.value_start, layout.value_strip, out, static_cast<int>(depth));
     if (packed[layout.flags + 1] != 0) {
-      add_unquantized(problem, block, w, packed + layout.unquantized, row, keys, out);
+      add_special_values(problem, block, w.rows, packed + layout.special, row, keys, false, out);
     }
   }
 }
@@ -193,6 +189,7 @@ template <class Values>
 void run_sage_tile(const AttentionProblem& problem, const Tile& tile, const float* packed, float* scratch) {
   SageWorkspace w{};
   carve<Values>(problem, packed, scratch, w);
+  const MatrixRegisters registers;
   load_sage_query(problem, tile, w);
   const auto lanes = static_cast<std::size_t>(used_lanes(tile));
   std::memset(w.out, 0, lanes * static_cast<std::size_t>(problem.head_size) * sizeof(float));

@@ -13,7 +13,6 @@ struct Simd {
   using Vec = __m256;
   static constexpr int kWidth = 8;
   static constexpr int kVectors = 2;  ///< vectors per panel row: 6 × 2 accumulators of 16 registers
-  static constexpr int kMaxRows = 6;
 
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
@@ -40,10 +39,11 @@ struct Simd {
   static bool any_nan(Vec v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
 
   static Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static constexpr bool kScalesToZero = false;  ///< whether `scale_by_power` is right where the result underflows
-  /// v · 2ⁿ for whole n from −126 to 127.
-  static Vec scale_by_power(Vec v, Vec n) {
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  static Vec fraction(Vec x) { return sub(x, _mm256_floor_ps(x)); }  ///< x − ⌊x⌋
+  static constexpr bool kScalesByAll = false;                        ///< whether `scale_by_power` takes all x
+  /// v · 2^⌊x⌋ for x from −126 to 127.
+  static Vec scale_by_power(Vec v, Vec x) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(x)), _mm256_set1_epi32(127));
     return mul(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
   static Vec load_bf16(const std::uint16_t* p) {

@@ -13,7 +13,6 @@ struct Simd {
   using Vec = __m512;
   static constexpr int kWidth = 16;
   static constexpr int kVectors = 4;  ///< vectors per panel row: 6 × 4 accumulators of 32 registers
-  static constexpr int kMaxRows = 6;
 
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
@@ -37,9 +36,11 @@ struct Simd {
   static bool any_nan(Vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 
   static Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static constexpr bool kScalesToZero = true;  ///< whether `scale_by_power` is right where the result underflows
-  /// v · 2ⁿ for whole n.
-  static Vec scale_by_power(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
+  /// x − ⌊x⌋; 0 for ±∞.
+  static Vec fraction(Vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static constexpr bool kScalesByAll = true;  ///< whether `scale_by_power` takes all x
+  /// v · 2^⌊x⌋.
+  static Vec scale_by_power(Vec v, Vec x) { return _mm512_scalef_ps(v, x); }
   static Vec load_bf16(const std::uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

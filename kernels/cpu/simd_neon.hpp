@@ -14,7 +14,6 @@ struct Simd {
   using Vec = float32x4_t;
   static constexpr int kWidth = 4;
   static constexpr int kVectors = 4;  ///< vectors per panel row: 6 × 4 accumulators of 32 registers
-  static constexpr int kMaxRows = 6;
 
   static Vec load(const float* p) { return vld1q_f32(p); }
   static void store(float* p, Vec v) { vst1q_f32(p, v); }
@@ -34,10 +33,11 @@ struct Simd {
   static bool any_nan(Vec v) { return any_not_equal(v, v); }
 
   static Vec round(Vec v) { return vrndnq_f32(v); }
-  static constexpr bool kScalesToZero = false;  ///< whether `scale_by_power` is right where the result underflows
-  /// v · 2ⁿ for whole n from −126 to 127.
-  static Vec scale_by_power(Vec v, Vec n) {
-    const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+  static Vec fraction(Vec x) { return sub(x, vrndmq_f32(x)); }  ///< x − ⌊x⌋
+  static constexpr bool kScalesByAll = false;                   ///< whether `scale_by_power` takes all x
+  /// v · 2^⌊x⌋ for x from −126 to 127.
+  static Vec scale_by_power(Vec v, Vec x) {
+    const int32x4_t exponent = vaddq_s32(vcvtmq_s32_f32(x), vdupq_n_s32(127));
     return mul(v, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
   }
   static Vec load_bf16(const std::uint16_t* p) {

@@ -14,7 +14,6 @@ struct Simd {
   using Vec = __m128;
   static constexpr int kWidth = 4;
   static constexpr int kVectors = 2;  ///< vectors per panel row: 6 × 2 accumulators of 16 registers
-  static constexpr int kMaxRows = 6;
 
   static Vec load(const float* p) { return _mm_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm_storeu_ps(p, v); }
@@ -42,10 +41,15 @@ struct Simd {
     const Vec magic = set1(12582912.0F);
     return sub(add(v, magic), magic);
   }
-  static constexpr bool kScalesToZero = false;  ///< whether `scale_by_power` is right where the result underflows
-  /// v · 2ⁿ for whole n from −126 to 127.
-  static Vec scale_by_power(Vec v, Vec n) {
-    return mul(v, _mm_castsi128_ps(_mm_slli_epi32(_mm_add_epi32(_mm_cvtps_epi32(n), _mm_set1_epi32(127)), 23)));
+  static Vec floor(Vec v) {
+    const Vec nearest = round(v);
+    return sub(nearest, _mm_and_ps(_mm_cmpgt_ps(nearest, v), set1(1)));
+  }
+  static Vec fraction(Vec x) { return sub(x, floor(x)); }  ///< x − ⌊x⌋
+  static constexpr bool kScalesByAll = false;              ///< whether `scale_by_power` takes all x
+  /// v · 2^⌊x⌋ for x from −126 to 127.
+  static Vec scale_by_power(Vec v, Vec x) {
+    return mul(v, _mm_castsi128_ps(_mm_slli_epi32(_mm_add_epi32(_mm_cvtps_epi32(floor(x)), _mm_set1_epi32(127)), 23)));
   }
   static Vec load_bf16(const std::uint16_t* p) {
     const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));

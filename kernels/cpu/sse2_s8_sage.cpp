@@ -1,18 +1,10 @@
 #include "kernels/cpu/simd_sse2.hpp"
 //
-#include "kernels/cpu/tile_elements_impl.hpp"
+#include "kernels/cpu/multiply_impl.hpp"
 //
 #include "kernels/cpu/operands_f32.hpp"
 //
-#include "kernels/cpu/tile_rows_impl.hpp"
-//
-#include "kernels/cpu/tile_softmax_impl.hpp"
-//
 #include "kernels/cpu/dots_float.hpp"
-//
-#include "kernels/cpu/sage_multiply_impl.hpp"
-//
-#include "kernels/cpu/sage_pack_impl.hpp"
 //
 #include "kernels/cpu/sage_tile_impl.hpp"
 

@@ -58,7 +58,8 @@ extern const TileKernel kFlashNeon;
 extern const TileKernel kFlashSse2;
 extern const TileKernel kFlashAvx2;
 extern const TileKernel kFlashAvx512;
-extern const TileKernel kFlashAvx512Bf16;  ///< bfloat16 elements, positive scale
+/// bfloat16 elements, positive scale.
+extern const TileKernel kFlashAvx512Bf16, kFlashAmx;
 
 /// Quantized attention, and with V in 16 bits and more.
 extern const TileKernel kSageNeon, kSageWideNeon;
@@ -66,5 +67,6 @@ extern const TileKernel kSageSse2, kSageWideSse2;
 extern const TileKernel kSageAvx2, kSageWideAvx2;
 extern const TileKernel kSageAvx512, kSageWideAvx512;
 extern const TileKernel kSageAvx512Vnni, kSageWideAvx512Vnni;
+extern const TileKernel kSageAmx;
 
 }  // namespace ditattn::kernels::cpu

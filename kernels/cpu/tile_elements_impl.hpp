@@ -1,4 +1,4 @@
-/// Rows of any element type as float32. Included by one translation unit per level, after its simd_*.hpp.
+/// Rows of any element type as float32. Included after a simd_*.hpp.
 
 #include <cstdint>
 #include <cstring>
@@ -10,6 +10,9 @@ namespace {
 
 using Vec = Simd::Vec;
 constexpr float kInfinity = __builtin_inff();
+constexpr int kLanes = Simd::kWidth * Simd::kVectors;  // query rows of one panel
+
+constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
 const char* element_pointer(const void* base, ElementType type, std::int64_t index) {
   return static_cast<const char*>(base) + index * element_bytes(type);

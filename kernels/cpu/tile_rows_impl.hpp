@@ -1,5 +1,5 @@
 /// What every kernel by tiles needs of a level: working memory, transposing, and which rows see which keys. Included
-/// after tile_elements_impl.hpp; all of it is local to the unit.
+/// after a multiply_*_impl.hpp and the `Operands`; all of it is local to the unit.
 
 #include <cstdint>
 #include <cstring>
@@ -12,10 +12,6 @@ namespace {
 
 constexpr float kLog2E = 1.44269504F;  // logits are kept times this: e^x = 2^(x · log2 e)
 constexpr float kLn2 = 0.693147181F;
-
-constexpr int kLanes = Simd::kWidth * Simd::kVectors;  // query rows of one panel
-
-std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
 // Hands out arrays from one piece of memory, 64-byte aligned; only counts where that is null.
 struct Arena {
@@ -55,7 +51,7 @@ struct TileRows {
 
 void carve_rows(Arena& arena, const AttentionProblem& problem, TileRows& rows) {
   rows.row_pitch = round_up(problem.head_size > kTileKeys ? problem.head_size : kTileKeys, 16);
-  rows.staged = arena.take(round_up(Simd::kMaxRows, Simd::kWidth) * rows.row_pitch);
+  rows.staged = arena.take(round_up(kStripRows, Simd::kWidth) * rows.row_pitch);
   rows.bias = has_mask(problem) ? arena.take(kLanes * kTileKeys) : nullptr;
   rows.max = arena.take(kTileRows);
   rows.sum = arena.take(kTileRows);
@@ -64,6 +60,11 @@ void carve_rows(Arena& arena, const AttentionProblem& problem, TileRows& rows) {
   rows.limit = arena.take(kTileRows);
   rows.visible = reinterpret_cast<Visible*>(arena.take(kTileRows * sizeof(Visible) / sizeof(float)));
 }
+
+std::int64_t strips_of(std::int64_t rows) { return (rows + kStripRows - 1) / kStripRows; }
+
+// Units of a row of so many elements, `pack` to a unit.
+std::int64_t units_of(std::int64_t elements, int pack) { return round_up((elements + pack - 1) / pack, kUnitStep); }
 
 // --- Transposing ---
 
@@ -88,38 +89,6 @@ void lanes_to_rows(const float* panel, const float* factors, std::int64_t count,
     Simd::transpose(block);
     for (int i = 0; i < Simd::kWidth; ++i) Simd::store(rows + i * pitch + x, block[i]);
   }
-}
-
-// K and V lie in strips of kMaxRows rows, column by column: what the micro-kernel reads is one stream. Rejected: row by
-// row, a dozen short streams that no hardware prefetcher follows; with a packed head in the third cache this cost 5 to
-// 15 % of 1,4,4096,4096,128 in float32 (Zen 4).
-std::int64_t strip_floats(std::int64_t columns) { return columns * Simd::kMaxRows; }
-std::int64_t strips_of(std::int64_t rows) { return (rows + Simd::kMaxRows - 1) / Simd::kMaxRows; }
-
-// kMaxRows rows of `count` columns, `pitch` apart, to a strip; writes up to kWidth columns past its end.
-void rows_to_strip(const float* rows, std::int64_t pitch, std::int64_t count, float* strip) {
-  constexpr int parts = (Simd::kMaxRows + Simd::kWidth - 1) / Simd::kWidth;
-  for (std::int64_t x = 0; x < count; x += Simd::kWidth) {
-    Vec block[parts][Simd::kWidth];
-    for (int part = 0; part < parts; ++part) {
-      for (int i = 0; i < Simd::kWidth; ++i) block[part][i] = Simd::load(rows + (part * Simd::kWidth + i) * pitch + x);
-      Simd::transpose(block[part]);
-    }
-    for (int i = 0; i < Simd::kWidth; ++i) {  // in order: what is written past a column is the next one's
-      for (int part = 0; part < parts; ++part) {
-        Simd::store(strip + (x + i) * Simd::kMaxRows + part * Simd::kWidth, block[part][i]);
-      }
-    }
-  }
-}
-
-// One column of all strips: `count` values, strips `strip` apart.
-void store_column(const float* values, std::int64_t count, std::int64_t strip, float* column) {
-  std::int64_t i = 0;
-  for (; i + Simd::kMaxRows <= count; i += Simd::kMaxRows, column += strip) {
-    std::memcpy(column, values + i, Simd::kMaxRows * sizeof(float));
-  }
-  for (int rest = 0; i < count; ++i, ++rest) column[rest] = values[i];
 }
 
 // --- Rows of the problem ---

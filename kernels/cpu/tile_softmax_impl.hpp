@@ -5,27 +5,41 @@
 namespace ditattn::kernels::cpu {
 namespace {
 
-// 2^x for x ≤ 0; 0 for −∞, NaN for NaN. Below −126, where results are subnormal, which is slow on some CPUs and weighs
-// nothing, 0 too where that costs no instruction less.
+// 2^x for x ≤ 8; 0 for −∞, NaN for NaN. Below −126, where results are subnormal and weigh nothing, 0 too unless that
+// costs an instruction.
 template <class Fraction = Operands>
 Vec exp2_negative(Vec x) {
-  const Vec lowest = Simd::set1(Simd::kScalesToZero ? -200 : -126);
-  const Vec clamped = Simd::max(lowest, x);  // x where x is NaN
-  const Vec n = Simd::round(clamped);
-  const Vec p = Fraction::exp2_fraction(Simd::sub(clamped, n));
-  const Vec scaled = Simd::scale_by_power(p, n);
-  return Simd::kScalesToZero ? scaled : Simd::select_less(x, lowest, Simd::set1(0), scaled);
+  const Vec lowest = Simd::set1(-126);
+  const Vec exponent = Simd::kScalesByAll ? x : Simd::max(lowest, x);  // x where x is NaN
+  const Vec scaled = Simd::scale_by_power(Fraction::exp2_fraction(Simd::fraction(exponent)), exponent);
+  return Simd::kScalesByAll ? scaled : Simd::select_less(x, lowest, Simd::set1(0), scaled);
 }
 
-// For P of 8 bits: of degree 3, 1.0e-04.
+// For P of 8 bits: of degree 3, 8.6e-05.
 struct Exp2Short {
   static Vec exp2_fraction(Vec r) {
-    Vec p = Simd::set1(0.05500893F);
-    p = Simd::fma(p, r, Simd::set1(0.24221096F));
-    p = Simd::fma(p, r, Simd::set1(0.69328293F));
+    Vec p = Simd::set1(0.077066995F);
+    p = Simd::fma(p, r, Simd::set1(0.22764507F));
+    p = Simd::fma(p, r, Simd::set1(0.69511676F));
     return Simd::fma(p, r, Simd::set1(1));
   }
 };
+
+// The largest logit of each row of a panel. Side by side: a maximum is waited for longer than it takes.
+void find_largest(const float* logits, int keys, Vec (&largest)[Simd::kVectors]) {
+  for (Vec& x : largest) x = Simd::set1(-kInfinity);
+  for (int key = 0; key < keys; ++key) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Simd::kVectors; ++v) {
+      largest[v] = Simd::max(largest[v], Simd::load(logits + key * kLanes + v * Simd::kWidth));
+    }
+  }
+}
+
+// Zeros after `units` of P up to a whole step of the products.
+void fill_last_step(float* lanes, int units) {
+  for (; units % kUnitStep != 0; ++units) Simd::store(lanes + units * kLanes, Simd::set1(0));
+}
 
 // Scales one panel of logits by `unit`, adds the mask times log2 e, and hides what the mask and the ranges hide.
 // Selects rather than adds: a hidden NaN must go.

@@ -3,6 +3,10 @@
 #include <thread>
 
 #include "kernels/cpu/sdpa_native.hpp"
+#include "kernels/cpu/tiled_attention.hpp"
+#ifdef DITATTN_EMULATES_AMX
+#include "tests/kernels/amx_emulated.hpp"
+#endif
 
 namespace ditattn::kernels::cpu::testing {
 namespace {
@@ -24,16 +28,26 @@ std::vector<Engine> engines() {
     result.push_back({.name = std::string("flash_") + kCpuLevelNames[level],
                       .units = choose_units(static_cast<CpuLevel>(level), true)});
   }
+#ifdef DITATTN_EMULATES_AMX
+  if (detect_cpu_level() >= CpuLevel::avx512_bf16) {
+    result.push_back({.name = "flash_amx_emulated",
+                      .units = choose_units(CpuLevel::avx512_bf16, true),
+                      .bf16_kernel = &kFlashAmxEmulated});
+  }
+#endif
   result.push_back({.name = "sdpa_native", .is_flash = false, .units = {}});
   return result;
 }
 
 void run(const Engine& engine, TestProblem& test, int threads) {
   test.clear_results();
-  if (engine.is_flash) {
-    flash_attention(test.problem(), executor(threads), engine.units);
+  const AttentionProblem& problem = test.problem();
+  if (engine.bf16_kernel != nullptr && problem.type == ElementType::bfloat16 && problem.scale > 0) {
+    tiled_attention(problem, executor(threads), *engine.bf16_kernel);
+  } else if (engine.is_flash) {
+    flash_attention(problem, executor(threads), engine.units);
   } else {
-    sdpa_native(test.problem(), executor(threads));
+    sdpa_native(problem, executor(threads));
   }
 }
 

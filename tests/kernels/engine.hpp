@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/cpu/flash_attention.hpp"
+#include "kernels/cpu/tile.hpp"
 #include "tests/kernels/test_problem.hpp"
 
 namespace ditattn::kernels::cpu::testing {
@@ -15,6 +16,7 @@ struct Engine {
   std::string name;
   bool is_flash = true;
   CpuUnits units;
+  const TileKernel* bf16_kernel = nullptr;  ///< instead of the units' for bfloat16
 };
 
 /// For GoogleTest.

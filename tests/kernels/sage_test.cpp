@@ -9,6 +9,9 @@
 #include "tests/kernels/check.hpp"
 #include "tests/kernels/options.hpp"
 #include "tests/kernels/sage_reference.hpp"
+#ifdef DITATTN_EMULATES_AMX
+#include "tests/kernels/amx_emulated.hpp"
+#endif
 
 namespace ditattn::kernels::cpu::testing {
 namespace {
@@ -17,6 +20,7 @@ struct SageEngine {
   std::string name;
   CpuLevel level;
   SageNumbers numbers;
+  const TileKernel* kernel = nullptr;  // instead of the level's
 };
 
 std::vector<SageEngine> sage_engines() {
@@ -29,6 +33,11 @@ std::vector<SageEngine> sage_engines() {
     numbers.wide_values = true;
     engines.push_back({.name = "sage_wide_" + level, .level = static_cast<CpuLevel>(i), .numbers = numbers});
   }
+#ifdef DITATTN_EMULATES_AMX
+  if (detect_cpu_level() >= CpuLevel::avx512) {
+    engines.push_back({.name = "sage_amx_emulated", .level = {}, .numbers = {}, .kernel = &kSageAmxEmulated});
+  }
+#endif
   return engines;
 }
 
@@ -38,6 +47,7 @@ void run(const SageEngine& engine, TestProblem& test, int threads, bool smooth_k
   test.clear_results();
   AttentionProblem problem = test.problem();
   problem.smooth_key = smooth_key;
+  if (engine.kernel != nullptr) return sage_attention(problem, executor(threads), *engine.kernel);
   sage_attention(problem, executor(threads), engine.level, {.wide_values = engine.numbers.wide_values});
 }
 

@@ -92,10 +92,28 @@ bool rounds_to_even() {
          equals(Simd::round(Simd::set1(-125.6F)), [](int /*i*/) { return -126.0F; });
 }
 
+bool splits_powers() {
+  const auto value = [](int i) { return 0.25F * static_cast<float>(i % 7) - (i % 2 == 0 ? 3.0F : 90.0F); };
+  return equals(Simd::fraction(make(value)), [&](int i) { return value(i) - __builtin_floorf(value(i)); }) &&
+         equals(Simd::fraction(Simd::set1(-125.75F)), [](int /*i*/) { return 0.25F; }) &&
+         equals(Simd::fraction(Simd::set1(kNaN)), [](int /*i*/) { return kNaN; });
+}
+
 bool scales_by_powers() {
+  constexpr float fractions[] = {0, 0.5F, 0.875F};
   for (int n = -126; n <= 127; ++n) {
-    const Vec power = Simd::scale_by_power(Simd::set1(1.5F), Simd::set1(static_cast<float>(n)));
-    if (!equals(power, [&](int /*i*/) { return __builtin_ldexpf(1.5F, n); })) return false;
+    for (const float fraction : fractions) {
+      const float x = static_cast<float>(n) + (n < 127 ? fraction : 0);
+      const Vec power = Simd::scale_by_power(Simd::set1(1.5F), Simd::set1(x));
+      if (!equals(power, [&](int /*i*/) { return __builtin_ldexpf(1.5F, n); })) return false;
+    }
+  }
+  const Vec lowest = Simd::set1(-__builtin_inff());
+  const auto zero = [](int /*i*/) { return 0.0F; };
+  if (Simd::kScalesByAll &&
+      !(equals(Simd::fraction(lowest), zero) && equals(Simd::scale_by_power(Simd::set1(1), lowest), zero) &&
+        equals(Simd::scale_by_power(Simd::set1(1), Simd::set1(-1e30F)), zero))) {
+    return false;
   }
   return equals(Simd::scale_by_power(Simd::set1(kNaN), Simd::set1(kNaN)), [](int /*i*/) { return kNaN; });
 }
@@ -125,6 +143,7 @@ const char* wrong_word() {
   if (!selects()) return "select_less or select_equal";
   if (!any_lane()) return "any_not_equal or any_nan";
   if (!rounds_to_even()) return "round";
+  if (!splits_powers()) return "fraction";
   if (!scales_by_powers()) return "scale_by_power";
   if (!loads_halves()) return "load_f16 or load_bf16";
   return transposes() ? nullptr : "transpose";

@@ -1,0 +1,17 @@
+#include "tests/kernels/amx_emulated.hpp"
+//
+#include "kernels/cpu/simd_avx512.hpp"
+//
+#include "tests/kernels/matrix_emulated.hpp"
+//
+#include "kernels/cpu/multiply_amx_impl.hpp"
+//
+#include "kernels/cpu/operands_bf16_amx.hpp"
+//
+#include "kernels/cpu/flash_tile_impl.hpp"
+
+namespace ditattn::kernels::cpu::testing {
+
+const TileKernel kFlashAmxEmulated = {&scratch_floats, &block_floats, &pack_block, &run_tile, &multiply_rate};
+
+}  // namespace ditattn::kernels::cpu::testing
