@@ -15,15 +15,6 @@ namespace ditattn {
 
 inline constexpr const char* kThreadsOption = "num_threads";
 
-/// An option's value as an error shows it; of what is no string, number or boolean, the type.
-inline std::string option_text(const tvm::ffi::Any& value) {
-  if (const auto text = value.as<tvm::ffi::String>()) return fmt::format("'{}'", std::string(*text));
-  if (const auto truth = value.as<bool>()) return *truth ? "true" : "false";
-  if (const auto whole = value.as<std::int64_t>()) return fmt::format("{}", *whole);
-  if (const auto number = value.as<double>()) return fmt::format("{}", *number);
-  return "a value of type " + value.GetTypeKey();
-}
-
 /// backend_kwargs["num_threads"]: at most so many threads for this layer; none: 0. ValueError for what is no number
 /// from 1.
 inline int thread_limit(const std::string& backend, const BackendKwargs& kwargs) {

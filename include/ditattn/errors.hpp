@@ -3,6 +3,7 @@
 /// Errors. Every error the library throws derives from `ditattn::Error`, which is a `tvm::ffi::Error`: it crosses
 /// language boundaries with its kind, and arrives in Python as the exception of that name.
 
+#include <tvm/ffi/any.h>
 #include <tvm/ffi/error.h>
 
 #include <string>
@@ -66,5 +67,8 @@ class DITATTN_API MemoryError : public Error {
 /// Throws `error` again as the `ditattn` type of its kind (errors that came through a plug-in's function table have
 /// only their kind). Kinds without a type of their own become a plain `ditattn::Error`.
 [[noreturn]] DITATTN_API void rethrow(const tvm::ffi::Error& error);
+
+/// An option's value as an error shows it; of what is no string, number, boolean or None, the type.
+DITATTN_API std::string option_text(const tvm::ffi::Any& value);
 
 }  // namespace ditattn

@@ -1,5 +1,8 @@
 #include "ditattn/errors.hpp"
 
+#include <fmt/format.h>
+#include <tvm/ffi/string.h>
+
 namespace ditattn {
 
 Error::Error(const std::string& kind, const std::string& message) : tvm::ffi::Error(kind, message, "") {}
@@ -18,6 +21,15 @@ void rethrow(const tvm::ffi::Error& error) {
   if (kind == "OSError") throw FileError(message);
   if (kind == "MemoryError") throw MemoryError(message);
   throw Error(kind, message);
+}
+
+std::string option_text(const tvm::ffi::Any& value) {
+  if (value == nullptr) return "None";
+  if (const auto text = value.as<tvm::ffi::String>()) return fmt::format("'{}'", std::string(*text));
+  if (const auto truth = value.as<bool>()) return *truth ? "true" : "false";
+  if (const auto whole = value.as<std::int64_t>()) return fmt::format("{}", *whole);
+  if (const auto number = value.as<double>()) return fmt::format("{}", *number);
+  return "a value of type " + value.GetTypeKey();
 }
 
 }  // namespace ditattn

@@ -119,8 +119,7 @@ bool wants_fp8(const MetadataExtra& extra) {
   const auto name = entry->as<String>();
   if (name && *name == "auto") return false;
   if (name && *name == "fp8") return true;
-  throw ValueError(fmt::format("kv_cache_dtype is {}. Valid values are: 'auto', 'fp8'",
-                               name ? fmt::format("'{}'", std::string(*name)) : "not a string"));
+  throw ValueError(fmt::format("kv_cache_dtype is {}. Valid values are: 'auto', 'fp8'", option_text(*entry)));
 }
 
 void check_masks(const AttentionMetadataFields& fields, const Tensor& query, const Tensor& key,

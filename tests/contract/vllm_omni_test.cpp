@@ -283,6 +283,8 @@ TEST_P(VllmOmni, Fp8KvIsRefused) {
                 "diffusion_kv_cache_dtype='auto'.");
   EXPECT_EQ(inputs.error({.extra = with({}, "kv_cache_dtype", tvm::ffi::String("mxfp4"))}),
             "kv_cache_dtype is 'mxfp4'. Valid values are: 'auto', 'fp8'");
+  EXPECT_EQ(inputs.error({.extra = with({}, "kv_cache_dtype", 8)}),
+            "kv_cache_dtype is 8. Valid values are: 'auto', 'fp8'");
 }
 
 class VllmOmniNotHereYet : public testing::RegistryTest {};
