@@ -32,7 +32,8 @@ struct WideValues {
   static Vec join(const Vec (&p)[kPack]) { return p[0]; }
 };
 
-constexpr float kLog2ProbabilityMost = Dots::kProbabilityMost == 255 ? 7.99435344F : 6.98868469F;
+// What Exp2Short takes to 255 or 127, so that the largest of P is exactly its number.
+constexpr float kLog2ProbabilityMost = Dots::kProbabilityMost == 255 ? 7.9944591F : 6.9887729F;
 
 // Logits: sums that begin with what takes off K's offset, times each key's scale.
 struct LogitProduct {

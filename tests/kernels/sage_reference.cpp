@@ -132,11 +132,14 @@ struct RowSums {
     const double new_max = std::max(max, block_max);
     const double shrink = exp2_short(max - new_max);
     const double most = numbers.wide_values ? 1 : numbers.probability_most;
+    const double log2_most = most == 255   ? 7.99445906508949
+                             : most == 127 ? 6.988772825199174
+                                           : 0;  // exp2_short's inverse
     const double weight = exp2_short(block_max - new_max) / most;
     sum *= shrink;
     for (std::size_t d = 0; d < out.size(); ++d) out[d] *= shrink, magnitude[d] *= shrink;
     for (std::size_t i = 0; i < logits.size(); ++i) {
-      const double p = exp2_short(logits[i] - block_max + std::log2(most));
+      const double p = exp2_short(logits[i] - block_max + log2_most);
       const double number = numbers.wide_values ? p : std::nearbyint(p);
       sum += weight * p;
       for (std::size_t d = 0; d < out.size(); ++d) {

@@ -271,7 +271,7 @@ TEST(CheckKvCacheDtype, KnownNames) {
   EXPECT_EQ(call.error({.extra = with({}, "kv_cache_dtype", "int4")}),
             "kv_cache_dtype is 'int4'. Valid values are: 'auto', 'fp8'");
   EXPECT_EQ(call.error({.extra = with({}, "kv_cache_dtype", 8)}),
-            "kv_cache_dtype is not a string. Valid values are: 'auto', 'fp8'");
+            "kv_cache_dtype is 8. Valid values are: 'auto', 'fp8'");
 }
 
 // --- What a backend has to declare
