@@ -3,7 +3,7 @@ PRESET ?= release
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers format lint neon install clean
+.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers format lint neon cuda install clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,10 @@ lint: ## Formatting and clang-tidy, no changes
 neon: ## The CPU kernels and their test for 64-bit Arm, cross-built, run under QEMU
 	@scripts/setup.sh neon
 	@scripts/neon.sh
+
+cuda: setup ## The GPU back ends and their tests (installs nvcc where there is none; tests are skipped without a GPU)
+	@scripts/setup.sh cuda
+	@scripts/cuda.sh
 
 install: build ## Install to PREFIX (default out/)
 	@cmake --install $(BUILD) --prefix $(or $(PREFIX),out)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Installs what is missing and nothing else: Debian packages (scripts/packages*.txt) and the Python environment.
-# A second run finds everything there and touches no network.  Usage: scripts/setup.sh [lint|neon]
+# A second run finds everything there and touches no network.  Usage: scripts/setup.sh [lint|neon|cuda]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 lists=(scripts/packages.txt)
-[ $# -gt 0 ] && lists+=("scripts/packages-$1.txt")
+[ $# -gt 0 ] && [ -e "scripts/packages-$1.txt" ] && lists+=("scripts/packages-$1.txt")
 
 missing=()
 while read -r package; do
@@ -34,4 +34,12 @@ if ! cmp -s requirements.txt .venv/requirements.stamp; then
   python3 -m venv .venv
   .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
   cp requirements.txt .venv/requirements.stamp
+fi
+
+# nvcc from PyPI where there is no toolkit.
+if [ "${1:-}" = cuda ] && ! PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null &&
+  ! cmp -s requirements-cuda.txt .venv/requirements-cuda.stamp; then
+  echo "setup: installing nvcc into .venv from requirements-cuda.txt"
+  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements-cuda.txt
+  cp requirements-cuda.txt .venv/requirements-cuda.stamp
 fi

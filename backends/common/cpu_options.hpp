@@ -4,12 +4,14 @@
 
 #include <ditattn/backend.hpp>
 #include <ditattn/errors.hpp>
+#include <ditattn/threads.hpp>
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <string>
 
-#include "backends/common/cpu_problem.hpp"
+#include "backends/common/kernel_call.hpp"
+#include "kernels/cpu/attention_problem.hpp"
 
 namespace ditattn {
 

@@ -32,7 +32,7 @@ class FlashAttentionImpl final : public AttentionImpl {
       : AttentionImpl(config), threads_(thread_limit("FLASH_ATTN", config.backend_kwargs)) {}
 
   void run(const AttentionCall& call) const override {
-    const CpuCall cpu = to_cpu_call(call, *this, kAlignment);
+    const KernelCall cpu = to_kernel_call(call, *this, kAlignment);
     kernels::cpu::flash_attention(cpu.problem, cpu_executor(threads_), cpu_units());
   }
 

@@ -63,7 +63,7 @@ class SageAttentionImpl final : public AttentionImpl {
   explicit SageAttentionImpl(const ImplConfig& config) : AttentionImpl(config), options_(config.backend_kwargs) {}
 
   void run(const AttentionCall& call) const override {
-    CpuCall cpu = to_cpu_call(call, *this, kAlignment);
+    KernelCall cpu = to_kernel_call(call, *this, kAlignment);
     cpu.problem.smooth_key = options_.smooth_key;
     kernels::cpu::sage_attention(cpu.problem, cpu_executor(options_.threads), cpu_level().level, options_.kernel);
   }

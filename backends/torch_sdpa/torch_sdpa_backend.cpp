@@ -1,11 +1,15 @@
 // TORCH_SDPA: the semantics of torch.nn.functional.scaled_dot_product_attention, computed by the native engine.
 
 #include <ditattn/backend.hpp>
+#include <ditattn/cuda.hpp>
 
 #include <string_view>
 
 #include "backends/common/cpu_options.hpp"
 #include "kernels/cpu/sdpa_native.hpp"
+#ifdef DITATTN_CUDA
+#include "kernels/cuda/sdpa_native.hpp"
+#endif
 
 namespace ditattn {
 namespace {
@@ -18,8 +22,14 @@ class SDPAImpl : public AttentionImpl {
       : AttentionImpl(config), threads_(thread_limit("TORCH_SDPA", config.backend_kwargs)) {}
 
   void run(const AttentionCall& call) const override {
-    const CpuCall cpu = to_cpu_call(call, *this, kAlignment);
-    kernels::cpu::sdpa_native(cpu.problem, cpu_executor(threads_));
+    const KernelCall kernel = to_kernel_call(call, *this, kAlignment);
+#ifdef DITATTN_CUDA
+    const DLDevice device = call.query.device();
+    if (device.device_type == kDLCUDA) {
+      return kernels::cuda::sdpa_native(kernel.problem, {.device = device.device_id, .stream = current_stream(device)});
+    }
+#endif
+    kernels::cpu::sdpa_native(kernel.problem, cpu_executor(threads_));
   }
 
  private:
@@ -31,7 +41,14 @@ class SDPABackend : public AttentionBackend {
   [[nodiscard]] std::string get_name() const override { return "SDPA"; }
 
   [[nodiscard]] const Capabilities& capabilities() const override {
-    static const Capabilities can = cpu_capabilities("native (PyTorch semantics)", kAlignment);
+    static const Capabilities can = [] {
+      Capabilities both = cpu_capabilities("native (PyTorch semantics)", kAlignment);
+#ifdef DITATTN_CUDA
+      both.devices.emplace_back("cuda");
+      both.graph_safe = true;
+#endif
+      return both;
+    }();
     return can;
   }
 

@@ -110,8 +110,9 @@ class Call {
                                                               std::int64_t row) const {
     std::int64_t begin = 0;
     std::int64_t end = segment.keys;
-    if (segment.lengths != nullptr) {
-      end = std::min(end, (*segment.lengths)[segment.lengths->size() == 1 ? 0 : b] - segment.length_offset);
+    if (segment.prefix != nullptr) {
+      const std::vector<std::int64_t>& lengths = segment.prefix->kv_lengths;
+      end = std::min(end, lengths[lengths.size() == 1 ? 0 : static_cast<std::size_t>(b)] - segment.length_offset);
     }
     if (plan_.ranges) {  // spans, packed sequences
       const std::int64_t* range = plan_.ranges->bounds.data() + b * plan_.ranges->batch_stride + 2 * row;

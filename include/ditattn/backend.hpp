@@ -62,9 +62,9 @@ struct KeySegment {
   Tensor value;
   std::int64_t first_key = 0;
   std::int64_t keys = 0;
-  /// Null: all keys. Else batch entry b sees the first lengths[b] (lengths[0] if there is one), relative to the
-  /// tensor whose prefix `length_offset` belongs to others: b sees keys below lengths[b] − length_offset.
-  const std::vector<std::int64_t>* lengths = nullptr;
+  /// Null: all keys. Else batch entry b sees the first prefix->kv_lengths[b] (kv_lengths[0] if there is one), relative
+  /// to the tensor whose prefix `length_offset` belongs to others: b sees keys below kv_lengths[b] − length_offset.
+  const MaskDescription* prefix = nullptr;
   std::int64_t length_offset = 0;
   MaskView mask;
 };

@@ -23,6 +23,7 @@
 // IWYU pragma: begin_exports
 #include "ditattn/attention_config.hpp"
 #include "ditattn/backend.hpp"
+#include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/metadata.hpp"

@@ -21,6 +21,21 @@
 
 namespace ditattn {
 
+/// Copies of a host array on the devices that asked for it: uploaded at the first use on each, which waits for the
+/// upload, and kept. Copies of this object share them. Thread-safe.
+class DITATTN_API DeviceCopies {
+ public:
+  /// `values` in `device`'s memory; their own on the CPU. They must be the same at every call.
+  [[nodiscard]] const std::int64_t* get(const std::vector<std::int64_t>& values, DLDevice device) const;
+
+ private:
+  struct State {
+    std::mutex mutex;
+    std::vector<Tensor> copies;
+  };
+  std::shared_ptr<State> state_ = std::make_shared<State>();
+};
+
 /// What a mask hides, worked out on the host once per `AttentionMetadata`, so that no kernel scans a mask again.
 struct MaskDescription {
   enum class Kind {
@@ -30,7 +45,8 @@ struct MaskDescription {
   };
   Kind kind = Kind::none;
   /// key_prefix only: one length per batch entry of the mask (one entry stands for all).
-  std::vector<std::int64_t> kv_lengths;
+  std::vector<std::int64_t> kv_lengths = {};
+  DeviceCopies copies = {};  ///< of `kv_lengths`
 };
 
 /// What spans and packed sequences come to: batch entry b's row r sees the keys [bounds[i], bounds[i + 1]) in joined
@@ -38,6 +54,7 @@ struct MaskDescription {
 struct KeyRanges {
   std::vector<std::int64_t> bounds;
   std::int64_t batch_stride = 0;
+  DeviceCopies copies = {};  ///< of `bounds`
 };
 
 /// A span of full attention [begin, end), in global token coordinates.
@@ -102,7 +119,7 @@ class DITATTN_API AttentionMetadataObj : public tvm::ffi::Object {
   AttentionMetadataFields fields;
 
   /// What `attn_mask` and `joint_attn_mask` hide: computed by the first call, kept. Thread-safe. The masks must not be
-  /// written to after.
+  /// written to after. A mask on a GPU is copied to the host for it, which waits for this thread's stream, once.
   const MaskDescription& mask_description() const;
   const MaskDescription& joint_mask_description() const;
 

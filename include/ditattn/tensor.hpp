@@ -47,6 +47,10 @@ inline Tensor empty(std::initializer_list<std::int64_t> shape, DLDataType dtype)
   return empty(std::span(shape.begin(), shape.size()), dtype);
 }
 
+/// The same on any device. On CUDA through the environment's allocator (PyTorch's, in a process that has it), or else
+/// from the driver, in the order of this thread's stream (`current_stream`), which must outlive the tensor.
+DITATTN_API Tensor empty(std::span<const std::int64_t> shape, DLDataType dtype, DLDevice device);
+
 /// A tensor over memory that the caller keeps alive. `strides` are in elements; empty means contiguous.
 DITATTN_API Tensor wrap(void* data, std::span<const std::int64_t> shape, DLDataType dtype,
                         std::span<const std::int64_t> strides = {}, DLDevice device = kCpu);

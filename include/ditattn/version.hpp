@@ -5,4 +5,4 @@
 
 /// Version of the plug-in interface: the functions of the table, their arguments, and the layout of
 /// `AttentionMetadata`. A plug-in compiled for another one is refused when it is loaded.
-#define DITATTN_INTERFACE_VERSION 1
+#define DITATTN_INTERFACE_VERSION 2

@@ -14,7 +14,7 @@ import tvm_ffi
 from . import _native
 from .metadata import AttentionMetadata, native_metadata
 from .problem import Problem
-from .tensors import as_tensor, is_torch, like, optional_tensor, torch
+from .tensors import as_tensor, is_torch, like, optional_tensor, torch, torch_stream
 
 _address = _native.function("address")
 _get_name = _native.function("get_name")
@@ -177,14 +177,23 @@ class NativeImpl(AttentionImpl):
 
         Takes anything with ``__dlpack__`` without copying it, and returns an array of query's library: a new one, or
         `out` itself, written. With `return_lse` the pair of it and the log-sum-exp, float32 (B, H, Sq): a new array
-        or `lse` itself. Everything is checked first; nothing is written then. Runs without Python's lock.
+        or `lse` itself. Everything is checked first; nothing is written then. Runs without Python's lock. PyTorch's
+        CUDA tensors: in PyTorch's current stream, without waiting, with new tensors from PyTorch's allocator.
         """
+        if not (is_torch(query) and query.is_cuda):
+            return self._call(query, key, value, attn_metadata, out, lse, return_lse)
+        if query.ndim == 4:  # else refused below
+            out, lse = _cuda_outputs(query, attn_metadata, out, lse, return_lse)
+        with torch_stream(query):
+            return self._call(query, key, value, attn_metadata, out, lse, return_lse)
+
+    def _call(self, query: Any, key: Any, value: Any, metadata: Any, out: Any, lse: Any, return_lse: bool) -> Any:
         result = _forward(
             self._impl,
             as_tensor(query, "query"),
             as_tensor(key, "key"),
             as_tensor(value, "value"),
-            native_metadata(attn_metadata),
+            native_metadata(metadata),
             _output(out, "out"),
             _output(lse, "lse"),
             return_lse,
@@ -198,6 +207,18 @@ class NativeImpl(AttentionImpl):
 
     def __reduce__(self) -> tuple:
         raise TypeError(f"{type(self).__name__} holds C++ objects and cannot be pickled or copied; make it anew.")
+
+
+def _cuda_outputs(query: Any, metadata: Any, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any]:
+    """What is not given, from PyTorch's allocator: its cache is warm, and graphs may be captured over it."""
+    batch, rows, heads, head_size = query.shape
+    joint = getattr(metadata, "joint_query", None)
+    rows += joint.shape[1] if getattr(joint, "ndim", 0) == 4 else 0
+    if out is None:
+        out = query.new_empty((batch, rows, heads, head_size))
+    if lse is None and return_lse:
+        lse = query.new_empty((batch, heads, rows), dtype=torch().float32)
+    return out, lse
 
 
 def _output(array: Any, what: str) -> tvm_ffi.Tensor | None:

@@ -34,6 +34,13 @@ def is_torch(value: Any) -> bool:
     return module is not None and isinstance(value, getattr(module, "Tensor", ()))
 
 
+def torch_stream(tensor: Any) -> Any:
+    """A context in which C++ works in PyTorch's current stream of a CUDA tensor's device."""
+    device = tensor.device
+    stream = torch().cuda.current_stream(device).cuda_stream
+    return tvm_ffi.use_raw_stream(tvm_ffi.device(f"cuda:{device.index}"), stream)
+
+
 def _from_numpy(array: Any) -> tvm_ffi.Tensor:
     if array.dtype.kind == "V":  # not NumPy's own; asking each dtype's name would take longer than all the rest
         bits = _AS_BITS.get(array.dtype.name)

@@ -38,7 +38,7 @@ void apply_mask(KeySegment& segment, const MaskWindow& window, std::int64_t tota
   if (window.mask == nullptr || window.description->kind == MaskDescription::Kind::none) return;
   const bool all_rows = window.row_count == total_rows;
   if (window.description->kind == MaskDescription::Kind::key_prefix && all_rows) {
-    segment.lengths = &window.description->kv_lengths;
+    segment.prefix = window.description;
     segment.length_offset = window.first_column;
   } else {
     segment.mask = view_of(window);

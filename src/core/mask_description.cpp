@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ditattn/cuda.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/metadata.hpp"
 
@@ -55,8 +56,9 @@ class MaskReader {
 // Rows of the mask are those of its dimensions between batch and keys that are not broadcast.
 MaskDescription describe(const Tensor& mask) {
   const int rank = mask.ndim();
-  if (rank < 1 || rank > 4 || mask.device().device_type != kDLCPU || mask.numel() == 0)
-    return {MaskDescription::Kind::dense, {}};
+  if (rank < 1 || rank > 4 || mask.device().device_type != kDLCPU || mask.numel() == 0) {
+    return {.kind = MaskDescription::Kind::dense};
+  }
 
   const MaskReader reader(mask);
   const bool has_batch = rank == 2 || rank == 4;
@@ -74,7 +76,7 @@ MaskDescription describe(const Tensor& mask) {
         std::int64_t offset = has_batch ? batch * mask.stride(0) : 0;
         if (rank > 2) offset += row * mask.stride(-2) + (rank > 3 || !has_batch ? head * mask.stride(-3) : 0);
         const std::int64_t length = reader.prefix_length(offset);
-        if (length < 0 || (common >= 0 && length != common)) return {MaskDescription::Kind::dense, {}};
+        if (length < 0 || (common >= 0 && length != common)) return {.kind = MaskDescription::Kind::dense};
         common = length;
       }
     }
@@ -83,8 +85,10 @@ MaskDescription describe(const Tensor& mask) {
   if (std::ranges::all_of(lengths, [&](std::int64_t length) { return length == reader.keys(); })) return {};
   // One mask key that stands for all keys: "seen" is then no prefix of one. Two dimensions are (batch, keys) as they
   // are.
-  if (reader.keys() == 1 && rank != 2 && std::ranges::count(lengths, 1) > 0) return {MaskDescription::Kind::dense, {}};
-  return {MaskDescription::Kind::key_prefix, std::move(lengths)};
+  if (reader.keys() == 1 && rank != 2 && std::ranges::count(lengths, 1) > 0) {
+    return {.kind = MaskDescription::Kind::dense};
+  }
+  return {.kind = MaskDescription::Kind::key_prefix, .kv_lengths = std::move(lengths)};
 }
 
 // vLLM-Omni's SDPA takes a padding mask of any dtype for boolean; here floats are added, and one of 0 and 1 alone would
@@ -110,8 +114,10 @@ const MaskDescription& described(const tvm::ffi::Optional<Tensor>& mask, std::on
                                  MaskDescription& description) {
   std::call_once(once, [&] {
     if (!mask.has_value()) return;
-    description = describe(mask.value());
-    warn_of_zeros_and_ones(mask.value());
+    const bool on_gpu = mask.value().device().device_type == kDLCUDA;
+    const Tensor on_host = on_gpu ? copy_to(mask.value(), kCpu) : mask.value();
+    description = describe(on_host);
+    warn_of_zeros_and_ones(on_host);
   });
   return description;
 }

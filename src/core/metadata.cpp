@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
@@ -93,17 +94,20 @@ std::vector<std::int64_t> read_offsets(const MetadataExtra& extra, const char* n
                                        std::int64_t tokens) {
   const auto entry = extra.at(String(name)).as<Tensor>();
   const Tensor tensor = entry.value_or(Tensor());  // None is a null tensor
-  if (!tensor.defined() || tensor.ndim() != 1 || tensor.dtype() != kInt32 || tensor.numel() < 2 ||
-      tensor.device().device_type != kDLCPU) {
+  const auto is_readable = [&] {
+    return tensor.device().device_type == kDLCPU || tensor.device().device_type == kDLCUDA;
+  };
+  if (!tensor.defined() || tensor.ndim() != 1 || tensor.dtype() != kInt32 || tensor.numel() < 2 || !is_readable()) {
     const std::string got = tensor.defined() ? fmt::format("{} {} on {}", dtype_name(tensor.dtype()),
                                                            shape_name(tensor), device_name(tensor.device()))
                                              : "no tensor";
     throw ValueError(fmt::format(
-        "{} must be a one-dimensional int32 tensor of at least 2 elements in host memory, got {}.", name, got));
+        "{} must be a one-dimensional int32 tensor of at least 2 elements in host or CUDA memory, got {}.", name, got));
   }
+  const Tensor on_host = tensor.device().device_type == kDLCPU ? tensor : copy_to(tensor, kCpu);
   std::vector<std::int64_t> offsets;
   for (std::int64_t i = 0; i < tensor.size(0); ++i) {
-    offsets.push_back(static_cast<std::int64_t>(load_element(data_pointer(tensor), i * tensor.stride(0), kInt32)));
+    offsets.push_back(static_cast<std::int64_t>(load_element(data_pointer(on_host), i * on_host.stride(0), kInt32)));
   }
   if (offsets.front() != 0 || !std::ranges::is_sorted(offsets)) {
     throw ValueError(fmt::format("{} must start at 0 and ascend, got [{}].", name, fmt::join(offsets, ", ")));

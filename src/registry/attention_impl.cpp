@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "ditattn/backend.hpp"
@@ -47,11 +48,8 @@ Tensor AttentionImpl::forward(const Tensor& query, const Tensor& key, const Tens
   if (const Verdict verdict = backend().explain(problem); !verdict) refuse(verdict, problem, backend());
   Tensor out = outputs.out;
   if (!out.defined()) {
-    if (query.device().device_type != kDLCPU) {
-      throw NotImplementedError(
-          fmt::format("No output can be allocated on {}; give one.", device_name(query.device())));
-    }
-    out = empty({problem.batch, problem.seq_q, problem.num_heads, problem.head_size}, query.dtype());
+    out = empty(std::array{problem.batch, problem.seq_q, problem.num_heads, problem.head_size}, query.dtype(),
+                query.device());
   }
   if (out.numel() > 0) {
     run({.query = query, .key = key, .value = value, .out = out, .lse = outputs.lse, .metadata = metadata});

@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 
+#include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/selector.hpp"
 
@@ -68,10 +69,12 @@ std::vector<Enum> platform_candidates(const Platform& platform) {
 }
 
 std::vector<Enum> platform_candidates(const std::string& device) {
-  if (device == "cuda") {
-    throw ImportError("Device 'cuda' is unavailable: this build of ditattn has no GPU support. Use device 'cpu'.");
+  if (device != "cuda") return platform_candidates(Platform{.device = device});
+  const CudaInfo& info = cuda_info();
+  if (info.devices.empty()) {
+    throw ImportError(fmt::format("Device 'cuda' is unavailable: {}. Use device 'cpu'.", info.reason));
   }
-  return platform_candidates(Platform{.device = device});
+  return platform_candidates(Platform{.device = device, .compute_capability = info.devices.front().compute_capability});
 }
 
 void define_platform(const std::string& device, std::vector<Enum> candidates) {

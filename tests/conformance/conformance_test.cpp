@@ -48,7 +48,7 @@ TEST_P(CaseFile, EveryBackendAgreesWithTheOracle) {
     if (++failures <= kMaxFailuresShown) ADD_FAILURE() << text;
   };
   for (std::size_t i = GetParam().shard; i < cases.size(); i += GetParam().shards) {
-    run_case(cases[i], backends, options().seed, totals(), fail);
+    run_case(cases[i], backends, options().device, options().seed, totals(), fail);
   }
   EXPECT_EQ(failures, 0) << "failures in " << GetParam().file << " (" << kMaxFailuresShown << " at most are shown)";
 }

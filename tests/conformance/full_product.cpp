@@ -59,7 +59,7 @@ class Progress {
 }  // namespace
 
 std::vector<NamedBackend> chosen_backends() {
-  std::vector<NamedBackend> all = cpu_backends();
+  std::vector<NamedBackend> all = backends_on(options().device);
   if (options().backends.empty()) return all;
   std::vector<NamedBackend> chosen;
   std::string rest = options().backends + ",";
@@ -89,7 +89,7 @@ int run_full(std::uint64_t count) {
   int failures = 0;
   for (std::uint64_t i = 0; i < count; ++i) {
     const Case c = parse_case(line_of(space, i * stride % product));
-    run_case(c, backends, options().seed, tally, [&](const std::string& text) {
+    run_case(c, backends, options().device, options().seed, tally, [&](const std::string& text) {
       if (++failures <= kMaxFailuresShown) fmt::print("{}\n", text);
     });
     progress.step(i + 1);

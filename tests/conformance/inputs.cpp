@@ -311,6 +311,28 @@ Outputs make_outputs(const Case& c) {
   return outputs;
 }
 
+Storage copy_to(const Storage& storage, DLDevice device) {
+  if (storage.whole.device().device_type == device.device_type) return storage;
+  Storage copy{.whole = ditattn::copy_to(storage.whole, device), .views = {}};
+  for (const Tensor& view : storage.views) {
+    const std::ptrdiff_t first = static_cast<char*>(view.data_ptr()) - static_cast<char*>(storage.whole.data_ptr());
+    copy.views.push_back(wrap(static_cast<char*>(copy.whole.data_ptr()) + first,
+                              {view.shape().data(), static_cast<std::size_t>(view.ndim())}, view.dtype(),
+                              {view.strides().data(), static_cast<std::size_t>(view.ndim())}, device));
+  }
+  return copy;
+}
+
+Inputs copy_to(const Inputs& inputs, DLDevice device) {
+  if (device.device_type == kDLCPU) return inputs;
+  Inputs copy;
+  copy.query = ditattn::copy_to(inputs.query, device);
+  copy.key = ditattn::copy_to(inputs.key, device);
+  copy.value = ditattn::copy_to(inputs.value, device);
+  copy.metadata = ditattn::copy_to(inputs.metadata, device);
+  return copy;
+}
+
 std::int64_t count_overwritten(const Storage& out) {
   const Tensor& view = out.views.back();
   const DLDataType dtype = view.dtype();

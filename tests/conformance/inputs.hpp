@@ -40,6 +40,11 @@ struct Outputs {
 };
 Outputs make_outputs(const Case& c);
 
+/// The same memory and views on another device; on their own, these themselves.
+Storage copy_to(const Storage& storage, DLDevice device);
+/// Query, key, value and metadata only.
+Inputs copy_to(const Inputs& inputs, DLDevice device);
+
 /// Elements of the memory around a given `out` that the backend changed.
 std::int64_t count_overwritten(const Storage& out);
 

@@ -1,7 +1,8 @@
 // The conformance program: GoogleTest over the committed cases, and two modes of its own over the same code:
 //   --full[=N]     every combination of the fields marked in cases/space.txt (or N spread over them)
 //   --dump=DIR     writes inputs and the oracle's output of some pairwise cases for torch_check.py
-// --seed=N or DITATTN_TEST_SEED chooses other random inputs; --backends=A,B only these members.
+// --seed=N or DITATTN_TEST_SEED chooses other random inputs; --backends=A,B only these members; --device=cuda has the
+// case files run on the first GPU.
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -48,14 +49,16 @@ Mode parse_arguments(int argc, char** argv) {
       options().seed = parse_count(flag, value);
     } else if (flag == "--backends") {
       options().backends = value;
+    } else if (flag == "--device" && (value == "cpu" || value == "cuda")) {
+      options().device = value == "cpu" ? kCpu : DLDevice{kDLCUDA, 0};
     } else if (flag == "--dump") {
       mode.dump = value;
     } else if (flag == "--full") {
       mode.full = true;
       if (!value.empty()) mode.full_count = parse_count(flag, value);
     } else {
-      throw std::runtime_error(
-          fmt::format("unknown flag {}. Flags: --full[=N], --dump=DIR, --seed=N, --backends=A,B", argument));
+      throw std::runtime_error(fmt::format(
+          "unknown flag {}. Flags: --full[=N], --dump=DIR, --seed=N, --backends=A,B, --device=cpu|cuda", argument));
     }
   }
   return mode;
@@ -68,6 +71,10 @@ int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
   try {
     const auto mode = ditattn::conformance::parse_arguments(argc, argv);
+    if (ditattn::conformance::options().device.device_type == kDLCUDA && ditattn::cuda_info().devices.empty()) {
+      fmt::print("skipped: no CUDA device ({})\n", ditattn::cuda_info().reason);
+      return 77;
+    }
     if (mode.full) return ditattn::conformance::run_full(mode.full_count);
     if (!mode.dump.empty()) return ditattn::conformance::dump_cases(mode.dump);
   } catch (const std::exception& error) {

@@ -1,5 +1,5 @@
 // Random problems over all metadata (joint tokens, packed sequences, valid prefixes, spans with query ranges, masks,
-// GQA, causal) against the float64 oracle, for every back end of the CPU. The bounds are those of the case files.
+// GQA, causal) against the float64 oracle, for every back end, on --device. The bounds are those of the case files.
 
 #include <ditattn/ditattn.hpp>
 #include <fmt/format.h>
@@ -10,6 +10,7 @@
 #include <random>
 
 #include "backends/reference/reference.hpp"
+#include "tests/conformance/options.hpp"
 #include "tests/conformance/run_case.hpp"
 
 namespace ditattn {
@@ -215,7 +216,11 @@ std::pair<double, double> compare(const Tensor& out, const Tensor& lse, const re
 class Metadata : public testing::TestWithParam<const char*> {};
 
 TEST_P(Metadata, RandomProblemsMatchTheOracle) {
+  const DLDevice device = conformance::options().device;
   const BackendClass backend = DiffusionAttentionBackendEnum::from_name(GetParam()).get_class();
+  if (std::ranges::count(backend->capabilities().devices, device_type_name(device)) == 0) {
+    GTEST_SKIP() << GetParam() << " does not compute on " << device_name(device);
+  }
   const double quantized = conformance::quantization({.member = GetParam(), .backend = backend});
   double worst = 0;
   double worst_lse = 0;
@@ -224,10 +229,13 @@ TEST_P(Metadata, RandomProblemsMatchTheOracle) {
     const Drawn drawn = draw_problem(kFirstSeed + static_cast<std::uint64_t>(i));
     SCOPED_TRACE(drawn.text);
     const auto impl = backend->make(drawn.config);
-    const Tensor lse = empty({drawn.query.size(0), drawn.config.num_heads, drawn.rows}, kFloat32);
+    Tensor lse = empty(std::array{drawn.query.size(0), drawn.config.num_heads, drawn.rows}, kFloat32, device);
     Tensor out;
     try {
-      out = impl->forward(drawn.query, drawn.key, drawn.value, drawn.metadata, {.lse = lse});
+      out = impl->forward(copy_to(drawn.query, device), copy_to(drawn.key, device), copy_to(drawn.value, device),
+                          copy_to(drawn.metadata, device), {.lse = lse});
+      out = copy_to(out, kCpu);
+      lse = copy_to(lse, kCpu);
     } catch (const ValueError& error) {
       ASSERT_GT(quantized, 0) << error.message();  // dense masks
       ++refused;
@@ -251,7 +259,7 @@ TEST_P(Metadata, RandomProblemsMatchTheOracle) {
   EXPECT_GE(kProblems - refused, 200);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cpu, Metadata, testing::Values("FLASH_ATTN", "TORCH_SDPA", "SAGE_ATTN"),
+INSTANTIATE_TEST_SUITE_P(, Metadata, testing::Values("FLASH_ATTN", "TORCH_SDPA", "SAGE_ATTN"),
                          [](const auto& instance) { return std::string(instance.param); });
 
 }  // namespace

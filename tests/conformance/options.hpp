@@ -11,11 +11,13 @@ namespace ditattn::conformance {
 /// What the command line of the conformance program chose.
 struct Options {
   std::uint64_t seed = 1;
-  std::string backends;  ///< comma-separated members; empty: all
+  std::string backends;    ///< comma-separated members; empty: all
+  DLDevice device = kCpu;  ///< where cases run
 };
 Options& options();
 
-/// cpu_backends(), or those that `--backends` names; throws std::runtime_error for one that is not there.
+/// backends_on(options().device), or those that `--backends` names; throws std::runtime_error for one that is not
+/// there.
 std::vector<NamedBackend> chosen_backends();
 
 /// Runs every combination (or `count` spread over them) with progress on stderr; the process's exit status.

@@ -77,14 +77,14 @@ struct Comparison {
 
 }  // namespace
 
-std::vector<NamedBackend> cpu_backends() {
+std::vector<NamedBackend> backends_on(DLDevice device) {
   std::vector<NamedBackend> backends;
   for (const DiffusionAttentionBackendEnum member : DiffusionAttentionBackendEnum::members()) {
     try {
       BackendClass backend = member.get_class();
       backend->validate_available();
       const auto& devices = backend->capabilities().devices;
-      if (std::ranges::find(devices, "cpu") == devices.end()) continue;
+      if (std::ranges::find(devices, device_type_name(device)) == devices.end()) continue;
       backends.push_back({member.name(), std::move(backend)});
     } catch (const ImportError&) {
       continue;  // not built, or not for this machine
@@ -180,11 +180,24 @@ struct Oracle {
   reference::Result result;
 };
 
+// Outputs on `device`, as `outputs` are on the host.
+Outputs copy_to(const Outputs& outputs, DLDevice device) {
+  if (device.device_type == kDLCPU) return outputs;
+  Outputs copy;
+  if (outputs.given.out.defined()) {
+    copy.out = copy_to(outputs.out, device);
+    copy.given.out = copy.out.views.back();
+  }
+  if (outputs.given.lse.defined()) copy.lse = copy.given.lse = ditattn::copy_to(outputs.given.lse, device);
+  return copy;
+}
+
 // One run on one backend: the outcome, or what failed.
-Tally::Outcome run_on(const Case& c, const NamedBackend& named, const Oracle& oracle, Measured& measured) {
+Tally::Outcome run_on(const Case& c, const NamedBackend& named, DLDevice device, const Oracle& oracle,
+                      Measured& measured) {
   const Capabilities& can = named.backend->capabilities();
   if (c.nan != NanCase::none && can.masked_nan_propagates) return Tally::Outcome::engines_own;
-  const Outputs outputs = make_outputs(c);
+  Outputs outputs = copy_to(make_outputs(c), device);
   Tensor out;
   try {
     const auto impl = named.backend->make({.num_heads = c.heads,
@@ -192,16 +205,24 @@ Tally::Outcome run_on(const Case& c, const NamedBackend& named, const Oracle& or
                                            .softmax_scale = c.scale,
                                            .causal = c.causal,
                                            .num_kv_heads = c.kv_heads});
-    const Inputs& in = oracle.inputs;
+    const Inputs in = copy_to(oracle.inputs, device);
     out = impl->forward(in.query, in.key, in.value, in.metadata, outputs.given);
+    synchronize(device);
   } catch (const Error& error) {
-    if (!named.backend->explain(problem_of(c))) return Tally::Outcome::unsupported;
+    Problem problem = problem_of(c);
+    problem.device = device;
+    if (!named.backend->explain(problem)) return Tally::Outcome::unsupported;
     measured.wrong = fmt::format("explain() says yes, forward() says {}: {}", error.kind(), error.message());
     return Tally::Outcome::measured;
   }
-  measured = compare(c, oracle.inputs, oracle.result, out, outputs.given.lse, quantization(named));
+  const bool is_given = !c.out_given || out.data_ptr() == outputs.given.out.data_ptr();
+  if (outputs.given.lse.defined()) outputs.given.lse = ditattn::copy_to(outputs.given.lse, kCpu);
+  if (c.out_given) outputs.out = copy_to(outputs.out, kCpu);
+  measured =
+      compare(c, oracle.inputs, oracle.result, c.out_given ? outputs.out.views.back() : ditattn::copy_to(out, kCpu),
+              outputs.given.lse, quantization(named));
   if (!c.out_given) return Tally::Outcome::measured;
-  if (out.data_ptr() != outputs.given.out.data_ptr()) measured.wrong = "forward did not return the given out";
+  if (!is_given) measured.wrong = "forward did not return the given out";
   if (const std::int64_t count = count_overwritten(outputs.out); count > 0) {
     measured.wrong = fmt::format("{} elements beside the given out were overwritten", count);
   }
@@ -210,8 +231,8 @@ Tally::Outcome run_on(const Case& c, const NamedBackend& named, const Oracle& or
 
 }  // namespace
 
-void run_case(const Case& c, const std::vector<NamedBackend>& backends, std::uint64_t seed, Tally& tally,
-              const std::function<void(const std::string&)>& fail) {
+void run_case(const Case& c, const std::vector<NamedBackend>& backends, DLDevice device, std::uint64_t seed,
+              Tally& tally, const std::function<void(const std::string&)>& fail) {
   std::map<CausalAlignment, Oracle> oracles;
   for (const NamedBackend& named : backends) {
     CausalAlignment alignment = named.backend->capabilities().causal_alignment;
@@ -224,7 +245,7 @@ void run_case(const Case& c, const std::vector<NamedBackend>& backends, std::uin
       oracle = oracles.emplace(alignment, Oracle{std::move(inputs), std::move(result)}).first;
     }
     Measured measured;
-    const Tally::Outcome outcome = run_on(c, named, oracle->second, measured);
+    const Tally::Outcome outcome = run_on(c, named, device, oracle->second, measured);
     tally.add(named.member, c, outcome, measured);
     if (outcome != Tally::Outcome::measured || measured.ok()) continue;
     fail(fmt::format("{} fails [{}] with seed {}: error {:.3e} (bound {:.3e}), LSE error {:.3e} (bound {:.3e}){}{}",

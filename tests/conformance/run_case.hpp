@@ -20,8 +20,9 @@ struct NamedBackend {
   BackendClass backend;
 };
 
-/// Members of the registry that compute on the CPU here, in definition order.
-std::vector<NamedBackend> cpu_backends();
+/// Members of the registry that compute on `device` here, in definition order.
+std::vector<NamedBackend> backends_on(DLDevice device);
+inline std::vector<NamedBackend> cpu_backends() { return backends_on(kCpu); }
 
 /// Errors of one run, as the project measures them: ‖out − ref‖ / ‖Σ P·|V|‖ over the output.
 struct Measured {
@@ -67,9 +68,9 @@ class Tally {
   std::map<std::pair<std::string, std::string>, Row> rows_;
 };
 
-/// Runs `c` on every backend; the oracle runs once per causal alignment. Calls fail(text) with a full description for
-/// each failure.
-void run_case(const Case& c, const std::vector<NamedBackend>& backends, std::uint64_t seed, Tally& tally,
-              const std::function<void(const std::string&)>& fail);
+/// Runs `c` on every backend, on `device`; the oracle runs once per causal alignment. Calls fail(text) with a full
+/// description for each failure.
+void run_case(const Case& c, const std::vector<NamedBackend>& backends, DLDevice device, std::uint64_t seed,
+              Tally& tally, const std::function<void(const std::string&)>& fail);
 
 }  // namespace ditattn::conformance

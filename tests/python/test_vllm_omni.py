@@ -75,7 +75,7 @@ def test_newer_questions_are_answered_by_capabilities(name):
                      "resolve_capabilities"):  # fmt: skip
         assert not hasattr(cls, question)
     can = cls.capabilities()
-    assert can["packed"] and can["devices"] == ["cpu"]
+    assert can["packed"] and "cpu" in can["devices"]
     assert cls.explain(packed=True, mask="bool") == []
 
 

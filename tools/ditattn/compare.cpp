@@ -40,6 +40,7 @@ struct Plan {
   std::vector<ModelProblem> models;
   std::optional<DLDataType> dtype;
   std::vector<BackendInfo> backends;
+  DLDevice device = kCpu;
   bool named = false;  // by --backends
 };
 
@@ -70,7 +71,7 @@ Plan make_plan(const Options& options) {
   if (!options.dtype.empty()) plan.dtype = parse_float_dtype(options.dtype);
   plan.named = !options.backends.empty();
   const auto members = plan.named ? parse_members(options.backends) : DiffusionAttentionBackendEnum::members();
-  check_device(options.device);
+  plan.device = parse_device(options.device);
   for (const ModelProblem& problem : plan.models) check_work(problem);
   for (const DiffusionAttentionBackendEnum member : members) {
     // An explicit choice that cannot be had is an error, not a line in a table.
@@ -136,7 +137,9 @@ ExitStatus verdict(const Comparison& comparison, const MeasureOptions& options) 
 
 int compare(const Options& options) {
   const Plan plan = make_plan(options);
-  const Comparison comparison = measure(make_cases(options, plan), plan, options.measure);
+  MeasureOptions measure_options = options.measure;
+  measure_options.device = plan.device;
+  const Comparison comparison = measure(make_cases(options, plan), plan, measure_options);
   if (!options.report.empty()) write_text_file(options.report, html_report(comparison));
   if (options.json) {
     print_json(to_json(comparison));

@@ -13,6 +13,7 @@
 
 #include "core/environment.hpp"
 #include "core/text.hpp"
+#include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/selector.hpp"
 #include "ditattn/threads.hpp"
@@ -218,6 +219,10 @@ Json cuda_device(const std::vector<BackendInfo>& backends) {
   std::vector<std::string> evidence = nvidia_device_files();
   const bool present = !evidence.empty();
   if (exists(driver)) evidence.emplace_back(driver);
+  for (const CudaDevice& device : cuda_info().devices) {
+    evidence.push_back(fmt::format("{} (compute capability {}.{}, {} GiB)", device.name, device.compute_capability / 10,
+                                   device.compute_capability % 10, device.memory_bytes >> 30));
+  }
   const bool usable = present && is_usable("cuda", backends);
   std::string reason;
   if (!present) {

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "core/text.hpp"
+#include "ditattn/cuda.hpp"
 #include "ditattn/threads.hpp"
 #include "tools/ditattn/exit_status.hpp"
 
@@ -69,10 +70,11 @@ std::vector<std::int64_t> parse_shape(const std::string& text) {
   return sizes;
 }
 
-void check_device(const std::string& device) {
-  if (device == "cpu") return;
+DLDevice parse_device(const std::string& device) {
+  if (device == "cpu") return kCpu;
   if (device == "cuda") {
-    throw ImportError("Device 'cuda' is unavailable: this build of ditattn has no GPU support. Use --device cpu.");
+    if (!cuda_info().devices.empty()) return {kDLCUDA, 0};
+    throw ImportError(fmt::format("Device 'cuda' is unavailable: {}. Use --device cpu.", cuda_info().reason));
   }
   throw UsageError(fmt::format("Unknown device '{}'. Valid devices are: cpu, cuda", device));
 }

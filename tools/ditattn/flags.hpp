@@ -24,8 +24,8 @@ DLDataType parse_float_dtype(const std::string& name);
 /// "B,H,Sq,Skv,D", each from 1 to 2³¹ − 1; UsageError otherwise.
 std::vector<std::int64_t> parse_shape(const std::string& text);
 
-/// "cpu" or "cuda" (UsageError otherwise); ImportError where this build cannot use it.
-void check_device(const std::string& device);
+/// "cpu" or "cuda", the first GPU (UsageError otherwise); ImportError where this machine has none.
+DLDevice parse_device(const std::string& device);
 
 /// UsageError for a bad DITATTN_NUM_THREADS, which the library would meet only inside a kernel.
 void check_thread_count();

@@ -8,6 +8,7 @@
 #include <map>
 #include <set>
 
+#include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/safetensors.hpp"
@@ -236,7 +237,15 @@ Problem check_inputs(const Inputs& inputs, const ImplConfig& config) {
 }
 
 Tensor allocate_out(const Problem& problem) {
-  return empty({problem.batch, problem.seq_q, problem.num_heads, problem.head_size}, problem.dtype);
+  return empty(std::array{problem.batch, problem.seq_q, problem.num_heads, problem.head_size}, problem.dtype,
+               problem.device);
+}
+
+Inputs inputs_on(const Inputs& inputs, DLDevice device) {
+  return {.query = copy_to(inputs.query, device),
+          .key = copy_to(inputs.key, device),
+          .value = copy_to(inputs.value, device),
+          .metadata = copy_to(inputs.metadata, device)};
 }
 
 }  // namespace ditattn::cli

@@ -60,6 +60,9 @@ Inputs random_inputs(const std::vector<std::int64_t>& shape, DLDataType dtype, s
 /// The same inputs with query, key and value, joint ones too, rounded to `dtype`.
 Inputs converted(const Inputs& inputs, DLDataType dtype);
 
+/// The same inputs in the memory of `device`.
+Inputs inputs_on(const Inputs& inputs, DLDevice device);
+
 /// The configuration for a layer that takes these inputs. ValueError where they have no 4 dimensions.
 ImplConfig config_for(const Inputs& inputs);
 
@@ -67,7 +70,7 @@ ImplConfig config_for(const Inputs& inputs);
 /// `seq_q` rows, joint tokens included, are those of the output.
 Problem check_inputs(const Inputs& inputs, const ImplConfig& config);
 
-/// A tensor for the output: (B, Sq, H, D) of the problem, in its dtype.
+/// A tensor for the output: (B, Sq, H, D) of the problem, in its dtype, on its device.
 Tensor allocate_out(const Problem& problem);
 
 }  // namespace ditattn::cli

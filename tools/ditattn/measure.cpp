@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 
+#include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "tools/ditattn/exit_status.hpp"
 
@@ -37,10 +38,12 @@ struct Candidate {
 class CaseMeasurement {
  public:
   CaseMeasurement(const Inputs& inputs, ImplConfig config, const MeasureOptions& options, Problem& problem)
-      : inputs_(inputs), config_(std::move(config)), options_(options) {
-    problem_ = problem = check_inputs(inputs, config_);
+      : inputs_(options.device.device_type == kDLCPU ? inputs : inputs_on(inputs, options.device)),
+        config_(std::move(config)),
+        options_(options) {
+    problem_ = problem = check_inputs(inputs_, config_);
     out_ = allocate_out(problem_);
-    oracle_ = std::make_unique<Oracle>(inputs_, config_, problem_, options.seed);
+    oracle_ = std::make_unique<Oracle>(inputs, config_, problem_, options.seed);
   }
 
   Oracle& oracle() { return *oracle_; }
@@ -102,9 +105,11 @@ class CaseMeasurement {
 
   // The output is filled with NaN first (all bits set, in every float type): elements left unwritten show.
   void check_first_output(const Candidate& candidate) {
-    std::memset(out_.data_ptr(), 0xFF, tvm::ffi::GetDataSize(*out_.GetDLTensorPtr()));
+    const Tensor unwritten = empty({out_.shape().data(), static_cast<std::size_t>(out_.ndim())}, out_.dtype());
+    std::memset(unwritten.data_ptr(), 0xFF, tvm::ffi::GetDataSize(*unwritten.GetDLTensorPtr()));
+    out_ = copy_to(unwritten, options_.device);
     call(candidate);
-    const Accuracy accuracy = oracle_->measure(out_, candidate.alignment);
+    const Accuracy accuracy = oracle_->measure(copy_to(out_, kCpu), candidate.alignment);
     candidate.result->accuracy = accuracy;
     const auto fail = [&](std::int64_t elements, const char* what) {
       candidate.result->status = Status::failed;
@@ -121,6 +126,7 @@ class CaseMeasurement {
     for (int calls = 0; calls < kMaxWarmUpCalls; ++calls) {
       const auto before = std::chrono::steady_clock::now();
       call(candidate);
+      synchronize(options_.device);
       const auto now = std::chrono::steady_clock::now();
       candidate.call_ms = Milliseconds(now - before).count();
       if (Milliseconds(now - start).count() > kWarmUpMs) break;
@@ -139,6 +145,7 @@ class CaseMeasurement {
     const int calls = static_cast<int>(std::clamp<double>(std::ceil(wanted), 1, kMaxCallsPerSample));
     const auto start = std::chrono::steady_clock::now();
     for (int i = 0; i < calls; ++i) call(candidate);
+    synchronize(options_.device);
     return Milliseconds(std::chrono::steady_clock::now() - start).count() / calls;
   }
 
@@ -153,7 +160,7 @@ class CaseMeasurement {
     return {.median_ms = median, .min_ms = samples.front(), .tflops = operations / (median * 1e-3) / 1e12};
   }
 
-  const Inputs& inputs_;
+  Inputs inputs_;  // on the device
   ImplConfig config_;
   const MeasureOptions& options_;
   Problem problem_;

@@ -13,6 +13,7 @@
 namespace ditattn::cli {
 
 struct MeasureOptions {
+  DLDevice device = kCpu;  ///< where the backends compute
   bool causal = false;
   std::uint64_t seed = 0;           ///< draws the sample of rows that errors are measured on
   std::optional<int> repeats;       ///< rounds; none: as many as fit in about a second, 3 to 50

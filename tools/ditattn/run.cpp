@@ -2,8 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <array>
 #include <chrono>
 
+#include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/safetensors.hpp"
 #include "ditattn/selector.hpp"
@@ -41,8 +43,8 @@ std::optional<Selection> named_backend(const Options& options) {
 
 void save(const Options& options, const ForwardOutputs& outputs) {
   SafetensorsFile file;
-  file.tensors.emplace("out", outputs.out);
-  if (options.lse) file.tensors.emplace("lse", outputs.lse);
+  file.tensors.emplace("out", copy_to(outputs.out, kCpu));
+  if (options.lse) file.tensors.emplace("lse", copy_to(outputs.lse, kCpu));
   save_safetensors(options.output, file);
 }
 
@@ -71,9 +73,10 @@ int run(const Options& options) {
   check_thread_count();
   const AttentionConfig attention_config = parse_selection(options.selection);
   const std::optional<Selection> named = named_backend(options);
-  check_device(options.device);
+  const DLDevice device = parse_device(options.device);
 
-  const Inputs inputs = load_inputs(options.input, options.call);
+  Inputs inputs = load_inputs(options.input, options.call);
+  if (device.device_type != kDLCPU) inputs = inputs_on(inputs, device);
   ImplConfig config = config_for(inputs);
   config.softmax_scale = options.scale;
   config.causal = options.causal;
@@ -81,7 +84,9 @@ int run(const Options& options) {
   Problem problem = check_inputs(inputs, config);
   problem.lse = options.lse;
   ForwardOutputs outputs{.out = allocate_out(problem)};
-  if (options.lse) outputs.lse = empty({problem.batch, problem.num_heads, problem.seq_q}, kFloat32);
+  if (options.lse) {
+    outputs.lse = empty(std::array{problem.batch, problem.num_heads, problem.seq_q}, kFloat32, device);
+  }
   const Selection selection =
       named ? *named
             : select_backend(problem, options.selection.role, attention_config, options.selection.role_category);
@@ -90,6 +95,7 @@ int run(const Options& options) {
   const auto attention = selection.backend->make(config);
   const auto start = std::chrono::steady_clock::now();
   attention->forward(inputs.query, inputs.key, inputs.value, inputs.metadata, outputs);
+  synchronize(device);
   const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
   save(options, outputs);
   report(options, selection, outputs.out, elapsed.count());

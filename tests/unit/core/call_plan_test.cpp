@@ -64,13 +64,13 @@ Tensor prefix(std::initializer_list<std::int64_t> shape, std::int64_t length) {
 }
 
 void expect_unmasked(const KeySegment& segment) {
-  EXPECT_EQ(segment.lengths, nullptr);
+  EXPECT_EQ(segment.prefix, nullptr);
   EXPECT_EQ(segment.mask.data, nullptr);
 }
 
 void expect_lengths(const KeySegment& segment, const Lengths& lengths, std::int64_t offset) {
-  ASSERT_NE(segment.lengths, nullptr);
-  EXPECT_EQ(*segment.lengths, lengths);
+  ASSERT_NE(segment.prefix, nullptr);
+  EXPECT_EQ(segment.prefix->kv_lengths, lengths);
   EXPECT_EQ(segment.length_offset, offset);
   EXPECT_EQ(segment.mask.data, nullptr) << "a prefix is not read as a mask too";
 }
@@ -78,7 +78,7 @@ void expect_lengths(const KeySegment& segment, const Lengths& lengths, std::int6
 // `first`: the element of the mask that is the segment's first.
 void expect_view(const KeySegment& segment, const Tensor& mask, std::int64_t first, const Strides& strides,
                  std::int64_t first_row, std::int64_t rows) {
-  EXPECT_EQ(segment.lengths, nullptr);
+  EXPECT_EQ(segment.prefix, nullptr);
   const auto* data = static_cast<const char*>(data_pointer(mask)) + first * mask.dtype().bits / 8;
   EXPECT_EQ(segment.mask.data, static_cast<const void*>(data));
   EXPECT_EQ(segment.mask.dtype, mask.dtype());

@@ -190,12 +190,12 @@ TEST(PackedErrors, KindOfOffsets) {
     return error(extra(with(packed({0, 2}, {0, 2}), "cu_seqlens_k", value)), request);
   };
   const std::string what =
-      "cu_seqlens_k must be a one-dimensional int32 tensor of at least 2 elements in host memory, got ";
+      "cu_seqlens_k must be a one-dimensional int32 tensor of at least 2 elements in host or CUDA memory, got ";
   std::array<std::int32_t, 2> data = {0, 2};
   EXPECT_EQ(text(empty({2}, kInt64)), what + "int64 (2,) on cpu.");
   EXPECT_EQ(text(empty({1, 2}, kInt32)), what + "int32 (1, 2) on cpu.");
   EXPECT_EQ(text(cu_seqlens({0})), what + "int32 (1,) on cpu.");
-  EXPECT_EQ(text(wrap(data.data(), {2}, kInt32, {}, DLDevice{kDLCUDA, 1})), what + "int32 (2,) on cuda:1.");
+  EXPECT_EQ(text(wrap(data.data(), {2}, kInt32, {}, DLDevice{kDLROCM, 1})), what + "int32 (2,) on rocm:1.");
   EXPECT_EQ(text(2), what + "no tensor.");
   EXPECT_EQ(text(nullptr), what + "no tensor.");
 }

@@ -1,14 +1,13 @@
 #pragma once
 
-/// From a checked call to what the CPU kernels take. Shared by the CPU backends.
+/// From a checked call to what our kernels take, on either device. Shared by their backends.
 
 #include <ditattn/backend.hpp>
-#include <ditattn/threads.hpp>
 
 #include <string>
 #include <utility>
 
-#include "kernels/cpu/attention_problem.hpp"
+#include "kernels/attention_problem.hpp"
 
 namespace ditattn {
 
@@ -27,34 +26,34 @@ inline Capabilities cpu_capabilities(std::string engine, CausalAlignment alignme
           .joint = true};
 }
 
-inline kernels::cpu::ElementType element_type(DLDataType dtype) {
-  if (dtype == kFloat32) return kernels::cpu::ElementType::float32;
-  if (dtype == kFloat16) return kernels::cpu::ElementType::float16;
-  if (dtype == kBFloat16) return kernels::cpu::ElementType::bfloat16;
-  return kernels::cpu::ElementType::boolean;
+inline kernels::ElementType element_type(DLDataType dtype) {
+  if (dtype == kFloat32) return kernels::ElementType::float32;
+  if (dtype == kFloat16) return kernels::ElementType::float16;
+  if (dtype == kBFloat16) return kernels::ElementType::bfloat16;
+  return kernels::ElementType::boolean;
 }
 
 /// A plan and the problem that points into it. Valid while the call's tensors are.
-struct CpuCall {
+struct KernelCall {
   CallPlan plan;
-  kernels::cpu::AttentionProblem problem;
+  kernels::AttentionProblem problem;
 };
 
-inline kernels::cpu::Strides strides_of(const Tensor& tensor) {
+inline kernels::Strides strides_of(const Tensor& tensor) {
   return {.batch = tensor.stride(0), .token = tensor.stride(1), .head = tensor.stride(2)};
 }
 
-inline kernels::cpu::KeySegment to_cpu_segment(const KeySegment& segment) {
-  kernels::cpu::KeySegment result{.key = data_pointer(segment.key),
-                                  .value = data_pointer(segment.value),
-                                  .key_strides = strides_of(segment.key),
-                                  .value_strides = strides_of(segment.value),
-                                  .first_key = segment.first_key,
-                                  .keys = segment.keys,
-                                  .mask = {}};
-  if (segment.lengths != nullptr) {
-    result.lengths = segment.lengths->data();
-    result.length_stride = segment.lengths->size() > 1 ? 1 : 0;
+inline kernels::KeySegment to_kernel_segment(const KeySegment& segment) {
+  kernels::KeySegment result{.key = data_pointer(segment.key),
+                             .value = data_pointer(segment.value),
+                             .key_strides = strides_of(segment.key),
+                             .value_strides = strides_of(segment.value),
+                             .first_key = segment.first_key,
+                             .keys = segment.keys,
+                             .mask = {}};
+  if (const MaskDescription* prefix = segment.prefix; prefix != nullptr) {
+    result.lengths = prefix->copies.get(prefix->kv_lengths, segment.key.device());
+    result.length_stride = prefix->kv_lengths.size() > 1 ? 1 : 0;
     result.length_offset = segment.length_offset;
   }
   if (const MaskView& mask = segment.mask; mask.data != nullptr) {
@@ -68,10 +67,10 @@ inline kernels::cpu::KeySegment to_cpu_segment(const KeySegment& segment) {
   return result;
 }
 
-inline CpuCall to_cpu_call(const AttentionCall& call, const AttentionImpl& impl, CausalAlignment alignment) {
-  CpuCall result{.plan = call.plan(impl.config().causal, alignment), .problem = {}};
+inline KernelCall to_kernel_call(const AttentionCall& call, const AttentionImpl& impl, CausalAlignment alignment) {
+  KernelCall result{.plan = call.plan(impl.config().causal, alignment), .problem = {}};
   const CallPlan& plan = result.plan;
-  kernels::cpu::AttentionProblem& problem = result.problem;
+  kernels::AttentionProblem& problem = result.problem;
   problem.batch = call.query.size(0);
   problem.heads = call.query.size(2);
   problem.kv_heads = call.key.size(2);
@@ -87,7 +86,7 @@ inline CpuCall to_cpu_call(const AttentionCall& call, const AttentionImpl& impl,
                           .first_row = plan.queries[i].first_row};
   }
   problem.num_key_segments = plan.num_keys;
-  for (int i = 0; i < plan.num_keys; ++i) problem.key_segments[i] = to_cpu_segment(plan.keys[i]);
+  for (int i = 0; i < plan.num_keys; ++i) problem.key_segments[i] = to_kernel_segment(plan.keys[i]);
   problem.out = data_pointer(call.out);
   problem.out_strides = strides_of(call.out);
   if (call.lse.defined()) {
@@ -97,7 +96,7 @@ inline CpuCall to_cpu_call(const AttentionCall& call, const AttentionImpl& impl,
   problem.causal = plan.causal;
   problem.causal_offset = plan.causal_offset;
   if (plan.ranges) {
-    problem.ranges = plan.ranges->bounds.data();
+    problem.ranges = plan.ranges->copies.get(plan.ranges->bounds, call.query.device());
     problem.range_batch_stride = plan.ranges->batch_stride;
   }
   return result;

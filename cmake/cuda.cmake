@@ -1,0 +1,26 @@
+# nvcc: what CUDACXX, CMAKE_CUDA_COMPILER or the PATH name, the toolkit in /usr/local/cuda, or PyPI's packages in .venv.
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  file(GLOB pypi_nvcc ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu13/bin)
+  find_program(ditattn_nvcc nvcc PATHS /usr/local/cuda/bin ${pypi_nvcc})
+  if(NOT ditattn_nvcc)
+    message(FATAL_ERROR "DITATTN_CUDA is on, but there is no nvcc on the PATH, in /usr/local/cuda/bin or in .venv. Install "
+                        "CUDA 13's toolkit, run `make cuda` (nvcc from PyPI), pass -DCMAKE_CUDA_COMPILER=…/nvcc, or "
+                        "configure with -DDITATTN_CUDA=OFF.")
+  endif()
+  set(CMAKE_CUDA_COMPILER ${ditattn_nvcc})
+endif()
+# Machine code for each generation, and PTX of the newest for those to come.
+set(DITATTN_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120 CACHE STRING
+    "GPU architectures to compile for, as CMake's CUDA_ARCHITECTURES has them")
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES ${DITATTN_CUDA_ARCHITECTURES})
+endif()
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)  # the first that knows sm_100 and sm_120
+  message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_CUDA_COMPILER_VERSION}; 12.8 is the oldest that knows every "
+                      "architecture here.")
+endif()
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc has it
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+  set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+endif()

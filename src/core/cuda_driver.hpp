@@ -1,0 +1,25 @@
+#pragma once
+
+/// The few functions of NVIDIA's driver that the library itself needs, opened at run time: no header, library or device
+/// is needed to build or load it.
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "ditattn/cuda.hpp"
+
+namespace ditattn::cuda {
+
+/// Stream-ordered memory of a device: its address. MemoryError names the bytes, and what was free.
+void* allocate(std::size_t bytes, int device, void* stream);
+/// In the stream it was allocated in. Throws nothing.
+void release(void* memory, int device, void* stream) noexcept;
+
+/// Between any two addresses, host or `device`; ordered in `stream`.
+void copy(void* to, const void* from, std::size_t bytes, int device, void* stream);
+void wait_for(int device, void* stream);
+/// Whether the stream's work is being recorded into a graph: nothing may then wait or read results.
+bool is_capturing(int device, void* stream);
+
+}  // namespace ditattn::cuda

@@ -1,0 +1,102 @@
+"""PyTorch's CUDA tensors, on PyTorch's current stream."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+if not torch.cuda.is_available():
+    pytest.skip("skipped: no CUDA device", allow_module_level=True)
+
+from ditattn import AttentionMetadata, attention  # noqa: E402
+from ditattn import DiffusionAttentionBackendEnum as Enum  # noqa: E402
+
+functional = torch.nn.functional
+
+
+def names():
+    found = []
+    for member in Enum:
+        try:
+            backend = member.get_class()
+            backend.validate_available()
+        except (ImportError, ValueError):
+            continue
+        if "cuda" in backend.capabilities()["devices"]:
+            found.append(member.name)
+    return found
+
+
+pytestmark = pytest.mark.skipif(not names(), reason="skipped: this build has no back end for CUDA")
+
+
+def inputs(rows=130, keys=300, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, rows, 4, 64), *2 * [(2, keys, 2, 64)]]
+    return [torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes]
+
+
+def expected(query, key, value, **options):
+    query, key, value = (tensor.double().transpose(1, 2) for tensor in (query, key, value))
+    return functional.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options).transpose(1, 2)
+
+
+def error(out, reference):
+    return ((out.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("name", names())
+def test_results_are_torch_tensors_on_the_device(name):
+    query, key, value = inputs()
+    out, lse = attention(query, key, value, backend=name, return_lse=True)
+    assert type(out) is torch.Tensor and out.device == query.device and out.dtype == query.dtype
+    assert type(lse) is torch.Tensor and lse.device == query.device and lse.shape == (2, 4, 130)
+    assert error(out, expected(query, key, value)) < 1e-2
+    given = torch.empty_like(query)
+    assert attention(query, key, value, backend=name, out=given) is given and torch.equal(given, out)
+
+
+@pytest.mark.parametrize("name", names())
+def test_masks_on_the_device(name):
+    query, key, value = inputs()
+    mask = torch.arange(300, device="cuda")[None] < torch.tensor([[250], [17]], device="cuda")
+    out = attention(query, key, value, backend=name, metadata=AttentionMetadata(attn_mask=mask))
+    assert error(out, expected(query, key, value, attn_mask=mask[:, None, None])) < 1e-2
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_current_stream_is_used(name):
+    """The inputs are written late in a side stream: only work in that stream sees them."""
+    query, key, value = inputs()
+    reference = expected(query, key, value)
+    attention(query, key, value, backend=name)
+    late = torch.zeros_like(query)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(query)
+        out = attention(late, key, value, backend=name)
+    assert not stream.query(), "the call waited"
+    stream.synchronize()
+    assert error(out, reference) < 1e-2
+
+
+@pytest.mark.parametrize("name", names())
+def test_cuda_graph(name):
+    if not Enum[name].get_class().capabilities()["graph_safe"]:
+        pytest.skip(f"{name} cannot be captured")
+    query, key, value = inputs()
+    out = torch.empty_like(query)
+    eager = attention(query, key, value, backend=name).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(50):
+            attention(query, key, value, backend=name, out=out)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, eager)
+
+
+def test_auto_takes_a_backend_of_the_device():
+    query, key, value = inputs()
+    assert error(attention(query, key, value), expected(query, key, value)) < 1e-2
