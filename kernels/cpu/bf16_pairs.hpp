@@ -30,7 +30,7 @@ struct Bf16Pairs {
     const __m512i exponent = _mm512_set1_epi16(0x7F80);
     __mmask32 special = 0;
     for (std::int64_t i = 0; i < count; i += 16) {
-      const __mmask16 lanes = count - i < 16 ? static_cast<__mmask16>((1U << (count - i)) - 1) : 0xFFFF;
+      const auto lanes = static_cast<__mmask16>(count - i < 16 ? (1U << (count - i)) - 1 : 0xFFFF);
       const auto load = [&](const char* from) {
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from + i * 2));
       };

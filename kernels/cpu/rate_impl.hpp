@@ -5,11 +5,13 @@
 namespace ditattn::kernels::cpu {
 namespace {
 
+constexpr int kRateRows = 2 * kStripRows;
+
 // Multiply-adds of one element per tick for a product of units of `pack` elements, on data in the first cache: the best
 // of a few runs of some ten thousand cycles, which an interrupt rarely meets all.
 template <class Product>
 double product_rate(Product product, int pack) {
-  constexpr int rows = 2 * kStripRows;
+  constexpr int rows = kRateRows;
   constexpr int depth = 64;
   alignas(64) float a[rows * depth] = {};
   alignas(64) float lanes[depth * kLanes] = {};

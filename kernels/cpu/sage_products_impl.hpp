@@ -79,7 +79,7 @@ struct ValueProduct {
 
 template <class Values>
 double value_rate() {
-  constexpr float zeros[kLanes] = {};
+  constexpr float zeros[kLanes > kRateRows ? kLanes : kRateRows] = {};
   const ValueProduct<Values> product{.lanes = nullptr, .units = 0, .rescale = zeros, .weight = zeros, .scales = zeros};
   return product_rate(product, Values::kPack);
 }
