@@ -3,7 +3,7 @@ PRESET ?= release
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers format lint neon cuda install clean
+.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers bench-gpu format lint neon cuda install clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ bench-cpu: build ## Library overhead and CPU back ends on model shapes (FILTER=r
 
 bench-peers: build ## CPU attention beside PyTorch, OpenVINO and ONNX Runtime (downloads them)
 	@scripts/bench_peers.sh $(BUILD)
+
+bench-gpu: ## GPU attention beside PyTorch's back ends (needs a GPU, and PYTHON with torch and apache-tvm-ffi; after make cuda)
+	@PYTHONPATH=build/cuda/python $(or $(PYTHON),python3) bench/gpu/compare.py
 
 format: ## Format all C++
 	@scripts/setup.sh lint

@@ -27,19 +27,20 @@ if [ ${#missing[@]} -gt 0 ]; then
   fi
 fi
 
-# The stamp holds the requirements that the environment was made from.
-if ! cmp -s requirements.txt .venv/requirements.stamp; then
-  echo "setup: making .venv from requirements.txt"
+# Installs a list of requirements into .venv once: the stamp holds what was installed.
+require() {
+  cmp -s "$1" ".venv/$1.stamp" && return
+  echo "setup: installing $1 into .venv"
+  .venv/bin/pip install --quiet --disable-pip-version-check -r "$1"
+  cp "$1" ".venv/$1.stamp"
+}
+
+if ! cmp -s requirements.txt .venv/requirements.txt.stamp; then
   rm -rf .venv
   python3 -m venv .venv
-  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-  cp requirements.txt .venv/requirements.stamp
+  require requirements.txt
 fi
-
-# nvcc from PyPI where there is no toolkit.
-if [ "${1:-}" = cuda ] && ! PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null &&
-  ! cmp -s requirements-cuda.txt .venv/requirements-cuda.stamp; then
-  echo "setup: installing nvcc into .venv from requirements-cuda.txt"
-  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements-cuda.txt
-  cp requirements-cuda.txt .venv/requirements-cuda.stamp
+if [ "${1:-}" = cuda ]; then
+  require requirements-cuda.txt
+  PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null || require requirements-nvcc.txt
 fi

@@ -36,6 +36,11 @@ DITATTN_API void* current_stream(DLDevice device);
 /// Waits for the work in this thread's stream of `device`. Nothing to wait for on the CPU.
 DITATTN_API void synchronize(DLDevice device);
 
+/// Scratch memory for work that this thread queues in its stream of a CUDA device: `bytes` at least, not initialised.
+/// Kept per device and stream, where calls follow on each other, as large as the largest; while the stream is captured,
+/// the graph's own, for as long as the result lives. MemoryError where memory cannot be had.
+DITATTN_API Tensor scratch(std::int64_t bytes, DLDevice device);
+
 /// A copy of `tensor` on `device`, with the same strides; elements between its own come along. Ordered in this thread's
 /// streams; waits where the host is on either side. ValueError for devices other than CPU and CUDA; MemoryError where
 /// memory cannot be had.

@@ -38,6 +38,8 @@ struct Problem {
   bool joint = false;   ///< text tokens in tensors of their own; seq_q and seq_kv count them
   bool spans = false;   ///< full_attn_spans
   bool fp8_kv = false;  ///< kv_cache_dtype = "fp8"
+  /// Bytes, 16 at most, of which every tensor's first element and strides are multiples; 0: some stride is negative.
+  std::int64_t alignment = 16;
 };
 
 /// Where causal's diagonal ends when Sq ≠ Skv: row i sees keys j ≤ i (top_left, PyTorch's rule) or
@@ -73,6 +75,7 @@ struct Capabilities {
   bool fp8_kv = false;                 ///< K and V computed in FP8 on request (kv_cache_dtype)
   bool graph_safe = false;             ///< may be captured in a device graph once warmed up
   bool masked_nan_propagates = false;  ///< NaN or Inf in masked positions shows in the output
+  std::int64_t alignment = 1;          ///< bytes: the least `Problem::alignment`; 1: any, negative strides too
 
   [[nodiscard]] DITATTN_API bool has_mask(std::string_view name) const;
 };

@@ -62,6 +62,10 @@ inline Tensor wrap(void* data, std::initializer_list<std::int64_t> shape, DLData
 /// First element of `tensor`, byte offset included.
 inline void* data_pointer(const Tensor& tensor) { return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset(); }
 
+/// The largest power of two, in bytes and 16 at most, of which the first element's address and all strides but the last
+/// are multiples; 0 where one of them is negative.
+DITATTN_API std::int64_t alignment_of(const Tensor& tensor);
+
 /// Element `index` of a host tensor's memory as float64, whatever its dtype (float64, float32, float16, bfloat16,
 /// bool, int32, int64). For tests and references: converts one element at a time.
 DITATTN_API double load_element(const void* data, std::int64_t index, DLDataType dtype);

@@ -28,6 +28,8 @@ class Problem:
     joint: bool = False
     spans: bool = False
     fp8_kv: bool = False
+    #: Bytes, 16 at most, of which all tensors' starts and strides are multiples; 0: some stride is negative.
+    alignment: int = 16
 
     def to_native(self) -> dict[str, Any]:
         """Fields as C++ takes them."""

@@ -20,7 +20,7 @@ _INTERFACE_VERSION = _native.function("interface_version")()
 
 # What `capabilities()` may say. Values are what a class is taken for that says nothing.
 _FLAGS = ("gqa", "causal", "causal_top_left", "lse", "packed", "joint", "fp8_kv", "graph_safe", "masked_nan_propagates")
-_KEYS = ("engine", "devices", "dtypes", "head_sizes", "masks", "backend_kwargs", "tensors", *_FLAGS)
+_KEYS = ("engine", "devices", "dtypes", "head_sizes", "masks", "backend_kwargs", "tensors", "alignment", *_FLAGS)
 
 
 def class_path_of(cls: type) -> str:
@@ -67,6 +67,7 @@ def _capabilities(cls: type, declared: dict[str, Any]) -> dict[str, Any]:
         "dtypes": list(declared.get("dtypes", _dtypes())),
         "masks": list(declared["masks"] if "masks" in declared else _masks(cls)),
         **_head_sizes(declared, cls),
+        "alignment": int(declared.get("alignment", 1)),
         **{flag: bool(declared.get(flag, False)) for flag in _FLAGS},
     }
 

@@ -88,7 +88,8 @@ Problem problem_from(const Dict& fields) {
           .packed = get_or(fields, "packed", false),
           .joint = get_or(fields, "joint", false),
           .spans = get_or(fields, "spans", false),
-          .fp8_kv = get_or(fields, "fp8_kv", false)};
+          .fp8_kv = get_or(fields, "fp8_kv", false),
+          .alignment = get_or<std::int64_t>(fields, "alignment", 16)};
 }
 
 Dict capabilities_dict(const Capabilities& can) {
@@ -107,7 +108,8 @@ Dict capabilities_dict(const Capabilities& can) {
           {"joint", can.joint},
           {"fp8_kv", can.fp8_kv},
           {"graph_safe", can.graph_safe},
-          {"masked_nan_propagates", can.masked_nan_propagates}};
+          {"masked_nan_propagates", can.masked_nan_propagates},
+          {"alignment", can.alignment}};
 }
 
 }  // namespace ditattn::python

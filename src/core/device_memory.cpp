@@ -3,6 +3,10 @@
 #include <fmt/format.h>
 #include <tvm/ffi/extra/c_env_api.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "core/cuda_driver.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
@@ -53,6 +57,22 @@ Tensor empty(std::span<const std::int64_t> shape, DLDataType dtype, DLDevice dev
     return Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, view, dtype, device);
   }
   return Tensor::FromNDAlloc(CudaAllocator{current_stream(device)}, view, dtype, device);
+}
+
+Tensor scratch(std::int64_t bytes, DLDevice device) {
+  void* stream = current_stream(device);
+  const auto allocate = [&] {
+    return Tensor::FromNDAlloc(CudaAllocator{stream}, tvm::ffi::ShapeView(&bytes, 1), DLDataType{kDLUInt, 8, 1},
+                               device);
+  };
+  if (cuda::is_capturing(device.device_id, stream)) return allocate();
+  static std::mutex mutex;
+  static auto& kept =
+      *new std::map<std::pair<int, void*>, Tensor>;  // never destroyed: the driver may be gone before it
+  const std::lock_guard lock(mutex);
+  Tensor& memory = kept[{device.device_id, stream}];
+  if (!memory.defined() || memory.numel() < bytes) memory = allocate();
+  return memory;
 }
 
 void synchronize(DLDevice device) {

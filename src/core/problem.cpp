@@ -83,6 +83,11 @@ Verdict check_capabilities(const std::string& backend, const Capabilities& can, 
   if (!can.lse && problem.lse) refuse("does not return the log-sum-exp.");
   if (!can.packed && problem.packed) refuse("does not support packed sequences (cu_seqlens).");
   if (!can.joint && problem.joint) refuse("does not support joint text tokens (joint_query, joint_key, joint_value).");
+  if (can.alignment > 1 && problem.alignment < can.alignment) {
+    refuse("needs tensors that start at and have strides of multiples of {} bytes, got {}. Make them contiguous.",
+           can.alignment,
+           problem.alignment == 0 ? "a negative stride" : fmt::format("multiples of {}", problem.alignment));
+  }
   if (!can.has_mask("spans") && problem.spans) {
     verdict.reasons.push_back(
         fmt::format("Attention backend '{}' does not support piecewise attention (full_attn_spans without a 4D "

@@ -130,6 +130,17 @@ Tensor wrap(void* data, std::span<const std::int64_t> shape, DLDataType dtype, s
                                     tvm::ffi::ShapeView(strides.data(), strides.size()), dtype, device);
 }
 
+std::int64_t alignment_of(const Tensor& tensor) {
+  const std::int64_t item = tensor.dtype().bits / 8;
+  auto bits = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(data_pointer(tensor))) | 16;
+  for (int i = 0; i + 1 < tensor.ndim(); ++i) {
+    if (tensor.size(i) < 2) continue;
+    if (tensor.stride(i) < 0) return 0;
+    bits |= static_cast<std::uint64_t>(tensor.stride(i) * item);
+  }
+  return static_cast<std::int64_t>(bits & (~bits + 1));
+}
+
 double load_element(const void* data, std::int64_t index, DLDataType dtype) {
   const auto load = [&]<class T>(T value) {
     std::memcpy(&value, static_cast<const char*>(data) + index * static_cast<std::int64_t>(sizeof(T)), sizeof(T));

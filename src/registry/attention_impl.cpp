@@ -44,6 +44,7 @@ Tensor AttentionImpl::forward(const Tensor& query, const Tensor& key, const Tens
                               const AttentionMetadata& metadata, const ForwardOutputs& outputs) const {
   Problem problem = check_call(*this, query, key, value, metadata);
   problem.lse = outputs.lse.defined();
+  if (outputs.out.defined()) problem.alignment = std::min(problem.alignment, alignment_of(outputs.out));
   check_outputs(outputs, problem, query, key, value, metadata);
   if (const Verdict verdict = backend().explain(problem); !verdict) refuse(verdict, problem, backend());
   Tensor out = outputs.out;

@@ -59,24 +59,25 @@ Function create_function(const std::string& name, BackendClass backend) {
 }
 
 Function explain_function(const std::string& name, BackendClass backend) {
-  return table_function(
-      name,
-      [backend = std::move(backend)](std::int64_t batch, std::int64_t num_heads, std::int64_t num_kv_heads,
-                                     std::int64_t seq_q, std::int64_t seq_kv, std::int64_t head_size, DLDataType dtype,
-                                     DLDevice device, std::int64_t mask, std::int64_t features) -> Any {
-        Problem problem{.batch = batch,
-                        .num_heads = num_heads,
-                        .num_kv_heads = num_kv_heads,
-                        .seq_q = seq_q,
-                        .seq_kv = seq_kv,
-                        .head_size = head_size,
-                        .dtype = dtype,
-                        .device = device,
-                        .mask = static_cast<MaskKind>(mask)};
-        set_problem_features(problem, features);
-        const Verdict verdict = backend->explain(problem);
-        return verdict ? Any() : Any(to_array(verdict.reasons));
-      });
+  return table_function(name,
+                        [backend = std::move(backend)](
+                            std::int64_t batch, std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t seq_q,
+                            std::int64_t seq_kv, std::int64_t head_size, DLDataType dtype, DLDevice device,
+                            std::int64_t mask, std::int64_t features, std::int64_t alignment) -> Any {
+                          Problem problem{.batch = batch,
+                                          .num_heads = num_heads,
+                                          .num_kv_heads = num_kv_heads,
+                                          .seq_q = seq_q,
+                                          .seq_kv = seq_kv,
+                                          .head_size = head_size,
+                                          .dtype = dtype,
+                                          .device = device,
+                                          .mask = static_cast<MaskKind>(mask),
+                                          .alignment = alignment};
+                          set_problem_features(problem, features);
+                          const Verdict verdict = backend->explain(problem);
+                          return verdict ? Any() : Any(to_array(verdict.reasons));
+                        });
 }
 
 }  // namespace

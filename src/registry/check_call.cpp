@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 
 #include "ditattn/errors.hpp"
@@ -81,7 +82,8 @@ Problem check_call(const AttentionImpl& impl, const Tensor& query, const Tensor&
                   .head_size = query.size(3),
                   .dtype = query.dtype(),
                   .device = query.device(),
-                  .causal = impl.config().causal};
+                  .causal = impl.config().causal,
+                  .alignment = std::min({alignment_of(query), alignment_of(key), alignment_of(value)})};
   if (metadata.defined()) {
     check_metadata(*metadata.operator->(), query, key, impl.backend().capabilities().causal_alignment, problem);
   }

@@ -152,6 +152,9 @@ void check_metadata(const AttentionMetadataObj& metadata, const Tensor& query, c
   const AttentionMetadataFields& fields = metadata.fields;
   check_joint(fields, query, key);
   problem.joint = metadata.has_joint();
+  for (const auto* tensor : {&fields.joint_query, &fields.joint_key, &fields.joint_value}) {
+    if (tensor->has_value()) problem.alignment = std::min(problem.alignment, alignment_of(tensor->value()));
+  }
   problem.seq_kv = metadata.valid_kv_length(key.size(1));
   if (problem.joint) {
     problem.seq_q += fields.joint_query.value().size(1);

@@ -71,7 +71,7 @@ class TableBackend final : public AttentionBackend {
   [[nodiscard]] Verdict explain(const Problem& p) const override {
     return guard(origin_, [&] {
       const Any reasons = explain_(p.batch, p.num_heads, p.num_kv_heads, p.seq_q, p.seq_kv, p.head_size, p.dtype,
-                                   p.device, static_cast<std::int64_t>(p.mask), problem_features(p));
+                                   p.device, static_cast<std::int64_t>(p.mask), problem_features(p), p.alignment);
       return reasons == nullptr ? Verdict{} : Verdict{from_array(reasons.cast<Array<String>>())};
     });
   }
@@ -143,7 +143,8 @@ Table capabilities_to_map(const Capabilities& can) {
                {"joint", can.joint},
                {"fp8_kv", can.fp8_kv},
                {"graph_safe", can.graph_safe},
-               {"masked_nan_propagates", can.masked_nan_propagates}};
+               {"masked_nan_propagates", can.masked_nan_propagates},
+               {"alignment", can.alignment}};
 }
 
 Capabilities capabilities_from_map(const Table& map) {
@@ -167,6 +168,7 @@ Capabilities capabilities_from_map(const Table& map) {
   can.fp8_kv = get_or(map, "fp8_kv", false);
   can.graph_safe = get_or(map, "graph_safe", false);
   can.masked_nan_propagates = get_or(map, "masked_nan_propagates", false);
+  can.alignment = get_or<std::int64_t>(map, "alignment", 1);
   return can;
 }
 

@@ -42,6 +42,7 @@ Capabilities joined_capabilities(const std::vector<Candidate>& candidates) {
     can.fp8_kv |= other.fp8_kv;
     can.graph_safe &= other.graph_safe;
     can.masked_nan_propagates |= other.masked_nan_propagates;
+    can.alignment = std::min(can.alignment, other.alignment);
   }
   return can;
 }
@@ -55,6 +56,7 @@ class DefaultImpl final : public AttentionImpl {
   void run(const AttentionCall& call) const override {
     Problem problem = check_call(*this, call.query, call.key, call.value, call.metadata);
     problem.lse = call.lse.defined();
+    problem.alignment = std::min(problem.alignment, alignment_of(call.out));
     std::vector<std::string> refusals;
     // `forward` asked explain(): one takes it, or a backend changed its mind.
     const std::size_t chosen = first_that_takes(candidates_, problem, refusals);

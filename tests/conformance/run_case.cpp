@@ -211,7 +211,12 @@ Tally::Outcome run_on(const Case& c, const NamedBackend& named, DLDevice device,
   } catch (const Error& error) {
     Problem problem = problem_of(c);
     problem.device = device;
+    for (const Tensor& tensor : {oracle.inputs.query, oracle.inputs.key, oracle.inputs.value, outputs.given.out}) {
+      if (tensor.defined()) problem.alignment = std::min(problem.alignment, alignment_of(tensor));
+    }
     if (!named.backend->explain(problem)) return Tally::Outcome::unsupported;
+    const bool takes_any_scale = named.member != "CUDNN_ATTN";  // refuses others when a layer is made
+    if (!takes_any_scale && c.softmax_scale() <= 0) return Tally::Outcome::engines_own;
     measured.wrong = fmt::format("explain() says yes, forward() says {}: {}", error.kind(), error.message());
     return Tally::Outcome::measured;
   }

@@ -23,13 +23,18 @@ class ContractMember : public testing::RegistryTest {
     BackendClass backend;
     try {
       backend = member.get_class();
-      backend->validate_available();
     } catch (const ImportError& error) {
       expect_contains(error.message(), {member.value()});
       GTEST_SKIP() << member.name() << " cannot run here: " << error.message();
     }
+    try {
+      backend->validate_available();
+    } catch (const ImportError& error) {
+      expect_contains(error.message(), {member.name()});
+      GTEST_SKIP() << error.message();
+    }
     EXPECT_EQ(backend->get_name(), reported);
-    if (backend->capabilities().devices != std::vector<std::string>{"cpu"}) return;  // numbers on a GPU: conformance
+    if (backend->capabilities().devices.front() != "cpu") return;  // numbers on a GPU: conformance
     const Tensor x = empty({1, 5, 2, 64}, kFloat32);
     for (std::int64_t i = 0; i < x.numel(); ++i) store_element(x.data_ptr(), i, kFloat32, 0.75);
     const Tensor out = backend->make({.num_heads = 2, .head_size = 64})->forward(x, x, x);

@@ -67,7 +67,7 @@ def test_what_a_silent_class_is_taken_for():
         "engine": "Python: numpy_backends.PlainBackend", "devices": ["cpu"],
         "dtypes": ["float32", "float16", *torch_dtypes], "head_sizes": None, "masks": [], "gqa": False,
         "causal": False, "causal_top_left": False, "lse": False, "packed": False, "joint": False, "fp8_kv": False,
-        "graph_safe": False, "masked_nan_propagates": False,
+        "alignment": 1, "graph_safe": False, "masked_nan_propagates": False,
     }  # fmt: skip
 
 

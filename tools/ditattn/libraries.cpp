@@ -94,13 +94,25 @@ Probe probe_one(const char* soname) {
 
 }  // namespace
 
+namespace {
+
+// In builds with GPU back ends, those; none otherwise.
+std::vector<const char*> gpu_members(std::vector<const char*> members) {
+#ifndef DITATTN_CUDA
+  members.clear();
+#endif
+  return members;
+}
+
+}  // namespace
+
 std::span<const OptionalLibrary> optional_libraries() {
   // PyPI's packages keep their libraries where the dynamic linker does not look: hence LD_LIBRARY_PATH.
   static const OptionalLibrary libraries[] = {
       {.name = "NVIDIA driver",
        .sonames = {"libcuda.so.1"},
        .purpose = "every GPU back end",
-       .used_by = {},
+       .used_by = gpu_members({"TORCH_SDPA", "CUDNN_ATTN"}),
        .install = "Debian's nvidia-driver (component non-free), or NVIDIA's own; a container is given the host's "
                   "(docker run --gpus all)"},
       {.name = "CUDA runtime",
@@ -113,7 +125,7 @@ std::span<const OptionalLibrary> optional_libraries() {
       {.name = "cuDNN",
        .sonames = {"libcudnn.so.9"},
        .purpose = "CUDNN_ATTN",
-       .used_by = {},
+       .used_by = gpu_members({"CUDNN_ATTN"}),
        .install =
            "pip install nvidia-cudnn-cu13 (or -cu12), and add site-packages/nvidia/cudnn/lib to LD_LIBRARY_PATH"},
       {.name = "LibTorch",

@@ -1,0 +1,220 @@
+#include "backends/cudnn_attn/sdpa_graph.hpp"
+
+#include <cudnn_frontend.h>
+#include <ditattn/errors.hpp>
+#include <dlfcn.h>
+#include <fmt/format.h>
+
+#include <bit>
+#include <list>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+namespace cudnn_frontend {
+void* cudnn_dlhandle = nullptr;  // what its dynamic loading asks for
+}
+
+namespace ditattn::cudnn {
+namespace {
+
+namespace fe = cudnn_frontend;
+
+constexpr std::size_t kKeptPlans = 256;
+
+enum Uid : std::int64_t { kQuery = 1, kKey, kValue, kOut, kLse, kBias, kQueryLengths, kKeyLengths };
+
+struct Library {
+  std::int64_t version = 0;
+  std::string problem;
+
+  Library() {
+    void* handle = ::dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);
+    if (handle == nullptr) {
+      problem = ::dlerror();
+      return;
+    }
+    fe::cudnn_dlhandle = handle;
+    version = static_cast<std::int64_t>(fe::detail::get_backend_version());
+  }
+};
+
+const Library& library() {
+  static const Library opened;
+  return opened;
+}
+
+void check(fe::error_t status, const SdpaSpec& spec, const char* what) {
+  if (status.is_good()) return;
+  throw NotImplementedError(
+      fmt::format("CUDNN_ATTN: cuDNN {} cannot {} for (batch {}, heads {}/{}, queries {}, keys {}, "
+                  "head_size {}): {}. Select TORCH_SDPA or another backend for this shape.",
+                  version(), what, spec.batch, spec.heads, spec.kv_heads, spec.rows, spec.keys, spec.head_size,
+                  status.get_message()));
+}
+
+// cuDNN's handle of this thread for a device: not to be shared among threads at once.
+cudnnHandle_t handle_of(int device) {
+  struct Handles {
+    std::map<int, cudnnHandle_t> of_device;
+    ~Handles() {
+      for (const auto& [device, handle] : of_device) fe::detail::destroy_handle(handle);
+    }
+  };
+  thread_local Handles handles;
+  cudnnHandle_t& handle = handles.of_device[device];
+  if (handle == nullptr) {
+    const cudnnStatus_t status = fe::detail::create_handle(&handle);
+    if (status != CUDNN_STATUS_SUCCESS) {
+      handle = nullptr;
+      throw ImportError(
+          fmt::format("CUDNN_ATTN: cuDNN does not start on cuda:{}: {}", device, fe::detail::get_error_string(status)));
+    }
+  }
+  return handle;
+}
+
+class GraphPlan final : public SdpaPlan {
+ public:
+  explicit GraphPlan(const SdpaSpec& spec) : spec_(spec) {
+    graph_.set_sm_version(spec.compute_capability);  // before sdpa(), which asks the current device otherwise
+    graph_.set_io_data_type(spec.bfloat16 ? fe::DataType_t::BFLOAT16 : fe::DataType_t::HALF)
+        .set_intermediate_data_type(fe::DataType_t::FLOAT)
+        .set_compute_data_type(fe::DataType_t::FLOAT);
+    const auto query = tensor("query", kQuery, spec.heads, spec.rows, spec.query_strides);
+    const auto key = tensor("key", kKey, spec.kv_heads, spec.keys, spec.key_strides);
+    const auto value = tensor("value", kValue, spec.kv_heads, spec.keys, spec.value_strides);
+    auto options = fe::graph::SDPA_attributes().set_name("sdpa").set_generate_stats(spec.lse).set_attn_scale(
+        std::bit_cast<float>(spec.scale_bits));
+    if (spec.causal) {
+      options.set_diagonal_alignment(fe::DiagonalAlignment_t::TOP_LEFT).set_diagonal_band_right_bound(0);
+    }
+    if (spec.lengths) {
+      options.set_padding_mask(true)
+          .set_seq_len_q(lengths("query_lengths", kQueryLengths))
+          .set_seq_len_kv(lengths("key_lengths", kKeyLengths));
+    }
+    if (spec.bias_batch > 0) options.set_bias(bias());
+    auto [out, lse] = graph_.sdpa(query, key, value, options);
+    out->set_output(true).set_uid(kOut).set_dim(sizes(spec.heads, spec.rows)).set_stride(strides(spec.out_strides));
+    if (spec.lse) {
+      lse->set_output(true).set_uid(kLse).set_data_type(fe::DataType_t::FLOAT);
+      lse->set_dim({spec.batch, spec.heads, spec.rows, 1}).set_stride({spec.heads * spec.rows, spec.rows, 1, 1});
+    }
+    cudnnHandle_t handle = handle_of(spec.device);
+    check(graph_.build(handle, {fe::HeurMode_t::A, fe::HeurMode_t::FALLBACK}), spec, "plan attention");
+    check(graph_.get_workspace_size(workspace_bytes_), spec, "tell its workspace");
+  }
+
+  [[nodiscard]] std::int64_t workspace_bytes() const override { return workspace_bytes_; }
+
+  void run(const SdpaPointers& pointers, void* stream) const override {
+    cudnnHandle_t handle = handle_of(spec_.device);
+    const cudnnStatus_t set = fe::detail::set_stream(handle, static_cast<cudaStream_t>(stream));
+    if (set != CUDNN_STATUS_SUCCESS) {
+      throw Error("RuntimeError",
+                  fmt::format("CUDNN_ATTN: cudnnSetStream failed: {}", fe::detail::get_error_string(set)));
+    }
+    std::unordered_map<std::int64_t, void*> pack = {{kQuery, const_cast<void*>(pointers.query)},
+                                                    {kKey, const_cast<void*>(pointers.key)},
+                                                    {kValue, const_cast<void*>(pointers.value)},
+                                                    {kOut, pointers.out}};
+    if (spec_.lse) pack.emplace(kLse, pointers.lse);
+    if (spec_.bias_batch > 0) pack.emplace(kBias, const_cast<float*>(pointers.bias));
+    if (spec_.lengths) {
+      pack.emplace(kQueryLengths, const_cast<std::int32_t*>(pointers.query_lengths));
+      pack.emplace(kKeyLengths, const_cast<std::int32_t*>(pointers.key_lengths));
+    }
+    check(graph_.execute(handle, pack, pointers.workspace), spec_, "run attention");
+  }
+
+ private:
+  using TensorAttributes = fe::graph::Tensor_attributes;
+
+  [[nodiscard]] std::vector<std::int64_t> sizes(std::int64_t heads, std::int64_t tokens) const {
+    return {spec_.batch, heads, tokens, spec_.head_size};
+  }
+  // cuDNN's order: batch, heads, tokens, channels.
+  [[nodiscard]] static std::vector<std::int64_t> strides(const std::array<std::int64_t, 3>& of) {
+    return {of[0], of[2], of[1], 1};
+  }
+  std::shared_ptr<TensorAttributes> tensor(const char* name, Uid uid, std::int64_t heads, std::int64_t tokens,
+                                           const std::array<std::int64_t, 3>& of) {
+    return graph_.tensor(
+        TensorAttributes().set_name(name).set_uid(uid).set_dim(sizes(heads, tokens)).set_stride(strides(of)));
+  }
+  std::shared_ptr<TensorAttributes> lengths(const char* name, Uid uid) {
+    return graph_.tensor(TensorAttributes()
+                             .set_name(name)
+                             .set_uid(uid)
+                             .set_dim({spec_.batch, 1, 1, 1})
+                             .set_stride({1, 1, 1, 1})
+                             .set_data_type(fe::DataType_t::INT32));
+  }
+  std::shared_ptr<TensorAttributes> bias() {
+    return graph_.tensor(
+        TensorAttributes()
+            .set_name("bias")
+            .set_uid(kBias)
+            .set_dim({spec_.bias_batch, spec_.bias_heads, spec_.rows, spec_.keys})
+            .set_stride({spec_.bias_heads * spec_.rows * spec_.keys, spec_.rows * spec_.keys, spec_.keys, 1})
+            .set_data_type(fe::DataType_t::FLOAT));
+  }
+
+  SdpaSpec spec_;
+  mutable fe::graph::Graph graph_;  // execute() is not const, and changes nothing
+  std::int64_t workspace_bytes_ = 0;
+};
+
+// A plan, or why there is none.
+struct Slot {
+  std::once_flag once;
+  std::shared_ptr<const SdpaPlan> plan;
+  std::string refusal;
+};
+
+// The slots used last.
+class Slots {
+ public:
+  std::shared_ptr<Slot> find(const SdpaSpec& spec) {
+    const std::lock_guard lock(mutex_);
+    if (const auto found = places_.find(spec); found != places_.end()) {
+      used_.splice(used_.begin(), used_, found->second);
+      return found->second->second;
+    }
+    used_.emplace_front(spec, std::make_shared<Slot>());
+    places_.emplace(spec, used_.begin());
+    if (used_.size() > kKeptPlans) {
+      places_.erase(used_.back().first);
+      used_.pop_back();
+    }
+    return used_.front().second;
+  }
+
+ private:
+  using Entries = std::list<std::pair<SdpaSpec, std::shared_ptr<Slot>>>;
+  std::mutex mutex_;
+  Entries used_;
+  std::map<SdpaSpec, Entries::iterator> places_;
+};
+
+}  // namespace
+
+std::int64_t version() { return library().version; }
+const std::string& problem() { return library().problem; }
+
+std::shared_ptr<const SdpaPlan> sdpa_plan(const SdpaSpec& spec) {
+  static Slots& slots = *new Slots;  // never destroyed: cuDNN may be gone before it
+  const std::shared_ptr<Slot> slot = slots.find(spec);
+  std::call_once(slot->once, [&] {
+    try {
+      slot->plan = std::make_shared<GraphPlan>(spec);
+    } catch (const NotImplementedError& error) {
+      slot->refusal = error.message();
+    }
+  });
+  if (!slot->refusal.empty()) throw NotImplementedError(slot->refusal);
+  return slot->plan;
+}
+
+}  // namespace ditattn::cudnn

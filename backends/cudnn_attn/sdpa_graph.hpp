@@ -1,0 +1,68 @@
+#pragma once
+
+/// cuDNN's fused attention as plans that are built once and run many times. The one unit behind this header knows
+/// cuDNN; all else knows numbers and pointers.
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace ditattn::cudnn {
+
+/// The library, opened at the first call: its version, 91900 for 9.19; 0 where it cannot be opened.
+std::int64_t version();
+/// Why it cannot be; empty if it can.
+const std::string& problem();
+
+/// All that a plan depends on. Strides of batch, tokens and heads in elements; the head dimension's is 1.
+struct SdpaSpec {
+  int device = 0;
+  int compute_capability = 0;
+  bool bfloat16 = false;  ///< float16 otherwise
+  std::int64_t batch = 0;
+  std::int64_t heads = 0;
+  std::int64_t kv_heads = 0;
+  std::int64_t rows = 0;
+  std::int64_t keys = 0;
+  std::int64_t head_size = 0;
+  std::array<std::int64_t, 3> query_strides = {};
+  std::array<std::int64_t, 3> key_strides = {};
+  std::array<std::int64_t, 3> value_strides = {};
+  std::array<std::int64_t, 3> out_strides = {};
+  std::uint32_t scale_bits = 0;  ///< of the float32 factor of the logits
+  bool causal = false;           ///< row i sees keys j ≤ i
+  bool lengths = false;          ///< int32 lengths per batch entry
+  bool lse = false;
+  std::int64_t bias_batch = 0;  ///< 0: no bias. Else a contiguous float32 (bias_batch, bias_heads, rows, keys) is added
+  std::int64_t bias_heads = 0;
+
+  friend auto operator<=>(const SdpaSpec&, const SdpaSpec&) = default;
+};
+
+/// Device memory of one call; what the spec has not is not looked at.
+struct SdpaPointers {
+  const void* query = nullptr;
+  const void* key = nullptr;
+  const void* value = nullptr;
+  void* out = nullptr;
+  float* lse = nullptr;  ///< contiguous (batch, heads, rows)
+  const float* bias = nullptr;
+  const std::int32_t* query_lengths = nullptr;
+  const std::int32_t* key_lengths = nullptr;
+  void* workspace = nullptr;
+};
+
+class SdpaPlan {
+ public:
+  virtual ~SdpaPlan() = default;
+  [[nodiscard]] virtual std::int64_t workspace_bytes() const = 0;
+  /// Queues the work in `stream`. Thread-safe.
+  virtual void run(const SdpaPointers& pointers, void* stream) const = 0;
+};
+
+/// The plan for `spec`: built by the first caller, which others wait for, and kept (the 256 used last). What cuDNN
+/// cannot do is a NotImplementedError with its reason, remembered too. Thread-safe.
+std::shared_ptr<const SdpaPlan> sdpa_plan(const SdpaSpec& spec);
+
+}  // namespace ditattn::cudnn

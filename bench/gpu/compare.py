@@ -1,0 +1,187 @@
+"""Times GPU attention of ditattn beside PyTorch's back ends (and FlashAttention 3, where `fa3_fwd_interface` is there).
+
+    compare.py [--shapes flux-1024,sit-d72] [--rounds 5] [--dtype bf16] [--json FILE]
+
+Per shape and library: the time of one call by CUDA events over many, by replaying a graph of many, and the host's time to
+queue one; medians of interleaved rounds, TFLOP/s = 4·B·H·Sq·Skv·D / time (half when causal). Inputs are standard normals in
+(B, S, H, D) memory, as models have them, for all. The last lines of a shape are each of ours over the best and over its own
+engine in PyTorch.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import ditattn
+from ditattn import DiffusionAttentionBackendEnum as Enum
+
+# name: (B, H, Sq, Skv, D, causal)
+SHAPES = {
+    "flux-1024": (1, 24, 4608, 4608, 128, False),
+    "sd3-1024": (2, 24, 4250, 4250, 64, False),
+    "qwen-image": (2, 24, 4352, 4352, 128, False),
+    "wan1.3b-480p": (1, 12, 32760, 32760, 128, False),
+    "wan14b-cross": (1, 40, 32760, 512, 128, False),
+    "hunyuan-16k": (1, 24, 16384, 16384, 128, False),
+    "ltx-d64": (1, 32, 12288, 12288, 64, False),
+    "cogvideox-d64": (2, 48, 17776, 17776, 64, False),
+    "d96-8k": (1, 16, 8192, 8192, 96, False),
+    "d256-8k": (1, 16, 8192, 8192, 256, False),
+    "sit-d72": (8, 16, 256, 256, 72, False),
+    "dit-xl-d72-cfg": (2, 16, 1024, 1024, 72, False),
+    "tiny-launch": (1, 8, 128, 128, 64, False),
+    "causal-16k": (1, 24, 16384, 16384, 128, True),
+}
+SAME_ENGINE = {"CUDNN_ATTN": "torch-cudnn"}
+MOST_MS = 60  # of one library in one round
+
+
+def torch_call(backend, query, key, value, causal):
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+
+    def call():
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(query, key, value, is_causal=causal)
+
+    return call
+
+
+def libraries(query, key, value, causal):
+    calls = {
+        "torch-cudnn": torch_call(SDPBackend.CUDNN_ATTENTION, query, key, value, causal),
+        "torch-flash": torch_call(SDPBackend.FLASH_ATTENTION, query, key, value, causal),
+    }
+    try:
+        from fa3_fwd_interface import flash_attn_func
+
+        calls["fa3"] = lambda: flash_attn_func(query, key, value, causal=causal)
+    except ImportError:
+        pass
+    out = torch.empty_like(query)
+    for member in Enum:
+        try:
+            backend = member.get_class()
+            backend.validate_available()
+            if "cuda" not in backend.capabilities()["devices"]:
+                continue
+            layer = backend.get_impl_cls()(query.shape[2], query.shape[3], None, causal)
+            layer.forward(query, key, value, None, out)
+        except (ImportError, ValueError, NotImplementedError):
+            continue
+        calls[member.name] = lambda layer=layer: layer.forward(query, key, value, None, out)
+    return calls
+
+
+def event_ms(call, count):
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / count
+
+
+def host_us(call, count=20):
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / count * 1e6
+
+
+def graph_of(call, count):
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call()
+        return graph
+    except RuntimeError:
+        return None
+
+
+def measure(name, shape, dtype, rounds):
+    batch, heads, rows, keys, head_size, causal = shape
+    generator = torch.Generator("cuda").manual_seed(1)
+    query, key, value = (
+        torch.randn((batch, tokens, heads, head_size), generator=generator, device="cuda").to(dtype)
+        for tokens in (rows, keys, keys)
+    )
+    calls = libraries(query, key, value, causal)
+    runs = {}
+    for library, call in list(calls.items()):
+        try:
+            call()
+            torch.cuda.synchronize()
+            ms = event_ms(call, 2)
+        except RuntimeError:
+            del calls[library]
+            continue
+        count = max(2, min(200, int(MOST_MS / ms)))
+        runs[library] = {"count": count, "graph": graph_of(call, count), "event": [], "replay": [], "host": []}
+    for _ in range(rounds):
+        for library, call in calls.items():
+            run = runs[library]
+            run["event"].append(event_ms(call, run["count"]))
+            if run["graph"] is not None:
+                run["replay"].append(event_ms(run["graph"].replay, 1) / run["count"])
+            run["host"].append(host_us(call))
+    work = 4 * batch * heads * rows * keys * head_size / (2 if causal else 1)
+    rows_out = []
+    print(f"\n{name} {shape[:5]}{' causal' if causal else ''}")
+    for library, run in runs.items():
+        event = statistics.median(run["event"])
+        replay = statistics.median(run["replay"]) if run["replay"] else None
+        row = {"shape": name, "library": library, "event_ms": event, "replay_ms": replay,
+               "host_us": statistics.median(run["host"]), "tflops": work / event / 1e9}  # fmt: skip
+        rows_out.append(row)
+        shown = "     none" if replay is None else f"{replay:9.4f}"
+        print(f"  {library:<12} {event:9.4f} ms by events, {shown} ms in a graph, {row['host_us']:6.1f} us host, "
+              f"{row['tflops']:7.1f} TFLOP/s")  # fmt: skip
+    times = {row["library"]: row for row in rows_out}
+    peers = [row for row in rows_out if row["library"] not in Enum.__members__]
+    for member in Enum:
+        if member.name not in times or not peers:
+            continue
+        ours = times[member.name]
+        best = min(peers, key=lambda row: row["event_ms"])
+        text = f"  {member.name}: {best['event_ms'] / ours['event_ms']:.3f}x {best['library']}"
+        same = times.get(SAME_ENGINE.get(member.name, ""))
+        if same:
+            text += f"; {same['event_ms'] / ours['event_ms']:.3f}x {same['library']}"
+            if same["replay_ms"] and ours["replay_ms"]:
+                text += f" ({same['replay_ms'] / ours['replay_ms']:.3f}x in a graph, host {same['host_us'] / ours['host_us']:.2f}x)"
+        print(text)
+    return rows_out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--json", help="write the figures there too")
+    options = parser.parse_args()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    print(f"{machine}; ditattn {ditattn.__version__}")
+    rows = []
+    for name in options.shapes.split(","):
+        if name not in SHAPES:
+            parser.error(f"unknown shape '{name}'. Shapes: {', '.join(SHAPES)}")
+        rows += measure(name, SHAPES[name], dtype, options.rounds)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"machine": machine, "dtype": options.dtype, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

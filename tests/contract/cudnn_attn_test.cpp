@@ -1,0 +1,70 @@
+// What CUDNN_ATTN refuses, each with the value. Asking needs neither a GPU nor cuDNN; in builds without it, skipped.
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "ditattn/ditattn.hpp"
+#include "tests/unit/testing.hpp"
+
+namespace ditattn {
+namespace {
+
+class ContractCudnn : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    try {
+      backend = DiffusionAttentionBackendEnum::CUDNN_ATTN.get_class();
+    } catch (const ImportError& error) {
+      GTEST_SKIP() << "skipped: " << error.message();
+    }
+  }
+  [[nodiscard]] std::string reasons(const std::function<void(Problem&)>& change) const {
+    Problem problem{.num_heads = 4,
+                    .num_kv_heads = 2,
+                    .seq_q = 100,
+                    .seq_kv = 200,
+                    .head_size = 64,
+                    .dtype = kBFloat16,
+                    .device = {kDLCUDA, 0}};
+    change(problem);
+    return backend->explain(problem).text();
+  }
+  BackendClass backend;
+};
+
+TEST_F(ContractCudnn, KeyLengthOneIsRefused) {
+  EXPECT_EQ(reasons([](Problem&) {}), "");
+  EXPECT_EQ(reasons([](Problem& p) { p.seq_kv = 1; }),
+            "CUDNN_ATTN was explicitly selected but cuDNN FMHA does not support key/value sequence length 1. Select "
+            "TORCH_SDPA or another backend for this shape.");
+}
+
+TEST_F(ContractCudnn, AlignmentIsRefusedWithItsValue) {
+  EXPECT_EQ(
+      reasons([](Problem& p) { p.alignment = 2; }),
+      "CUDNN_ATTN needs tensors that start at and have strides of multiples of 16 bytes, got multiples of 2. Make "
+      "them contiguous.");
+  EXPECT_EQ(reasons([](Problem& p) { p.alignment = 0; }),
+            "CUDNN_ATTN needs tensors that start at and have strides of multiples of 16 bytes, got a negative stride. "
+            "Make them contiguous.");
+}
+
+TEST_F(ContractCudnn, Fp8IsRefused) {
+  EXPECT_EQ(
+      reasons([](Problem& p) { p.fp8_kv = true; }),
+      "Attention backend CUDNN_ATTN does not support kv_cache_dtype='fp8' on cuda. Select a compatible backend or "
+      "set diffusion_kv_cache_dtype='auto'.");
+}
+
+TEST_F(ContractCudnn, ScalesOfZeroAndLessAreRefused) {
+  for (const double scale : {0.0, -2.5}) {
+    const std::string text = testing::error_text<ValueError>(
+        [&] { return backend->make({.num_heads = 4, .head_size = 64, .softmax_scale = scale}); });
+    testing::expect_contains(text, {fmt::format("CUDNN_ATTN needs a softmax_scale above 0, got {}", scale)});
+  }
+}
+
+}  // namespace
+}  // namespace ditattn
