@@ -37,7 +37,7 @@ struct SdpaSpec {
   std::int64_t bias_batch = 0;  ///< 0: no bias. Else a contiguous float32 (bias_batch, bias_heads, rows, keys) is added
   std::int64_t bias_heads = 0;
 
-  friend auto operator<=>(const SdpaSpec&, const SdpaSpec&) = default;
+  friend auto operator<=>(const SdpaSpec&, const SdpaSpec&) = default;  // NOLINT: clang-tidy 14 reads a 0 into it
 };
 
 /// Device memory of one call; what the spec has not is not looked at.

@@ -16,7 +16,7 @@ using Result = int;
 using Device = int;
 using Context = void*;
 using Stream = void*;
-using Address = std::uintptr_t;
+using Address = void*;  // CUdeviceptr, a number of the same size
 constexpr Result kOutOfMemory = 2;
 constexpr int kMultiprocessors = 16;
 constexpr int kComputeCapabilityMajor = 75;
@@ -37,7 +37,7 @@ struct Driver {
   Result (*cuMemGetInfo_v2)(std::size_t* free, std::size_t* total) = nullptr;
   Result (*cuMemAllocAsync)(Address* address, std::size_t bytes, Stream stream) = nullptr;
   Result (*cuMemFreeAsync)(Address address, Stream stream) = nullptr;
-  Result (*cuMemcpyAsync)(Address to, Address from, std::size_t bytes, Stream stream) = nullptr;
+  Result (*cuMemcpyAsync)(Address to, const void* from, std::size_t bytes, Stream stream) = nullptr;
   Result (*cuStreamSynchronize)(Stream stream) = nullptr;
   Result (*cuStreamIsCapturing)(Stream stream, int* status) = nullptr;
   std::string problem;  // why it cannot be used; empty if it can
@@ -173,7 +173,7 @@ namespace cuda {
 
 void* allocate(std::size_t bytes, int device, void* stream) {
   const OnDevice on_device(device);
-  Address address = 0;
+  Address address = nullptr;
   const Result result = driver().cuMemAllocAsync(&address, bytes, stream);
   if (result == kOutOfMemory) {
     std::size_t free = 0;
@@ -183,21 +183,20 @@ void* allocate(std::size_t bytes, int device, void* stream) {
         fmt::format("Cannot allocate {} bytes on cuda:{}: {} of {} are free.", bytes, device, free, total));
   }
   check(result, "cuMemAllocAsync", device);
-  return reinterpret_cast<void*>(address);
+  return address;
 }
 
 void release(void* memory, int device, void* stream) noexcept {
   try {
     const OnDevice on_device(device);
-    driver().cuMemFreeAsync(reinterpret_cast<Address>(memory), stream);
+    driver().cuMemFreeAsync(memory, stream);
   } catch (const Error&) {  // the context is gone, and the memory with it
   }
 }
 
 void copy(void* to, const void* from, std::size_t bytes, int device, void* stream) {
   const OnDevice on_device(device);
-  check(driver().cuMemcpyAsync(reinterpret_cast<Address>(to), reinterpret_cast<Address>(from), bytes, stream),
-        "cuMemcpyAsync", device);
+  check(driver().cuMemcpyAsync(to, from, bytes, stream), "cuMemcpyAsync", device);
 }
 
 void wait_for(int device, void* stream) {
