@@ -6,7 +6,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <functional>
+#include <mutex>
 #include <string_view>
 
 #include "backends/common/kernel_call.hpp"
@@ -37,6 +40,12 @@ class Parts {
   std::int64_t total_ = 0;
 };
 
+// Held while a call is queued: of two threads that share a stream, and with it the scratch memory, one goes first.
+std::mutex& turn_in(void* stream) {
+  static std::array<std::mutex, 64> turns;
+  return turns[std::hash<void*>()(stream) / 64 % turns.size()];
+}
+
 bool has_empty_entry(const KeySegment& segment) {
   if (segment.keys == 0) return true;
   return segment.prefix != nullptr && std::ranges::any_of(segment.prefix->kv_lengths, [&](std::int64_t length) {
@@ -66,6 +75,7 @@ class CuDNNAttentionImpl final : public AttentionImpl {
     const std::int64_t bias = parts.add(bias_rows * problem.keys * 4);
     const std::int64_t empty_rows = parts.add(bias_rows);
     const std::int64_t lse = parts.add(packed_lse ? 0 : rows * 4);
+    const std::lock_guard turn(turn_in(launch.stream));
     const Tensor memory_of_call = parts.total() > 0 ? scratch(parts.total(), device) : Tensor();
     char* memory = memory_of_call.defined() ? static_cast<char*>(memory_of_call.data_ptr()) : nullptr;
 

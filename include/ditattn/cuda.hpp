@@ -38,7 +38,8 @@ DITATTN_API void synchronize(DLDevice device);
 
 /// Scratch memory for work that this thread queues in its stream of a CUDA device: `bytes` at least, not initialised.
 /// Kept per device and stream, where calls follow on each other, as large as the largest; while the stream is captured,
-/// the graph's own, for as long as the result lives. MemoryError where memory cannot be had.
+/// the graph's own, for as long as the result lives. Threads that share a stream must queue what uses it one call after
+/// the other. MemoryError where memory cannot be had.
 DITATTN_API Tensor scratch(std::int64_t bytes, DLDevice device);
 
 /// A copy of `tensor` on `device`, with the same strides; elements between its own come along. Ordered in this thread's

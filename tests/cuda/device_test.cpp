@@ -8,6 +8,7 @@
 #include <tvm/ffi/extra/c_env_api.h>
 
 #include <algorithm>
+#include <barrier>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -233,6 +234,39 @@ TEST_F(Cuda, EightThreadsOnEightStreams) {
     for (std::thread& thread : threads) thread.join();
     for (const double error : worst) EXPECT_LT(error, 2e-3) << backend->get_name();
     fmt::print("{}: worst error {:.1e}\n", backend->get_name(), *std::ranges::max_element(worst));
+  }
+}
+
+// Scratch memory belongs to the stream: what one thread queues must not meet what another does.
+TEST_F(Cuda, EightThreadsOnOneStream) {
+  constexpr int calls = 300;
+  for (const BackendClass& backend : gpu_backends()) {
+    std::vector<std::thread> threads;
+    std::barrier ready(8);
+    std::array<double, 8> error{};
+    std::array<int, 8> different{};
+    for (std::size_t t = 0; t < error.size(); ++t) {
+      threads.emplace_back([&, t] {
+        const auto length = static_cast<std::int64_t>(20 + 40 * t);
+        const bool holes = t % 2 == 0;
+        const AttentionMetadata metadata = padding(400, length, holes, kGpu);
+        const Call call(70, 400, 100 * t, padding(400, length, holes, kCpu));
+        const auto attention = backend->make(call.config);
+        std::vector<Tensor> outs;
+        for (int i = 0; i < calls; ++i)
+          outs.push_back(empty(std::array<std::int64_t, 4>{1, 70, 4, 64}, kFloat16, kGpu));
+        const Tensor first = attention->forward(call.query, call.key, call.value, metadata);
+        error[t] = call.error(first);
+        ready.arrive_and_wait();  // what is built at a first call is there: now all queue at once
+        for (const Tensor& out : outs) attention->forward(call.query, call.key, call.value, metadata, {.out = out});
+        for (const Tensor& out : outs) different[t] += same_bytes(out, first) ? 0 : 1;
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (std::size_t t = 0; t < error.size(); ++t) {
+      EXPECT_LT(error[t], 2e-3) << backend->get_name();
+      EXPECT_EQ(different[t], 0) << "of " << calls << " calls of thread " << t << ", " << backend->get_name();
+    }
   }
 }
 
