@@ -1,6 +1,6 @@
 """Times GPU attention of ditattn beside PyTorch's back ends (and FlashAttention 3, where `fa3_fwd_interface` is there).
 
-    compare.py [--shapes flux-1024,sit-d72] [--rounds 5] [--dtype bf16] [--json FILE]
+    compare.py [--shapes flux-1024,sit-d72] [--libraries torch-cudnn,CUDNN_ATTN] [--rounds 5] [--dtype bf16] [--json FILE]
 
 Per shape and library: the time of one call by CUDA events over many, by replaying a graph of many, and the host's time to
 queue one; medians of interleaved rounds, TFLOP/s = 4·B·H·Sq·Skv·D / time (half when causal). Inputs are standard normals in
@@ -9,6 +9,7 @@ engine in PyTorch.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -41,21 +42,20 @@ SAME_ENGINE = {"CUDNN_ATTN": "torch-cudnn"}
 MOST_MS = 60  # of one library in one round
 
 
-def torch_call(backend, query, key, value, causal):
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-
-    def call():
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(query, key, value, is_causal=causal)
-
-    return call
+# PyTorch's back ends are chosen by a context, which is entered before the clock starts.
+CONTEXTS = {
+    "torch-cudnn": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+    "torch-flash": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+}
 
 
-def libraries(query, key, value, causal):
-    calls = {
-        "torch-cudnn": torch_call(SDPBackend.CUDNN_ATTENTION, query, key, value, causal),
-        "torch-flash": torch_call(SDPBackend.FLASH_ATTENTION, query, key, value, causal),
-    }
+def context_of(library):
+    return CONTEXTS.get(library, contextlib.nullcontext)()
+
+
+def libraries(query, key, value, causal, chosen):
+    transposed = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    calls = dict.fromkeys(CONTEXTS, lambda: scaled_dot_product_attention(*transposed, is_causal=causal))
     try:
         from fa3_fwd_interface import flash_attn_func
 
@@ -74,7 +74,7 @@ def libraries(query, key, value, causal):
         except (ImportError, ValueError, NotImplementedError):
             continue
         calls[member.name] = lambda layer=layer: layer.forward(query, key, value, None, out)
-    return calls
+    return {library: call for library, call in calls.items() if not chosen or library in chosen}
 
 
 def event_ms(call, count):
@@ -108,32 +108,39 @@ def graph_of(call, count):
         return None
 
 
-def measure(name, shape, dtype, rounds):
+def measure(name, shape, dtype, rounds, chosen):
     batch, heads, rows, keys, head_size, causal = shape
     generator = torch.Generator("cuda").manual_seed(1)
     query, key, value = (
         torch.randn((batch, tokens, heads, head_size), generator=generator, device="cuda").to(dtype)
         for tokens in (rows, keys, keys)
     )
-    calls = libraries(query, key, value, causal)
+    calls = libraries(query, key, value, causal, chosen)
     runs = {}
     for library, call in list(calls.items()):
-        try:
-            call()
-            torch.cuda.synchronize()
-            ms = event_ms(call, 2)
-        except RuntimeError:
-            del calls[library]
-            continue
-        count = max(2, min(200, int(MOST_MS / ms)))
-        runs[library] = {"count": count, "graph": graph_of(call, count), "event": [], "replay": [], "host": []}
-    for _ in range(rounds):
-        for library, call in calls.items():
+        with context_of(library):
+            try:
+                call()
+                torch.cuda.synchronize()
+                ms = event_ms(call, 2)
+            except RuntimeError:
+                del calls[library]
+                continue
+            count = max(2, min(200, int(MOST_MS / ms)))
+            runs[library] = {"count": count, "graph": graph_of(call, count), "event": [], "replay": [], "host": []}
+    order = list(calls)
+    for _ in range(rounds):  # each in turn after each other: who follows a light kernel finds a cool GPU
+        order.append(order.pop(0))
+        for library in order:
+            with context_of(library):
+                runs[library]["event"].append(event_ms(calls[library], runs[library]["count"]))
+        for library in order:
             run = runs[library]
-            run["event"].append(event_ms(call, run["count"]))
             if run["graph"] is not None:
                 run["replay"].append(event_ms(run["graph"].replay, 1) / run["count"])
-            run["host"].append(host_us(call))
+        for library in order:
+            with context_of(library):
+                runs[library]["host"].append(host_us(calls[library]))
     work = 4 * batch * heads * rows * keys * head_size / (2 if causal else 1)
     rows_out = []
     print(f"\n{name} {shape[:5]}{' causal' if causal else ''}")
@@ -168,6 +175,7 @@ def main():
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--libraries", default="", help="A,B: these only, of PyTorch's (torch-cudnn, torch-flash) and ours")
     parser.add_argument("--json", help="write the figures there too")
     options = parser.parse_args()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
@@ -177,7 +185,7 @@ def main():
     for name in options.shapes.split(","):
         if name not in SHAPES:
             parser.error(f"unknown shape '{name}'. Shapes: {', '.join(SHAPES)}")
-        rows += measure(name, SHAPES[name], dtype, options.rounds)
+        rows += measure(name, SHAPES[name], dtype, options.rounds, set(filter(None, options.libraries.split(","))))
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"machine": machine, "dtype": options.dtype, "rows": rows}, file, indent=1)

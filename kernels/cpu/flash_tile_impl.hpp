@@ -218,7 +218,7 @@ void attend_segment(const AttentionProblem& problem, const Tile& tile, const Wor
 void run_tile(const AttentionProblem& problem, const Tile& tile, const float* packed, float* scratch) {
   Workspace w{};
   carve(problem, packed, scratch, w);
-  const MatrixRegisters registers;
+  [[maybe_unused]] const MatrixRegisters registers;
   load_query(problem, tile, w.rows, w.units, w.query);
   const auto lanes = static_cast<std::size_t>(used_lanes(tile));
   std::memset(w.out, 0, lanes * static_cast<std::size_t>(problem.head_size) * sizeof(float));

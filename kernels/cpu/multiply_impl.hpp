@@ -104,9 +104,7 @@ void multiply(const Product& product, const float* a, std::int64_t strip, float*
 }
 
 // What a thread must hold while it multiplies: here, nothing.
-struct MatrixRegisters {
-  MatrixRegisters() {}
-};
+struct MatrixRegisters {};
 
 }  // namespace
 }  // namespace ditattn::kernels::cpu

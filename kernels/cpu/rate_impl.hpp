@@ -18,7 +18,7 @@ double product_rate(Product product, int pack) {
   alignas(64) float c[rows * kLanes] = {};
   product.lanes = lanes;
   product.units = depth;
-  const MatrixRegisters registers;
+  [[maybe_unused]] const MatrixRegisters registers;
   double best = 0;
   for (int run = 0; run < 12; ++run) {
     constexpr int calls = 8;

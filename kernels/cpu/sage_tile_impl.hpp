@@ -189,7 +189,7 @@ template <class Values>
 void run_sage_tile(const AttentionProblem& problem, const Tile& tile, const float* packed, float* scratch) {
   SageWorkspace w{};
   carve<Values>(problem, packed, scratch, w);
-  const MatrixRegisters registers;
+  [[maybe_unused]] const MatrixRegisters registers;
   load_sage_query(problem, tile, w);
   const auto lanes = static_cast<std::size_t>(used_lanes(tile));
   std::memset(w.out, 0, lanes * static_cast<std::size_t>(problem.head_size) * sizeof(float));
