@@ -20,8 +20,8 @@ struct BiasShape {
 BiasShape bias_shape(const AttentionProblem& problem);
 
 /// The mask of segment 0 as float32 (batch, heads, rows, keys) of `bias_shape`, −∞ where it hides. `empty_rows`, one
-/// byte per row of that shape, tells the rows that see no key, the causal diagonal and the lengths counted; their bias
-/// is 0.
+/// byte per row of that shape, tells the rows that see no key, the causal diagonal counted (a mask has no lengths);
+/// their bias is 0.
 void write_bias(const AttentionProblem& problem, float* bias, std::uint8_t* empty_rows, const Launch& launch);
 
 /// Zeros in `out` and −∞ in `lse` for rows without keys: those of `empty_rows` (null: none), and all of batch entries
