@@ -1,5 +1,6 @@
 # The front door. `make demo` and `make test` set up what they need; `make help` lists the rest.
-PRESET ?= release
+PRESET ?= $(if $(wildcard /dev/nvidia0),cuda,release)
+CUDA_SET ?= full
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -9,7 +10,7 @@ help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: ## Install what is missing (Debian packages, .venv), nothing else
-	@scripts/setup.sh
+	@scripts/setup.sh $(filter cuda,$(PRESET))
 
 configure: setup
 	@mkdir -p build
@@ -55,9 +56,9 @@ neon: ## The CPU kernels and their test for 64-bit Arm, cross-built, run under Q
 	@scripts/setup.sh neon
 	@scripts/neon.sh
 
-cuda: setup ## The GPU back ends and their tests (installs nvcc where there is none; tests are skipped without a GPU)
+cuda: setup ## The GPU back ends and their tests, skipped without a GPU (installs nvcc where there is none; CUDA_SET=ci: a kernel of each kind)
 	@scripts/setup.sh cuda
-	@scripts/cuda.sh
+	@scripts/cuda.sh $(CUDA_SET)
 
 install: build ## Install to PREFIX (default out/)
 	@cmake --install $(BUILD) --prefix $(or $(PREFIX),out)

@@ -12,6 +12,18 @@ endif()
 # Machine code for each generation, and PTX of the newest for those to come.
 set(DITATTN_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120 CACHE STRING
     "GPU architectures to compile for, as CMake's CUDA_ARCHITECTURES has them")
+# How many of the kernels that are compiled per head size and dtype: all, or one of each kind, to see that they compile.
+set(DITATTN_CUDA_SET full CACHE STRING "GPU kernels to compile: full or ci")
+set_property(CACHE DITATTN_CUDA_SET PROPERTY STRINGS full ci)
+if(DITATTN_CUDA_SET STREQUAL full)
+  set(DITATTN_CUDA_HEAD_SIZES 64 128 256)
+  set(DITATTN_CUDA_DTYPES float16 bfloat16)
+elseif(DITATTN_CUDA_SET STREQUAL ci)
+  set(DITATTN_CUDA_HEAD_SIZES 128)
+  set(DITATTN_CUDA_DTYPES bfloat16)
+else()
+  message(FATAL_ERROR "DITATTN_CUDA_SET is ${DITATTN_CUDA_SET}; it may be full or ci.")
+endif()
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES ${DITATTN_CUDA_ARCHITECTURES})
 endif()
@@ -24,3 +36,4 @@ if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nv
   set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
   set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
 endif()
+add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)  # a third of the default's size

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The GPU back ends and their tests, which are skipped, and counted, where there is no GPU.
+# The GPU back ends and their tests, which are skipped, and counted, where there is no GPU.  Usage: scripts/cuda.sh full|ci
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=build/cuda
 
 mkdir -p build
-cmake --preset cuda >"$build.configure.log" 2>&1 || { cat "$build.configure.log"; exit 1; }
+cmake --preset cuda -DDITATTN_CUDA_SET="$1" >"$build.configure.log" 2>&1 || { cat "$build.configure.log"; exit 1; }
 cmake --build "$build" --target ditattn_programs ditattn_python conformance cuda
 ctest --test-dir "$build" --output-on-failure -L cuda

@@ -27,11 +27,11 @@ if [ ${#missing[@]} -gt 0 ]; then
   fi
 fi
 
-# Installs a list of requirements into .venv once: the stamp holds what was installed.
+# Installs a list of requirements into .venv once: the stamp holds what was installed.  Usage: require LIST [pip option…]
 require() {
   cmp -s "$1" ".venv/$1.stamp" && return
   echo "setup: installing $1 into .venv"
-  .venv/bin/pip install --quiet --disable-pip-version-check -r "$1"
+  .venv/bin/pip install --quiet --disable-pip-version-check "${@:2}" -r "$1"
   cp "$1" ".venv/$1.stamp"
 }
 
@@ -41,6 +41,6 @@ if ! cmp -s requirements.txt .venv/requirements.txt.stamp; then
   require requirements.txt
 fi
 if [ "${1:-}" = cuda ]; then
-  require requirements-cuda.txt
+  require requirements-cuda.txt --no-deps
   PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null || require requirements-nvcc.txt
 fi
