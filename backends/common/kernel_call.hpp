@@ -4,6 +4,9 @@
 
 #include <ditattn/backend.hpp>
 
+#include <algorithm>
+#include <functional>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -39,8 +42,12 @@ struct KernelCall {
   kernels::AttentionProblem problem;
 };
 
+/// A dimension of one has the stride it would have in a contiguous tensor: whatever stands there is never used, but
+/// engines look at it.
 inline kernels::Strides strides_of(const Tensor& tensor) {
-  return {.batch = tensor.stride(0), .token = tensor.stride(1), .head = tensor.stride(2)};
+  const auto stride = [&](int i, std::int64_t inner) { return tensor.size(i) == 1 ? inner : tensor.stride(i); };
+  const std::int64_t token = tensor.size(2) * tensor.size(3);
+  return {.batch = stride(0, tensor.size(1) * token), .token = stride(1, token), .head = stride(2, tensor.size(3))};
 }
 
 inline kernels::KeySegment to_kernel_segment(const KeySegment& segment) {
@@ -100,6 +107,20 @@ inline KernelCall to_kernel_call(const AttentionCall& call, const AttentionImpl&
     problem.range_batch_stride = plan.ranges->batch_stride;
   }
   return result;
+}
+
+/// The number of keys that all batch entries see, where lengths are all that hides keys and all are the same.
+inline std::optional<std::int64_t> common_length(const KeySegment& segment) {
+  if (segment.prefix == nullptr || segment.mask.data != nullptr) return std::nullopt;
+  const auto& lengths = segment.prefix->kv_lengths;
+  if (std::ranges::adjacent_find(lengths, std::not_equal_to()) != lengths.end()) return std::nullopt;
+  return std::clamp<std::int64_t>(lengths.front() - segment.length_offset, 0, segment.keys);
+}
+
+/// The problem of one key segment without its keys from `length` on: to engines fewer keys cost less than masked ones.
+inline void drop_keys_from(kernels::AttentionProblem& problem, std::int64_t length) {
+  problem.keys = problem.key_segments[0].keys = length;
+  problem.key_segments[0].lengths = nullptr;
 }
 
 }  // namespace ditattn

@@ -8,13 +8,14 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <functional>
+#include <memory>
 #include <mutex>
 #include <string_view>
 
+#include "backends/common/cuda_engine.hpp"
 #include "backends/common/kernel_call.hpp"
 #include "backends/cudnn_attn/sdpa_graph.hpp"
-#include "kernels/cuda/engine_masks.hpp"
+#include "kernels/cuda/engine_rows.hpp"
 
 namespace ditattn {
 namespace {
@@ -26,58 +27,50 @@ constexpr std::int64_t kOldestComputeCapability = 80;
 
 std::array<std::int64_t, 3> strides(const kernels::Strides& of) { return {of.batch, of.token, of.head}; }
 
-// The scratch memory of a call, in parts that start at multiples of 256 bytes.
-class Parts {
- public:
-  std::int64_t add(std::int64_t bytes) {
-    const std::int64_t start = total_;
-    total_ += (bytes + 255) / 256 * 256;
-    return start;
+constexpr const char* kAutotuneOption = "autotune";
+
+// backend_kwargs["autotune"].
+bool wants_autotune(const BackendKwargs& kwargs) {
+  for (const auto& [key, value] : kwargs) {
+    if (key != kAutotuneOption) continue;
+    if (const auto wanted = value.as<bool>()) return *wanted;
+    throw ValueError(
+        fmt::format("CUDNN_ATTN: backend_kwargs['autotune'] is {}. Valid values are: true, false", option_text(value)));
   }
-  [[nodiscard]] std::int64_t total() const { return total_; }
-
- private:
-  std::int64_t total_ = 0;
-};
-
-// Held while a call is queued: of two threads that share a stream, and with it the scratch memory, one goes first.
-std::mutex& turn_in(void* stream) {
-  static std::array<std::mutex, 64> turns;
-  return turns[std::hash<void*>()(stream) / 64 % turns.size()];
-}
-
-bool has_empty_entry(const KeySegment& segment) {
-  if (segment.keys == 0) return true;
-  return segment.prefix != nullptr && std::ranges::any_of(segment.prefix->kv_lengths, [&](std::int64_t length) {
-           return length - segment.length_offset <= 0;
-         });
+  return false;
 }
 
 class CuDNNAttentionImpl final : public AttentionImpl {
  public:
-  using AttentionImpl::AttentionImpl;
+  explicit CuDNNAttentionImpl(const ImplConfig& config)
+      : AttentionImpl(config), autotune_(wants_autotune(config.backend_kwargs)) {}
 
   void run(const AttentionCall& call) const override {
-    const KernelCall kernel = to_kernel_call(call, *this, kAlignment);
-    const AttentionProblem& problem = kernel.problem;
+    KernelCall kernel = to_kernel_call(call, *this, kAlignment);
+    AttentionProblem& problem = kernel.problem;
+    const auto length = common_length(kernel.plan.keys[0]);
+    if (length && *length != 1) drop_keys_from(problem, *length);  // one key alone cuDNN refuses
     const DLDevice device = call.query.device();
     const kernels::cuda::Launch launch{.device = device.device_id, .stream = current_stream(device)};
-    if (problem.keys == 0) return finish_rows(problem, nullptr, nullptr, launch);
+    if (problem.keys == 0) return finish_rows(problem, nullptr, launch);
 
-    const cudnn::SdpaSpec spec = spec_of(problem, device);
-    const auto plan = cudnn::sdpa_plan(spec);
+    cudnn::SdpaSpec spec = spec_of(problem, device);
+    spec.autotune = autotune_;
+    const auto plan = plan_for(spec);
     const bool packed_lse = problem.lse == nullptr || is_packed(problem);
     Parts parts;
     const std::int64_t rows = problem.batch * problem.heads * problem.rows;
-    const std::int64_t bias_rows = spec.bias_batch * spec.bias_heads * problem.rows;
+    const kernels::cuda::BiasShape shape = kernels::cuda::bias_shape(problem);
+    const bool masked = spec.bias_batch > 0;
+    const std::int64_t bias_rows = masked ? shape.batch * shape.heads * shape.rows : 0;
+    const bool as_it_lies = masked && is_bias(problem);
     const std::int64_t workspace = parts.add(plan->workspace_bytes());
     const std::int64_t lengths = parts.add(spec.lengths ? 2 * problem.batch * 4 : 0);
-    const std::int64_t bias = parts.add(bias_rows * problem.keys * 4);
-    const std::int64_t empty_rows = parts.add(bias_rows);
+    const std::int64_t bias = parts.add(as_it_lies ? 0 : bias_rows * problem.keys * (spec.bias_float32 ? 4 : 2));
+    const std::int64_t first_keys = parts.add(bias_rows * 4);
     const std::int64_t lse = parts.add(packed_lse ? 0 : rows * 4);
-    const std::lock_guard turn(turn_in(launch.stream));
-    const Tensor memory_of_call = parts.total() > 0 ? scratch(parts.total(), device) : Tensor();
-    char* memory = memory_of_call.defined() ? static_cast<char*>(memory_of_call.data_ptr()) : nullptr;
+    const Scratch scratch(parts.total(), device);
+    char* memory = scratch.data();
 
     cudnn::SdpaPointers pointers{.query = problem.queries[0].data,
                                  .key = problem.key_segments[0].key,
@@ -91,20 +84,35 @@ class CuDNNAttentionImpl final : public AttentionImpl {
       pointers.query_lengths = query_lengths;
       pointers.key_lengths = query_lengths + problem.batch;
     }
-    std::uint8_t* flags = nullptr;
-    if (spec.bias_batch > 0) {
-      flags = reinterpret_cast<std::uint8_t*>(memory + empty_rows);
-      auto* added = reinterpret_cast<float*>(memory + bias);
-      write_bias(problem, added, flags, launch);
-      pointers.bias = added;
+    std::int32_t* first_visible = nullptr;
+    if (masked) {
+      first_visible = reinterpret_cast<std::int32_t*>(memory + first_keys);
+      write_bias(problem, as_it_lies ? nullptr : memory + bias, first_visible, launch);
+      pointers.bias = as_it_lies ? problem.key_segments[0].mask.data : memory + bias;
     }
     plan->run(pointers, launch.stream);
-    if (flags != nullptr || !packed_lse || has_empty_entry(kernel.plan.keys[0])) {
-      finish_rows(problem, flags, packed_lse ? nullptr : pointers.lse, launch);
+    if (!packed_lse) {
+      const kernels::Strides packed{.batch = problem.heads * problem.rows, .token = 1, .head = problem.rows};
+      write_lse(problem, {.data = pointers.lse, .strides = packed}, launch);
     }
+    if (first_visible != nullptr || has_empty_entry(kernel.plan.keys[0])) finish_rows(problem, first_visible, launch);
   }
 
  private:
+  // Whether cuDNN can read the mask where it lies.
+  static bool is_bias(const AttentionProblem& p) {
+    const kernels::Mask& mask = p.key_segments[0].mask;
+    return mask.type == kernels::cuda::bias_type(p) && mask.key_stride == 1 && mask.first_row == 0 &&
+           mask.rows == p.rows && reinterpret_cast<std::uintptr_t>(mask.data) % 16 == 0 && mask.strides.batch >= 0 &&
+           mask.strides.head >= 0 && mask.strides.token >= 0;
+  }
+
+  static bool has_empty_entry(const KeySegment& segment) {
+    return segment.prefix != nullptr && std::ranges::any_of(segment.prefix->kv_lengths, [&](std::int64_t length) {
+             return length - segment.length_offset <= 0;
+           });
+  }
+
   static bool is_packed(const AttentionProblem& p) {
     const kernels::Strides& of = p.lse_strides;
     return of.token == 1 && (p.heads == 1 || of.head == p.rows) && (p.batch == 1 || of.batch == p.heads * p.rows);
@@ -134,9 +142,31 @@ class CuDNNAttentionImpl final : public AttentionImpl {
       const kernels::cuda::BiasShape shape = kernels::cuda::bias_shape(p);
       spec.bias_batch = shape.batch;
       spec.bias_heads = shape.heads;
+      const std::int64_t of_head = shape.rows * p.keys;
+      spec.bias_strides = is_bias(p) ? strides(keys.mask.strides)
+                                     : std::array{shape.heads * of_head, shape.rows == 1 ? 0 : p.keys, of_head};
+      spec.bias_float32 = kernels::cuda::bias_type(p) == kernels::ElementType::float32;
     }
     return spec;
   }
+
+  // A layer sees the same problem in every step: the plan of its last call is at hand.
+  std::shared_ptr<const cudnn::SdpaPlan> plan_for(const cudnn::SdpaSpec& spec) const {
+    {
+      const std::lock_guard lock(last_mutex_);
+      if (last_plan_ != nullptr && last_spec_ == spec) return last_plan_;
+    }
+    auto plan = cudnn::sdpa_plan(spec);
+    const std::lock_guard lock(last_mutex_);
+    last_spec_ = spec;
+    last_plan_ = plan;
+    return plan;
+  }
+
+  bool autotune_;
+  mutable std::mutex last_mutex_;
+  mutable cudnn::SdpaSpec last_spec_;
+  mutable std::shared_ptr<const cudnn::SdpaPlan> last_plan_;
 };
 
 class CuDNNAttentionBackend final : public AttentionBackend {
@@ -163,14 +193,7 @@ class CuDNNAttentionBackend final : public AttentionBackend {
   }
 
   void validate_available() const override {
-    if (cuda_info().devices.empty()) {
-      throw ImportError(fmt::format("CUDNN_ATTN needs a CUDA device: {}.", cuda_info().reason));
-    }
-    const auto newest = std::ranges::max_element(cuda_info().devices, {}, &CudaDevice::compute_capability);
-    if (newest->compute_capability < kOldestComputeCapability) {
-      throw ImportError(fmt::format("CUDNN_ATTN needs compute capability 8.0, {} has {}.{}.", newest->name,
-                                    newest->compute_capability / 10, newest->compute_capability % 10));
-    }
+    require_cuda(get_name(), kOldestComputeCapability);
     if (cudnn::version() == 0) {
       throw ImportError(
           fmt::format("CUDNN_ATTN needs cuDNN 9, which cannot be opened ({}). `ditattn doctor` says how to "
@@ -186,19 +209,19 @@ class CuDNNAttentionBackend final : public AttentionBackend {
           "CUDNN_ATTN was explicitly selected but cuDNN FMHA does not support key/value sequence length 1. Select "
           "TORCH_SDPA or another backend for this shape.");
     }
+    if (problem.fp8_kv && problem.device.device_type == kDLCUDA) {
+      verdict.reasons.emplace_back(
+          "cuDNN's FP8 attention gives FP8 output alone below compute capability 10.0, and is not here yet above.");
+    }
     return verdict;
   }
 
  protected:
   [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
-    if (config.softmax_scale.value_or(1) <= 0) {
-      throw ValueError(
-          fmt::format("CUDNN_ATTN needs a softmax_scale above 0, got {}: cuDNN takes the largest product for "
-                      "the largest logit. Select TORCH_SDPA or another backend.",
-                      *config.softmax_scale));
-    }
+    require_positive_scale(get_name(), config);
     return std::make_unique<CuDNNAttentionImpl>(config);
   }
+  [[nodiscard]] std::vector<std::string> known_kwargs() const override { return {kAutotuneOption}; }
 };
 
 }  // namespace

@@ -53,32 +53,44 @@ void check(fe::error_t status, const SdpaSpec& spec, const char* what) {
                   status.get_message()));
 }
 
-// cuDNN's handle of this thread for a device: not to be shared among threads at once.
-cudnnHandle_t handle_of(int device) {
+// cuDNN's handle of this thread for a device, set to `stream`: not to be shared among threads at once.
+cudnnHandle_t handle_of(int device, void* stream) {
+  struct Handle {
+    cudnnHandle_t handle = nullptr;
+    void* stream = nullptr;
+  };
   struct Handles {
-    std::map<int, cudnnHandle_t> of_device;
+    std::map<int, Handle> of_device;
     ~Handles() {
-      for (const auto& [device, handle] : of_device) fe::detail::destroy_handle(handle);
+      for (const auto& [device, of] : of_device) fe::detail::destroy_handle(of.handle);
     }
   };
   thread_local Handles handles;
-  cudnnHandle_t& handle = handles.of_device[device];
-  if (handle == nullptr) {
-    const cudnnStatus_t status = fe::detail::create_handle(&handle);
+  Handle& of = handles.of_device[device];
+  if (of.handle == nullptr) {
+    const cudnnStatus_t status = fe::detail::create_handle(&of.handle);
     if (status != CUDNN_STATUS_SUCCESS) {
-      handle = nullptr;
+      of.handle = nullptr;
       throw ImportError(
           fmt::format("CUDNN_ATTN: cuDNN does not start on cuda:{}: {}", device, fe::detail::get_error_string(status)));
     }
   }
-  return handle;
+  if (of.stream != stream) {
+    const cudnnStatus_t status = fe::detail::set_stream(of.handle, static_cast<cudaStream_t>(stream));
+    if (status != CUDNN_STATUS_SUCCESS) {
+      throw Error("RuntimeError",
+                  fmt::format("CUDNN_ATTN: cudnnSetStream failed: {}", fe::detail::get_error_string(status)));
+    }
+    of.stream = stream;
+  }
+  return of.handle;
 }
 
 class GraphPlan final : public SdpaPlan {
  public:
   explicit GraphPlan(const SdpaSpec& spec) : spec_(spec) {
     graph_.set_sm_version(spec.compute_capability);  // before sdpa(), which asks the current device otherwise
-    graph_.set_io_data_type(spec.bfloat16 ? fe::DataType_t::BFLOAT16 : fe::DataType_t::HALF)
+    graph_.set_io_data_type(io_type())
         .set_intermediate_data_type(fe::DataType_t::FLOAT)
         .set_compute_data_type(fe::DataType_t::FLOAT);
     const auto query = tensor("query", kQuery, spec.heads, spec.rows, spec.query_strides);
@@ -101,35 +113,49 @@ class GraphPlan final : public SdpaPlan {
       lse->set_output(true).set_uid(kLse).set_data_type(fe::DataType_t::FLOAT);
       lse->set_dim({spec.batch, spec.heads, spec.rows, 1}).set_stride({spec.heads * spec.rows, spec.rows, 1, 1});
     }
-    cudnnHandle_t handle = handle_of(spec.device);
-    check(graph_.build(handle, {fe::HeurMode_t::A, fe::HeurMode_t::FALLBACK}), spec, "plan attention");
-    check(graph_.get_workspace_size(workspace_bytes_), spec, "tell its workspace");
+    const std::vector<fe::HeurMode_t> modes = {fe::HeurMode_t::A, fe::HeurMode_t::FALLBACK};
+    const auto built = spec.autotune ? fe::BuildPlanPolicy_t::ALL : fe::BuildPlanPolicy_t::HEURISTICS_CHOICE;
+    check(graph_.build(handle_of(spec.device, nullptr), modes, built), spec, "plan attention");
+    if (spec.autotune) {
+      workspace_bytes_ = graph_.get_autotune_workspace_size();
+    } else {
+      check(graph_.get_workspace_size(workspace_bytes_), spec, "tell its workspace");
+    }
   }
 
   [[nodiscard]] std::int64_t workspace_bytes() const override { return workspace_bytes_; }
 
   void run(const SdpaPointers& pointers, void* stream) const override {
-    cudnnHandle_t handle = handle_of(spec_.device);
-    const cudnnStatus_t set = fe::detail::set_stream(handle, static_cast<cudaStream_t>(stream));
-    if (set != CUDNN_STATUS_SUCCESS) {
-      throw Error("RuntimeError",
-                  fmt::format("CUDNN_ATTN: cudnnSetStream failed: {}", fe::detail::get_error_string(set)));
-    }
-    std::unordered_map<std::int64_t, void*> pack = {{kQuery, const_cast<void*>(pointers.query)},
-                                                    {kKey, const_cast<void*>(pointers.key)},
-                                                    {kValue, const_cast<void*>(pointers.value)},
-                                                    {kOut, pointers.out}};
-    if (spec_.lse) pack.emplace(kLse, pointers.lse);
-    if (spec_.bias_batch > 0) pack.emplace(kBias, const_cast<float*>(pointers.bias));
+    cudnnHandle_t handle = handle_of(spec_.device, stream);
+    std::array<void*, kKeyLengths> pack{};  // in the order of their numbers
+    int count = 0;
+    const auto add = [&](const void* pointer) { pack[static_cast<std::size_t>(count++)] = const_cast<void*>(pointer); };
+    add(pointers.query);
+    add(pointers.key);
+    add(pointers.value);
+    add(pointers.out);
+    if (spec_.lse) add(pointers.lse);
+    if (spec_.bias_batch > 0) add(pointers.bias);
     if (spec_.lengths) {
-      pack.emplace(kQueryLengths, const_cast<std::int32_t*>(pointers.query_lengths));
-      pack.emplace(kKeyLengths, const_cast<std::int32_t*>(pointers.key_lengths));
+      add(pointers.query_lengths);
+      add(pointers.key_lengths);
     }
-    check(graph_.execute(handle, pack, pointers.workspace), spec_, "run attention");
+    if (spec_.autotune) std::call_once(tuned_, [&] { tune(handle, pack, count, pointers.workspace); });
+    check(graph_.execute(handle, pack.data(), count, pointers.workspace), spec_, "run attention");
   }
 
  private:
   using TensorAttributes = fe::graph::Tensor_attributes;
+
+  void tune(cudnnHandle_t handle, const std::array<void*, kKeyLengths>& pack, int count, void* workspace) const {
+    std::vector<Uid> uids = {kQuery, kKey, kValue, kOut};
+    if (spec_.lse) uids.push_back(kLse);
+    if (spec_.bias_batch > 0) uids.push_back(kBias);
+    if (spec_.lengths) uids.insert(uids.end(), {kQueryLengths, kKeyLengths});
+    std::unordered_map<std::int64_t, void*> named;
+    for (int i = 0; i < count; ++i) named.emplace(uids[static_cast<std::size_t>(i)], pack[static_cast<std::size_t>(i)]);
+    check(graph_.autotune(handle, named, workspace), spec_, "time its candidates");
+  }
 
   [[nodiscard]] std::vector<std::int64_t> sizes(std::int64_t heads, std::int64_t tokens) const {
     return {spec_.batch, heads, tokens, spec_.head_size};
@@ -152,17 +178,20 @@ class GraphPlan final : public SdpaPlan {
                              .set_data_type(fe::DataType_t::INT32));
   }
   std::shared_ptr<TensorAttributes> bias() {
-    return graph_.tensor(
-        TensorAttributes()
-            .set_name("bias")
-            .set_uid(kBias)
-            .set_dim({spec_.bias_batch, spec_.bias_heads, spec_.rows, spec_.keys})
-            .set_stride({spec_.bias_heads * spec_.rows * spec_.keys, spec_.rows * spec_.keys, spec_.keys, 1})
-            .set_data_type(fe::DataType_t::FLOAT));
+    return graph_.tensor(TensorAttributes()
+                             .set_name("bias")
+                             .set_uid(kBias)
+                             .set_dim({spec_.bias_batch, spec_.bias_heads, spec_.rows, spec_.keys})
+                             .set_stride(strides(spec_.bias_strides))
+                             .set_data_type(spec_.bias_float32 ? fe::DataType_t::FLOAT : io_type()));
+  }
+  [[nodiscard]] fe::DataType_t io_type() const {
+    return spec_.bfloat16 ? fe::DataType_t::BFLOAT16 : fe::DataType_t::HALF;
   }
 
   SdpaSpec spec_;
-  mutable fe::graph::Graph graph_;  // execute() is not const, and changes nothing
+  mutable fe::graph::Graph graph_;  // autotune() alone changes it, before others run
+  mutable std::once_flag tuned_;
   std::int64_t workspace_bytes_ = 0;
 };
 
@@ -204,6 +233,7 @@ std::int64_t version() { return library().version; }
 const std::string& problem() { return library().problem; }
 
 std::shared_ptr<const SdpaPlan> sdpa_plan(const SdpaSpec& spec) {
+  library();                         // opened before the first plan
   static Slots& slots = *new Slots;  // never destroyed: cuDNN may be gone before it
   const std::shared_ptr<Slot> slot = slots.find(spec);
   std::call_once(slot->once, [&] {

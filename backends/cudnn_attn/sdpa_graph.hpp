@@ -34,8 +34,11 @@ struct SdpaSpec {
   bool causal = false;           ///< row i sees keys j ≤ i
   bool lengths = false;          ///< int32 lengths per batch entry
   bool lse = false;
-  std::int64_t bias_batch = 0;  ///< 0: no bias. Else a contiguous float32 (bias_batch, bias_heads, rows, keys) is added
+  std::int64_t bias_batch = 0;  ///< 0: no bias. Else (batch, heads, rows, keys) is added, 1 for all
   std::int64_t bias_heads = 0;
+  std::array<std::int64_t, 3> bias_strides = {};
+  bool bias_float32 = false;  ///< the inputs' type otherwise
+  bool autotune = false;      ///< the first run times cuDNN's candidates, and waits for them
 
   friend auto operator<=>(const SdpaSpec&, const SdpaSpec&) = default;  // NOLINT: clang-tidy 14 reads a 0 into it
 };
@@ -47,7 +50,7 @@ struct SdpaPointers {
   const void* value = nullptr;
   void* out = nullptr;
   float* lse = nullptr;  ///< contiguous (batch, heads, rows)
-  const float* bias = nullptr;
+  const void* bias = nullptr;
   const std::int32_t* query_lengths = nullptr;
   const std::int32_t* key_lengths = nullptr;
   void* workspace = nullptr;

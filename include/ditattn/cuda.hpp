@@ -4,6 +4,7 @@
 /// machines without it. All functions are thread-safe.
 
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -36,11 +37,22 @@ DITATTN_API void* current_stream(DLDevice device);
 /// Waits for the work in this thread's stream of `device`. Nothing to wait for on the CPU.
 DITATTN_API void synchronize(DLDevice device);
 
-/// Scratch memory for work that this thread queues in its stream of a CUDA device: `bytes` at least, not initialised.
-/// Kept per device and stream, where calls follow on each other, as large as the largest; while the stream is captured,
-/// the graph's own, for as long as the result lives. Threads that share a stream must queue what uses it one call after
-/// the other. MemoryError where memory cannot be had.
-DITATTN_API Tensor scratch(std::int64_t bytes, DLDevice device);
+/// Scratch memory for work that this thread queues in its stream of a CUDA device. Kept per device and stream, where
+/// calls follow on each other, as large as the largest; while the stream is captured, the graph's own. Threads that
+/// share a stream take turns: one gets its memory when the other's object is gone, its work queued.
+class DITATTN_API Scratch {
+ public:
+  /// `bytes` at least, not initialised; 0: none, and no turn. MemoryError where memory cannot be had.
+  Scratch(std::int64_t bytes, DLDevice device);
+
+  /// Starts at a multiple of 256 bytes; null if there is none.
+  [[nodiscard]] char* data() const { return data_; }
+
+ private:
+  std::unique_lock<std::mutex> turn_;
+  Tensor memory_;  // freed before the turn ends
+  char* data_ = nullptr;
+};
 
 /// A copy of `tensor` on `device`, with the same strides; elements between its own come along. Ordered in this thread's
 /// streams; waits where the host is on either side. ValueError for devices other than CPU and CUDA; MemoryError where

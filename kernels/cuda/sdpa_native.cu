@@ -38,10 +38,6 @@ struct Shared {
   int end[kRows];
 };
 
-__device__ void narrow(float x, float& to) { to = x; }
-__device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
-__device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
-
 // What one block of threads works on.
 struct Place {
   std::int64_t batch;

@@ -22,6 +22,8 @@ constexpr int kMultiprocessors = 16;
 constexpr int kComputeCapabilityMajor = 75;
 constexpr int kComputeCapabilityMinor = 76;
 
+void* const kLegacyStream = reinterpret_cast<void*>(1);  // CU_STREAM_LEGACY
+
 struct Driver {
   Result (*cuInit)(unsigned flags) = nullptr;
   Result (*cuDriverGetVersion)(int* version) = nullptr;
@@ -205,8 +207,8 @@ void wait_for(int device, void* stream) {
 }
 
 bool is_capturing(int device, void* stream) {
-  const OnDevice on_device(device);
-  int status = 0;
+  if (stream == nullptr || stream == kLegacyStream) return false;  // CUDA captures no default stream
+  int status = 0;                                                  // no context is needed: a stream has its own
   check(driver().cuStreamIsCapturing(stream, &status), "cuStreamIsCapturing", device);
   return status != 0;
 }

@@ -46,6 +46,19 @@ void refuse_in_capture(DLDevice device, const char* what) {
       what, device_name(device)));
 }
 
+// A stream's scratch memory, and who may use it.
+struct Kept {
+  std::mutex turn;
+  Tensor memory;
+};
+
+Kept& kept_for(int device, void* stream) {
+  static std::mutex mutex;
+  static auto& kept = *new std::map<std::pair<int, void*>, Kept>;  // never destroyed: the driver may be gone before it
+  const std::lock_guard lock(mutex);
+  return kept[{device, stream}];
+}
+
 }  // namespace
 
 Tensor empty(std::span<const std::int64_t> shape, DLDataType dtype, DLDevice device) {
@@ -59,20 +72,22 @@ Tensor empty(std::span<const std::int64_t> shape, DLDataType dtype, DLDevice dev
   return Tensor::FromNDAlloc(CudaAllocator{current_stream(device)}, view, dtype, device);
 }
 
-Tensor scratch(std::int64_t bytes, DLDevice device) {
+Scratch::Scratch(std::int64_t bytes, DLDevice device) {
+  if (bytes == 0) return;
   void* stream = current_stream(device);
   const auto allocate = [&] {
     return Tensor::FromNDAlloc(CudaAllocator{stream}, tvm::ffi::ShapeView(&bytes, 1), DLDataType{kDLUInt, 8, 1},
                                device);
   };
-  if (cuda::is_capturing(device.device_id, stream)) return allocate();
-  static std::mutex mutex;
-  static auto& kept =
-      *new std::map<std::pair<int, void*>, Tensor>;  // never destroyed: the driver may be gone before it
-  const std::lock_guard lock(mutex);
-  Tensor& memory = kept[{device.device_id, stream}];
-  if (!memory.defined() || memory.numel() < bytes) memory = allocate();
-  return memory;
+  if (cuda::is_capturing(device.device_id, stream)) {
+    memory_ = allocate();
+  } else {
+    Kept& kept = kept_for(device.device_id, stream);
+    turn_ = std::unique_lock(kept.turn);
+    if (!kept.memory.defined() || kept.memory.numel() < bytes) kept.memory = allocate();
+    memory_ = kept.memory;
+  }
+  data_ = static_cast<char*>(memory_.data_ptr());
 }
 
 void synchronize(DLDevice device) {

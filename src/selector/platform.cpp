@@ -1,5 +1,6 @@
 // The platforms' ordered candidates.
 
+#include <dlfcn.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
@@ -29,16 +30,29 @@ struct Generation {
 
 using Generations = std::vector<Generation>;  // descending
 
+constexpr std::int64_t kBlackwell = 100;
+
 std::map<std::string, Generations>& platforms() {
   // cuDNN goes first on Blackwell only: from 9.5 on it has kernels for it, and FLASH_ATTN's are for Hopper.
   static std::map<std::string, Generations>& table = *new std::map<std::string, Generations>{
       {"cpu", {{0, {{Enum::FLASH_ATTN}, {Enum::TORCH_SDPA}}}}},
       {"cuda",
-       {{100, {{Enum::CUDNN_ATTN, 90500}, {Enum::FLASHINFER_ATTN}, {Enum::FLASH_ATTN}, {Enum::TORCH_SDPA}}},
+       {{kBlackwell, {{Enum::CUDNN_ATTN, 90500}, {Enum::FLASHINFER_ATTN}, {Enum::FLASH_ATTN}, {Enum::TORCH_SDPA}}},
         {80, {{Enum::FLASH_ATTN}, {Enum::CUDNN_ATTN}, {Enum::FLASHINFER_ATTN}, {Enum::TORCH_SDPA}}},
         {0, {{Enum::TORCH_SDPA}}}}},
   };
   return table;
+}
+
+// As cuDNN reports it, 0 where it cannot be opened. Asked only where a candidate depends on it.
+std::int64_t cudnn_version() {
+  static const std::int64_t version = [] {
+    void* library = ::dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) return std::int64_t{0};
+    const auto get = reinterpret_cast<std::size_t (*)()>(::dlsym(library, "cudnnGetVersion"));
+    return get == nullptr ? std::int64_t{0} : static_cast<std::int64_t>(get());
+  }();
+  return version;
 }
 
 std::mutex& platforms_mutex() {
@@ -74,7 +88,10 @@ std::vector<Enum> platform_candidates(const std::string& device) {
   if (info.devices.empty()) {
     throw ImportError(fmt::format("Device 'cuda' is unavailable: {}. Use device 'cpu'.", info.reason));
   }
-  return platform_candidates(Platform{.device = device, .compute_capability = info.devices.front().compute_capability});
+  const std::int64_t capability = info.devices.front().compute_capability;
+  return platform_candidates(Platform{.device = device,
+                                      .compute_capability = capability,
+                                      .cudnn_version = capability >= kBlackwell ? cudnn_version() : 0});
 }
 
 void define_platform(const std::string& device, std::vector<Enum> candidates) {

@@ -55,7 +55,9 @@ TEST_F(ContractCudnn, Fp8IsRefused) {
   EXPECT_EQ(
       reasons([](Problem& p) { p.fp8_kv = true; }),
       "Attention backend CUDNN_ATTN does not support kv_cache_dtype='fp8' on cuda. Select a compatible backend or "
-      "set diffusion_kv_cache_dtype='auto'.");
+      "set diffusion_kv_cache_dtype='auto'.; cuDNN's FP8 attention gives FP8 output alone below compute capability "
+      "10.0, "
+      "and is not here yet above.");
 }
 
 TEST_F(ContractCudnn, ScalesOfZeroAndLessAreRefused) {
@@ -64,6 +66,17 @@ TEST_F(ContractCudnn, ScalesOfZeroAndLessAreRefused) {
         [&] { return backend->make({.num_heads = 4, .head_size = 64, .softmax_scale = scale}); });
     testing::expect_contains(text, {fmt::format("CUDNN_ATTN needs a softmax_scale above 0, got {}", scale)});
   }
+}
+
+TEST_F(ContractCudnn, AutotuneIsTrueOrFalse) {
+  for (const bool wanted : {true, false}) {
+    EXPECT_NE(backend->make({.num_heads = 4, .head_size = 64, .backend_kwargs = {{"autotune", wanted}}}), nullptr);
+  }
+  EXPECT_EQ(testing::error_text<ValueError>([&] {
+              static_cast<void>(backend->make(
+                  {.num_heads = 4, .head_size = 64, .backend_kwargs = {{"autotune", tvm::ffi::String("yes")}}}));
+            }),
+            "CUDNN_ATTN: backend_kwargs['autotune'] is 'yes'. Valid values are: true, false");
 }
 
 }  // namespace

@@ -1,0 +1,183 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels/cuda/engine_rows.hpp"
+#include "kernels/cuda/launch_impl.hpp"
+#include "kernels/cuda/mask_impl.hpp"
+
+namespace ditattn::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kMostThreads = 1024;
+constexpr unsigned kManyLines = 512;  // that fill a GPU with `kThreads` each
+
+__device__ std::int64_t length_of(const KeySegment& segment, std::int64_t batch) {
+  if (segment.lengths == nullptr) return segment.keys;
+  return clamp(segment.lengths[batch * segment.length_stride] - segment.length_offset, 0, segment.keys);
+}
+
+__device__ std::int64_t offset(const Strides& of, std::int64_t batch, std::int64_t row, std::int64_t head) {
+  return batch * of.batch + row * of.token + head * of.head;
+}
+
+__global__ void lengths_kernel(const __grid_constant__ AttentionProblem p, std::int32_t* query_lengths,
+                               std::int32_t* key_lengths) {
+  const std::int64_t batch = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (batch >= p.batch) return;
+  query_lengths[batch] = static_cast<std::int32_t>(p.rows);
+  key_lengths[batch] = static_cast<std::int32_t>(length_of(p.key_segments[0], batch));
+}
+
+// One block per row of the bias.
+template <typename T>
+__global__ void bias_kernel(const __grid_constant__ AttentionProblem p, BiasShape shape, T* bias,
+                            std::int32_t* first_keys) {
+  const KeySegment& segment = p.key_segments[0];
+  const Mask& mask = segment.mask;
+  const std::int64_t line = blockIdx.x;
+  const std::int64_t row = line % shape.rows;
+  const std::int64_t head = line / shape.rows % shape.heads;
+  const std::int64_t batch = line / shape.rows / shape.heads;
+  const std::int64_t first =
+      batch * mask.strides.batch + (row - mask.first_row) * mask.strides.token + head * mask.strides.head;
+  T* to = bias + line * p.keys;
+  __shared__ int first_key;
+  if (threadIdx.x == 0) first_key = static_cast<int>(p.keys);
+  __syncthreads();
+  bool found = false;
+  for (std::int64_t start = 0; start < p.keys; start += blockDim.x) {
+    const std::int64_t key = start + threadIdx.x;
+    const float x = key < p.keys ? load_mask(mask, first + key * mask.key_stride) : -INFINITY;
+    if (bias != nullptr && key < p.keys) narrow(x, to[key]);
+    if (!found) {  // in order: the first block of keys with one that is visible has the first
+      if (x != -INFINITY) atomicMin(&first_key, static_cast<int>(key));
+      found = __syncthreads_or(x != -INFINITY ? 1 : 0) != 0;
+    }
+    if (found && bias == nullptr) break;
+  }
+  if (threadIdx.x == 0) first_keys[line] = first_key;
+}
+
+// One thread per row.
+__global__ void lse_kernel(const __grid_constant__ AttentionProblem p, EngineLse lse) {
+  const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (line >= p.batch * p.heads * p.rows) return;
+  const std::int64_t row = line % p.rows;
+  const std::int64_t head = line / p.rows % p.heads;
+  const std::int64_t batch = line / p.rows / p.heads;
+  p.lse[offset(p.lse_strides, batch, row, head)] = lse.factor * lse.data[offset(lse.strides, batch, row, head)];
+}
+
+// One block per row and head of the output.
+__global__ void out_kernel(const __grid_constant__ AttentionProblem p, const std::uint16_t* packed) {
+  const std::int64_t line = blockIdx.x;
+  const std::int64_t head = line % p.heads;
+  const std::int64_t row = line / p.heads % p.rows;
+  const std::int64_t batch = line / p.heads / p.rows;
+  auto* out = static_cast<std::uint16_t*>(p.out) + offset(p.out_strides, batch, row, head);
+  for (std::int64_t d = threadIdx.x; d < p.head_size; d += blockDim.x) out[d] = packed[line * p.head_size + d];
+}
+
+// One thread per row; the warp writes those without keys together.
+__global__ void finish_kernel(const __grid_constant__ AttentionProblem p, BiasShape shape,
+                              const std::int32_t* first_keys) {
+  const auto place = [&](std::int64_t line, const Strides& of) {
+    return offset(of, line / p.rows / p.heads, line % p.rows, line / p.rows % p.heads);
+  };
+  const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  bool empty = false;
+  if (line < p.batch * p.heads * p.rows) {
+    const std::int64_t row = line % p.rows;
+    const std::int64_t head = line / p.rows % p.heads;
+    const std::int64_t batch = line / p.rows / p.heads;
+    std::int64_t end = length_of(p.key_segments[0], batch);
+    if (p.causal) end = clamp(row + p.causal_offset + 1, 0, end);
+    const std::int64_t of_bias =
+        ((shape.batch > 1 ? batch : 0) * shape.heads + (shape.heads > 1 ? head : 0)) * shape.rows +
+        (shape.rows > 1 ? row : 0);
+    empty = end <= (first_keys == nullptr ? 0 : first_keys[of_bias]);
+    if (empty && p.lse != nullptr) p.lse[place(line, p.lse_strides)] = -INFINITY;
+  }
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (unsigned left = __ballot_sync(~0U, empty ? 1 : 0); left != 0; left &= left - 1) {
+    const std::int64_t of_warp = line - lane + __ffs(static_cast<int>(left)) - 1;
+    const std::int64_t halves = p.out_type == ElementType::float32 ? 2 : 1;
+    auto* out = static_cast<std::uint16_t*>(p.out) + place(of_warp, p.out_strides) * halves;
+    for (std::int64_t d = lane; d < p.head_size * halves; d += 32) out[d] = 0;
+  }
+}
+
+unsigned grid(std::int64_t blocks) {
+  if (blocks <= 2147483647) return static_cast<unsigned>(blocks);
+  throw std::runtime_error(std::to_string(blocks) + " rows are too many for one launch. Split the batch.");
+}
+
+}  // namespace
+
+void write_lengths(const AttentionProblem& problem, std::int32_t* query_lengths, std::int32_t* key_lengths,
+                   const Launch& launch) {
+  const OnDevice on_device(launch.device);
+  lengths_kernel<<<grid((problem.batch + kThreads - 1) / kThreads), kThreads, 0,
+                   static_cast<cudaStream_t>(launch.stream)>>>(problem, query_lengths, key_lengths);
+  check(cudaGetLastError(), "write_lengths");
+}
+
+BiasShape bias_shape(const AttentionProblem& problem) {
+  const Mask& mask = problem.key_segments[0].mask;
+  return {.batch = mask.strides.batch == 0 ? 1 : problem.batch,
+          .heads = mask.strides.head == 0 ? 1 : problem.heads,
+          .rows = mask.strides.token == 0 ? 1 : problem.rows};
+}
+
+ElementType bias_type(const AttentionProblem& problem) {
+  const ElementType mask = problem.key_segments[0].mask.type;
+  return mask == ElementType::boolean || mask == problem.type ? problem.type : ElementType::float32;
+}
+
+void write_bias(const AttentionProblem& problem, void* bias, std::int32_t* first_keys, const Launch& launch) {
+  const OnDevice on_device(launch.device);
+  const BiasShape shape = bias_shape(problem);
+  const unsigned lines = grid(shape.batch * shape.heads * shape.rows);
+  auto* const stream = static_cast<cudaStream_t>(launch.stream);
+  const int threads = lines < kManyLines ? kMostThreads : kThreads;
+  const auto write = [&]<typename T>(T* to) {
+    bias_kernel<<<lines, threads, 0, stream>>>(problem, shape, to, first_keys);
+  };
+  switch (bias_type(problem)) {
+    case ElementType::float16:
+      write(static_cast<__half*>(bias));
+      break;
+    case ElementType::bfloat16:
+      write(static_cast<__nv_bfloat16*>(bias));
+      break;
+    default:
+      write(static_cast<float*>(bias));
+  }
+  check(cudaGetLastError(), "write_bias");
+}
+
+void write_lse(const AttentionProblem& problem, const EngineLse& lse, const Launch& launch) {
+  const OnDevice on_device(launch.device);
+  const std::int64_t rows = problem.batch * problem.heads * problem.rows;
+  lse_kernel<<<grid((rows + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(problem,
+                                                                                                                lse);
+  check(cudaGetLastError(), "write_lse");
+}
+
+void write_out(const AttentionProblem& problem, const void* out, const Launch& launch) {
+  const OnDevice on_device(launch.device);
+  out_kernel<<<grid(problem.batch * problem.heads * problem.rows), kThreads, 0,
+               static_cast<cudaStream_t>(launch.stream)>>>(problem, static_cast<const std::uint16_t*>(out));
+  check(cudaGetLastError(), "write_out");
+}
+
+void finish_rows(const AttentionProblem& problem, const std::int32_t* first_keys, const Launch& launch) {
+  const OnDevice on_device(launch.device);
+  const std::int64_t rows = problem.batch * problem.heads * problem.rows;
+  finish_kernel<<<grid((rows + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(
+      problem, bias_shape(problem), first_keys);
+  check(cudaGetLastError(), "finish_rows");
+}
+
+}  // namespace ditattn::kernels::cuda

@@ -1,0 +1,46 @@
+#pragma once
+
+/// What engines of others need of masks, in the forms they take: lengths as int32, a mask as what is added to logits.
+/// And what they do not give: results where the caller wants them, zeros and −∞ for rows that see no key.
+
+#include "kernels/attention_problem.hpp"
+#include "kernels/cuda/launch.hpp"
+
+namespace ditattn::kernels::cuda {
+
+/// int32 lengths of each batch entry: all rows, and the keys its segment's `lengths` leave (all where it has none).
+void write_lengths(const AttentionProblem& problem, std::int32_t* query_lengths, std::int32_t* key_lengths,
+                   const Launch& launch);
+
+/// A mask's extents: 1 where it is broadcast over the batch, the heads or the rows.
+struct BiasShape {
+  std::int64_t batch = 1;
+  std::int64_t heads = 1;
+  std::int64_t rows = 1;
+};
+BiasShape bias_shape(const AttentionProblem& problem);
+
+/// The narrowest type, of the problem's and float32, that has all of the mask's numbers.
+ElementType bias_type(const AttentionProblem& problem);
+
+/// The mask of segment 0 as (batch, heads, rows, keys) of `bias_shape` and `bias_type`, −∞ where it hides; null: not
+/// wanted. `first_keys`, (batch, heads, rows), gets the first key that is not hidden, the number of keys where all are.
+void write_bias(const AttentionProblem& problem, void* bias, std::int32_t* first_keys, const Launch& launch);
+
+/// The log-sum-exp as an engine writes it: log-sum-exp = `factor` · element (batch, head, row).
+struct EngineLse {
+  const float* data = nullptr;
+  Strides strides;
+  float factor = 1;
+};
+/// `problem.lse` from an engine's.
+void write_lse(const AttentionProblem& problem, const EngineLse& lse, const Launch& launch);
+
+/// `problem.out`, of 2-byte elements, from a contiguous (batch, rows, heads, head_size).
+void write_out(const AttentionProblem& problem, const void* out, const Launch& launch);
+
+/// Zeros in `out` and −∞ in `lse` for rows without keys: those whose first key, of `first_keys` (null: 0), is past the
+/// entry's length or the diagonal.
+void finish_rows(const AttentionProblem& problem, const std::int32_t* first_keys, const Launch& launch);
+
+}  // namespace ditattn::kernels::cuda
