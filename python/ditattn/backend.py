@@ -14,7 +14,7 @@ import tvm_ffi
 from . import _native
 from .metadata import AttentionMetadata, native_metadata
 from .problem import Problem
-from .tensors import as_tensor, is_torch, like, optional_tensor, torch, torch_stream
+from .tensors import as_argument, is_taken_directly, is_torch, like, torch, torch_stream
 
 _address = _native.function("address")
 _get_name = _native.function("get_name")
@@ -184,15 +184,17 @@ class NativeImpl(AttentionImpl):
             return self._call(query, key, value, attn_metadata, out, lse, return_lse)
         if query.ndim == 4:  # else refused below
             out, lse = _cuda_outputs(query, attn_metadata, out, lse, return_lse)
+        if is_taken_directly(query):
+            return self._call(query, key, value, attn_metadata, out, lse, return_lse)
         with torch_stream(query):
             return self._call(query, key, value, attn_metadata, out, lse, return_lse)
 
     def _call(self, query: Any, key: Any, value: Any, metadata: Any, out: Any, lse: Any, return_lse: bool) -> Any:
         result = _forward(
             self._impl,
-            as_tensor(query, "query"),
-            as_tensor(key, "key"),
-            as_tensor(value, "value"),
+            as_argument(query, "query"),
+            as_argument(key, "key"),
+            as_argument(value, "value"),
             native_metadata(metadata),
             _output(out, "out"),
             _output(lse, "lse"),
@@ -221,10 +223,10 @@ def _cuda_outputs(query: Any, metadata: Any, out: Any, lse: Any, return_lse: boo
     return out, lse
 
 
-def _output(array: Any, what: str) -> tvm_ffi.Tensor | None:
+def _output(array: Any, what: str) -> Any:
     if getattr(getattr(array, "flags", None), "writeable", True) is False:
         raise ValueError(f"{what} is read-only.")
-    return optional_tensor(array, what)
+    return None if array is None else as_argument(array, what)
 
 
 _classes: dict[int, type] = {}  # by address; a class keeps its C++ object alive, so addresses are never used again

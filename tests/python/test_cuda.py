@@ -51,7 +51,8 @@ def test_results_are_torch_tensors_on_the_device(name):
     assert type(lse) is torch.Tensor and lse.device == query.device and lse.shape == (2, 4, 130)
     assert error(out, expected(query, key, value)) < 1e-2
     given = torch.empty_like(query)
-    assert attention(query, key, value, backend=name, out=given) is given and torch.equal(given, out)
+    assert attention(query, key, value, backend=name, out=given) is given
+    assert torch.equal(given, attention(query, key, value, backend=name))  # the LSE may be another engine's
 
 
 @pytest.mark.parametrize("name", names())
