@@ -15,14 +15,21 @@ echo "== Q/K/V captured from a real diffusion transformer, and two model shapes 
 "$bin/ditattn" compare --input examples/digits/capture.safetensors \
   --shape 2,16,1024,1024,72 --shape 2,24,1024,1024,64 --report "$out/compare.html"
 
+if "$bin/ditattn" doctor | grep -qE '^cuda +yes +yes'; then
+  echo
+  echo "== The same on the GPU in float16, and FLUX.1 at 1024 px"
+  "$bin/ditattn" compare --device cuda --dtype float16 --input examples/digits/capture.safetensors \
+    --shape 2,16,1024,1024,72 --shape 2,24,1024,1024,64 --shape 1,24,4608,4608,128 --report "$out/compare-gpu.html"
+fi
+
 echo
-echo "== Digits from one seed with every available back end"
+echo "== Digits from one seed with every available back end of the CPU"
 backends=$("$bin/ditattn" list --json |
-  .venv/bin/python -c 'import json, sys; print(" ".join("--backend " + b["name"] for b in json.load(sys.stdin)["backends"] if b["available"]))')
+  .venv/bin/python -c 'import json, sys; print(" ".join("--backend " + b["name"] for b in json.load(sys.stdin)["backends"] if b["available"] and "cpu" in b["devices"]))')
 # shellcheck disable=SC2086  # one word per flag
 "$bin/digits" $backends --seed 1 --count 20 --out "$out/digits.png" --samples "$out/digits.safetensors"
 
 echo
-echo "Report:  $out/compare.html"
+echo "Report:  $(ls "$out"/compare*.html | xargs)"
 echo "Picture: $out/digits.png"
 echo "Samples: $out/digits-NAME.safetensors (score one: .venv/bin/python examples/digits/score.py FILE)"
