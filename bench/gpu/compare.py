@@ -1,4 +1,5 @@
-"""Times GPU attention of ditattn beside PyTorch's back ends (and FlashAttention 3, where `fa3_fwd_interface` is there).
+"""Times GPU attention of ditattn beside PyTorch's back ends, and FlashAttention 3 (`fa3_fwd_interface`) and FlashInfer
+(`flashinfer`) where they are there.
 
     compare.py [--shapes flux-1024,sit-d72] [--libraries torch-cudnn,CUDNN_ATTN] [--rounds 5] [--dtype bf16] [--json FILE]
 
@@ -11,6 +12,7 @@ engine in PyTorch.
 import argparse
 import contextlib
 import json
+import random
 import statistics
 import time
 
@@ -38,7 +40,7 @@ SHAPES = {
     "tiny-launch": (1, 8, 128, 128, 64, False),
     "causal-16k": (1, 24, 16384, 16384, 128, True),
 }
-SAME_ENGINE = {"CUDNN_ATTN": "torch-cudnn"}
+SAME_ENGINE = {"CUDNN_ATTN": "torch-cudnn", "FLASHINFER_ATTN": "flashinfer"}
 MOST_MS = 60  # of one library in one round
 
 
@@ -53,6 +55,22 @@ def context_of(library):
     return CONTEXTS.get(library, contextlib.nullcontext)()
 
 
+def flashinfer_call(query, key, value, causal):
+    import flashinfer
+
+    batch, rows, heads, head_size = query.shape
+    keys, kv_heads = key.shape[1], key.shape[2]
+    if head_size not in (64, 128, 256):
+        raise ImportError("FlashInfer has no such head size")
+    if batch == 1:
+        return lambda: flashinfer.single_prefill_with_kv_cache(query[0], key[0], value[0], causal=causal)
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(torch.empty(1 << 28, dtype=torch.uint8, device="cuda"))
+    starts = [torch.arange(batch + 1, dtype=torch.int32, device="cuda") * tokens for tokens in (rows, keys)]
+    wrapper.plan(*starts, heads, kv_heads, head_size, causal=causal, q_data_type=query.dtype)
+    flat = [tensor.flatten(0, 1) for tensor in (query, key, value)]
+    return lambda: wrapper.run(*flat)
+
+
 def libraries(query, key, value, causal, chosen):
     transposed = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     calls = dict.fromkeys(CONTEXTS, lambda: scaled_dot_product_attention(*transposed, is_causal=causal))
@@ -62,6 +80,8 @@ def libraries(query, key, value, causal, chosen):
         calls["fa3"] = lambda: flash_attn_func(query, key, value, causal=causal)
     except ImportError:
         pass
+    with contextlib.suppress(ImportError):
+        calls["flashinfer"] = flashinfer_call(query, key, value, causal)
     out = torch.empty_like(query)
     for member in Enum:
         try:
@@ -123,14 +143,15 @@ def measure(name, shape, dtype, rounds, chosen):
                 call()
                 torch.cuda.synchronize()
                 ms = event_ms(call, 2)
-            except RuntimeError:
+            except (RuntimeError, NotImplementedError):
                 del calls[library]
                 continue
             count = max(2, min(200, int(MOST_MS / ms)))
             runs[library] = {"count": count, "graph": graph_of(call, count), "event": [], "replay": [], "host": []}
     order = list(calls)
-    for _ in range(rounds):  # each in turn after each other: who follows a light kernel finds a cool GPU
-        order.append(order.pop(0))
+    shuffled = random.Random(1)
+    for _ in range(rounds):
+        shuffled.shuffle(order)  # who follows a light kernel finds a cool GPU: not always the same
         for library in order:
             with context_of(library):
                 runs[library]["event"].append(event_ms(calls[library], runs[library]["count"]))
@@ -175,7 +196,7 @@ def main():
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--libraries", default="", help="A,B: these only, of PyTorch's (torch-cudnn, torch-flash) and ours")
+    parser.add_argument("--libraries", default="", help="A,B: these only, of the peers (torch-cudnn, torch-flash, fa3, flashinfer) and ours")
     parser.add_argument("--json", help="write the figures there too")
     options = parser.parse_args()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]

@@ -44,6 +44,10 @@ double quantization(const NamedBackend& named);
 double quantized_error_bound(double quantization, double logits);
 double quantized_lse_bound(double quantization, double logits);
 
+/// What an engine's LSE may be off beside float32's rounding: FlashInfer sums probabilities that are rounded to 16
+/// bits.
+double own_lse_bound(const NamedBackend& named, DLDataType dtype);
+
 /// Measures `out` and `lse` (null: not compared) against the oracle's rows.
 Measured compare(const Case& c, const Inputs& inputs, const reference::Result& expected, const Tensor& out,
                  const Tensor& lse, double quantization = 0);
