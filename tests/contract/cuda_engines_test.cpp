@@ -1,4 +1,5 @@
-// What CUDNN_ATTN refuses, each with the value. Asking needs neither a GPU nor cuDNN; in builds without it, skipped.
+// What CUDNN_ATTN and FLASHINFER_ATTN refuse, each with the value. Asking needs neither a GPU nor their libraries; in
+// builds without them, skipped.
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -11,11 +12,13 @@
 namespace ditattn {
 namespace {
 
-class ContractCudnn : public ::testing::Test {
+class ContractEngine : public ::testing::Test {
  protected:
+  explicit ContractEngine(DiffusionAttentionBackendEnum member) : member_(member) {}
+
   void SetUp() override {
     try {
-      backend = DiffusionAttentionBackendEnum::CUDNN_ATTN.get_class();
+      backend = member_.get_class();
     } catch (const ImportError& error) {
       GTEST_SKIP() << "skipped: " << error.message();
     }
@@ -25,13 +28,26 @@ class ContractCudnn : public ::testing::Test {
                     .num_kv_heads = 2,
                     .seq_q = 100,
                     .seq_kv = 200,
-                    .head_size = 64,
+                    .head_size = 128,
                     .dtype = kBFloat16,
                     .device = {kDLCUDA, 0}};
     change(problem);
     return backend->explain(problem).text();
   }
   BackendClass backend;
+
+ private:
+  DiffusionAttentionBackendEnum member_;
+};
+
+class ContractCudnn : public ContractEngine {
+ protected:
+  ContractCudnn() : ContractEngine(DiffusionAttentionBackendEnum::CUDNN_ATTN) {}
+};
+
+class ContractFlashInfer : public ContractEngine {
+ protected:
+  ContractFlashInfer() : ContractEngine(DiffusionAttentionBackendEnum::FLASHINFER_ATTN) {}
 };
 
 TEST_F(ContractCudnn, KeyLengthOneIsRefused) {
@@ -77,6 +93,43 @@ TEST_F(ContractCudnn, AutotuneIsTrueOrFalse) {
                   {.num_heads = 4, .head_size = 64, .backend_kwargs = {{"autotune", tvm::ffi::String("yes")}}}));
             }),
             "CUDNN_ATTN: backend_kwargs['autotune'] is 'yes'. Valid values are: true, false");
+}
+
+TEST_F(ContractFlashInfer, CausalWithFewerKeysIsRefused) {
+  EXPECT_EQ(reasons([](Problem& p) { p.causal = true; }), "");
+  EXPECT_EQ(
+      reasons([](Problem& p) {
+        p.causal = true;
+        p.seq_kv = 99;
+      }),
+      "FLASHINFER_ATTN does not support causal=True with fewer keys than query rows (seq_q=100, seq_kv=99). Select "
+      "FLASH_ATTN, TORCH_SDPA or another backend.");
+}
+
+TEST_F(ContractFlashInfer, AdditiveMasksAreRefused) {
+  EXPECT_EQ(reasons([](Problem& p) { p.mask = MaskKind::boolean; }), "");
+  EXPECT_EQ(reasons([](Problem& p) { p.mask = MaskKind::additive; }),
+            "FLASHINFER_ATTN does not support a mask of kind additive. Supported kinds: padding, bool.");
+}
+
+TEST_F(ContractFlashInfer, AlignmentIsRefusedWithItsValue) {
+  EXPECT_EQ(
+      reasons([](Problem& p) { p.alignment = 8; }),
+      "FLASHINFER_ATTN needs tensors that start at and have strides of multiples of 16 bytes, got multiples of 8. "
+      "Make them contiguous.");
+}
+
+TEST_F(ContractFlashInfer, Float32IsRefused) {
+  testing::expect_contains(reasons([](Problem& p) { p.dtype = kFloat32; }),
+                           {"FLASHINFER_ATTN does not support dtype=float32. Supported dtypes:", "bfloat16"});
+}
+
+TEST_F(ContractFlashInfer, ScalesOfZeroAndLessAreRefusedByName) {
+  for (const double scale : {0.0, -2.5}) {
+    const std::string text = testing::error_text<ValueError>(
+        [&] { return backend->make({.num_heads = 4, .head_size = 128, .softmax_scale = scale}); });
+    testing::expect_contains(text, {fmt::format("FLASHINFER_ATTN needs a softmax_scale above 0, got {}", scale)});
+  }
 }
 
 }  // namespace
