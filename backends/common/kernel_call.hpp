@@ -45,9 +45,12 @@ struct KernelCall {
 /// A dimension of one has the stride it would have in a contiguous tensor: whatever stands there is never used, but
 /// engines look at it.
 inline kernels::Strides strides_of(const Tensor& tensor) {
-  const auto stride = [&](int i, std::int64_t inner) { return tensor.size(i) == 1 ? inner : tensor.stride(i); };
-  const std::int64_t token = tensor.size(2) * tensor.size(3);
-  return {.batch = stride(0, tensor.size(1) * token), .token = stride(1, token), .head = stride(2, tensor.size(3))};
+  const std::int64_t* size = tensor.shape().data();  // not checked at each look, as tensor.size(i) is
+  const std::int64_t* stride = tensor.strides().data();
+  const std::int64_t token = size[2] * size[3];
+  return {.batch = size[0] == 1 ? size[1] * token : stride[0],
+          .token = size[1] == 1 ? token : stride[1],
+          .head = size[2] == 1 ? size[3] : stride[2]};
 }
 
 inline kernels::KeySegment to_kernel_segment(const KeySegment& segment) {

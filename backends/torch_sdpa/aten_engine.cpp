@@ -7,7 +7,6 @@
 #include <array>
 #include <bit>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -165,13 +164,9 @@ void view(Handle& handle, const void* data, ElementType type, const std::array<s
         "wrap a tensor");
 }
 
-template <class T>
-StackValue stack_value(T value) {
-  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(StackValue));
-  StackValue result = 0;
-  std::memcpy(&result, &value, sizeof(T));
-  return result;
-}
+StackValue stack_value(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
+StackValue stack_value(double number) { return std::bit_cast<StackValue>(number); }
+StackValue stack_value(bool truth) { return truth ? 1 : 0; }
 
 // A value where the schema has an optional one.
 template <class T>
