@@ -95,9 +95,11 @@ class SDPAImpl : public AttentionImpl {
     if (kernel.plan.num_keys == 1) {
       if (const auto length = common_length(kernel.plan.keys[0])) {
         drop_keys_from(problem, *length);
-      } else if (const auto mask = given_mask(call.metadata, problem); mask && problem.key_segments[0].lengths) {
-        problem.key_segments[0].mask = *mask;
-        problem.key_segments[0].lengths = nullptr;
+      } else if (problem.key_segments[0].lengths != nullptr) {
+        if (const auto mask = given_mask(call.metadata, problem)) {
+          problem.key_segments[0].mask = *mask;
+          problem.key_segments[0].lengths = nullptr;
+        }
       }
     }
     if (!aten::takes(problem, place)) return false;
