@@ -14,7 +14,7 @@ setup: ## Install what is missing (Debian packages, .venv), nothing else
 
 configure: setup
 	@mkdir -p build
-	@cmake --preset $(PRESET) >$(BUILD).configure.log 2>&1 || { cat $(BUILD).configure.log; exit 1; }
+	@cmake --preset $(PRESET) $(if $(filter cuda,$(PRESET)),-DDITATTN_CUDA_SET=$(CUDA_SET)) >$(BUILD).configure.log 2>&1 || { cat $(BUILD).configure.log; exit 1; }
 
 build: configure ## Configure and build all (PRESET=release, dev, asan, tsan, cuda)
 	@cmake --build $(BUILD)
