@@ -12,6 +12,7 @@
 #include <string>
 
 #include "kernels/attention_problem.hpp"
+#include "kernels/cuda/sequences.hpp"
 
 namespace ditattn {
 
@@ -50,6 +51,31 @@ inline void require_positive_scale(const std::string& backend, const ImplConfig&
       fmt::format("{} needs a softmax_scale above 0, got {}: its engine takes the largest product for the largest "
                   "logit. Select TORCH_SDPA or another backend.",
                   backend, *config.softmax_scale));
+}
+
+/// The packed sequences of a call, in the device's memory; none where it has none that see keys.
+inline kernels::cuda::Sequences sequences_of(const CallPlan& plan, DLDevice device) {
+  if (plan.ranges == nullptr || !plan.ranges->sequences || plan.ranges->sequences->numbers.empty()) return {};
+  const PackedSequences& packed = *plan.ranges->sequences;
+  return {.numbers = packed.copies.get(packed.numbers, device),
+          .count = packed.count(),
+          .longest_rows = packed.longest_rows,
+          .longest_keys = packed.longest_keys};
+}
+
+/// Whether some of the call's rows are in no packed sequence.
+inline bool has_rows_without_keys(const CallPlan& plan, const kernels::AttentionProblem& problem) {
+  return plan.ranges != nullptr && plan.ranges->sequences &&
+         plan.ranges->sequences->total_rows < problem.batch * problem.rows;
+}
+
+/// A reason against masks beside packed sequences.
+inline void refuse_masked_packing(const std::string& backend, const Problem& problem, Verdict& verdict) {
+  if (!problem.packed || problem.mask == MaskKind::none) return;
+  verdict.reasons.push_back(
+      fmt::format("{} does not support packed sequences (cu_seqlens) together with a mask of kind {}. Leave the mask "
+                  "out: cu_seqlens_k says which keys there are.",
+                  backend, mask_kind_name(problem.mask)));
 }
 
 }  // namespace ditattn

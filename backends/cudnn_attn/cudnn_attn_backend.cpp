@@ -25,6 +25,8 @@ using kernels::AttentionProblem;
 constexpr CausalAlignment kAlignment = CausalAlignment::top_left;  // as upstream runs it
 constexpr std::int64_t kOldestComputeCapability = 80;
 
+constexpr std::int64_t kPackedStep = 128;  // what the longest of packed sequences is rounded up to
+
 std::array<std::int64_t, 3> strides(const kernels::Strides& of) { return {of.batch, of.token, of.head}; }
 
 constexpr const char* kAutotuneOption = "autotune";
@@ -52,23 +54,26 @@ class CuDNNAttentionImpl final : public AttentionImpl {
     if (length && *length != 1) drop_keys_from(problem, *length);  // one key alone cuDNN refuses
     const DLDevice device = call.query.device();
     const kernels::cuda::Launch launch{.device = device.device_id, .stream = current_stream(device)};
-    if (problem.keys == 0) return finish_rows(problem, nullptr, launch);
+    const bool packed = kernel.plan.ranges != nullptr;
+    const kernels::cuda::Sequences sequences = sequences_of(kernel.plan, device);
+    if (problem.keys == 0 || (packed && sequences.count == 0)) return finish_rows(problem, nullptr, launch);
 
     cudnn::SdpaSpec spec = spec_of(problem, device);
+    if (packed) take_sequences(spec, sequences, config().causal);
     spec.autotune = autotune_;
     const auto plan = plan_for(spec);
-    const bool packed_lse = problem.lse == nullptr || is_packed(problem);
+    const bool own_lse = problem.lse == nullptr || (!packed && is_contiguous_lse(problem));
     Parts parts;
-    const std::int64_t rows = problem.batch * problem.heads * problem.rows;
     const kernels::cuda::BiasShape shape = kernels::cuda::bias_shape(problem);
     const bool masked = spec.bias_batch > 0;
     const std::int64_t bias_rows = masked ? shape.batch * shape.heads * shape.rows : 0;
     const bool as_it_lies = masked && is_bias(problem);
     const std::int64_t workspace = parts.add(plan->workspace_bytes());
-    const std::int64_t lengths = parts.add(spec.lengths ? 2 * problem.batch * 4 : 0);
+    const std::int64_t lengths = parts.add(spec.lengths ? 2 * spec.batch * 4 : 0);
+    const std::int64_t offsets = parts.add(packed ? 4 * (spec.batch + 1) * 8 : 0);
     const std::int64_t bias = parts.add(as_it_lies ? 0 : bias_rows * problem.keys * (spec.bias_float32 ? 4 : 2));
     const std::int64_t first_keys = parts.add(bias_rows * 4);
-    const std::int64_t lse = parts.add(packed_lse ? 0 : rows * 4);
+    const std::int64_t lse = parts.add(own_lse ? 0 : spec.batch * spec.heads * spec.rows * 4);
     const Scratch scratch(parts.total(), device);
     char* memory = scratch.data();
 
@@ -76,13 +81,20 @@ class CuDNNAttentionImpl final : public AttentionImpl {
                                  .key = problem.key_segments[0].key,
                                  .value = problem.key_segments[0].value,
                                  .out = problem.out,
-                                 .lse = packed_lse ? problem.lse : reinterpret_cast<float*>(memory + lse),
+                                 .lse = own_lse ? problem.lse : reinterpret_cast<float*>(memory + lse),
                                  .workspace = memory + workspace};
     if (spec.lengths) {
       auto* query_lengths = reinterpret_cast<std::int32_t*>(memory + lengths);
-      write_lengths(problem, query_lengths, query_lengths + problem.batch, launch);
+      auto* key_lengths = query_lengths + spec.batch;
+      auto* of_sequences = reinterpret_cast<std::int64_t*>(memory + offsets);
+      if (packed) {
+        write_sequences(problem, sequences, query_lengths, key_lengths, of_sequences, launch);
+      } else {
+        write_lengths(problem, query_lengths, key_lengths, launch);
+      }
       pointers.query_lengths = query_lengths;
-      pointers.key_lengths = query_lengths + problem.batch;
+      pointers.key_lengths = key_lengths;
+      pointers.offsets = of_sequences;
     }
     std::int32_t* first_visible = nullptr;
     if (masked) {
@@ -91,11 +103,14 @@ class CuDNNAttentionImpl final : public AttentionImpl {
       pointers.bias = as_it_lies ? problem.key_segments[0].mask.data : memory + bias;
     }
     plan->run(pointers, launch.stream);
-    if (!packed_lse) {
-      const kernels::Strides packed{.batch = problem.heads * problem.rows, .token = 1, .head = problem.rows};
-      write_lse(problem, {.data = pointers.lse, .strides = packed}, launch);
+    if (!own_lse) {
+      const kernels::Strides of_lse{.batch = spec.heads * spec.rows, .token = 1, .head = spec.rows};
+      write_lse(problem, {.data = pointers.lse, .strides = of_lse, .sequences = sequences}, launch);
     }
-    if (first_visible != nullptr || has_empty_entry(kernel.plan.keys[0])) finish_rows(problem, first_visible, launch);
+    if (first_visible != nullptr || has_empty_entry(kernel.plan.keys[0]) ||
+        has_rows_without_keys(kernel.plan, problem)) {
+      finish_rows(problem, first_visible, launch);
+    }
   }
 
  private:
@@ -113,9 +128,22 @@ class CuDNNAttentionImpl final : public AttentionImpl {
            });
   }
 
-  static bool is_packed(const AttentionProblem& p) {
+  static bool is_contiguous_lse(const AttentionProblem& p) {
     const kernels::Strides& of = p.lse_strides;
     return of.token == 1 && (p.heads == 1 || of.head == p.rows) && (p.batch == 1 || of.batch == p.heads * p.rows);
+  }
+
+  // cuDNN's batch are the sequences. Its sizes are rounded up, so that fewer plans do for more packings, and so that no
+  // size is 1, which cuDNN refuses or has other kernels for.
+  static void take_sequences(cudnn::SdpaSpec& spec, const kernels::cuda::Sequences& sequences, bool causal) {
+    const auto round_up = [](std::int64_t size) { return (size + kPackedStep - 1) / kPackedStep * kPackedStep; };
+    spec.batch = sequences.count;
+    spec.rows = round_up(sequences.longest_rows);
+    spec.keys = round_up(sequences.longest_keys);
+    spec.causal = causal;
+    spec.lengths = spec.packed = true;
+    for (auto* of : {&spec.query_strides, &spec.out_strides}) (*of)[0] = spec.rows * (*of)[1];
+    for (auto* of : {&spec.key_strides, &spec.value_strides}) (*of)[0] = spec.keys * (*of)[1];
   }
 
   static cudnn::SdpaSpec spec_of(const AttentionProblem& p, DLDevice device) {
@@ -186,6 +214,7 @@ class CuDNNAttentionBackend final : public AttentionBackend {
                                      .causal = true,
                                      .causal_alignment = kAlignment,
                                      .lse = true,
+                                     .packed = true,
                                      .graph_safe = true,
                                      .masked_nan_propagates = true,
                                      .alignment = 16};
@@ -209,6 +238,7 @@ class CuDNNAttentionBackend final : public AttentionBackend {
           "CUDNN_ATTN was explicitly selected but cuDNN FMHA does not support key/value sequence length 1. Select "
           "TORCH_SDPA or another backend for this shape.");
     }
+    refuse_masked_packing(get_name(), problem, verdict);
     if (problem.fp8_kv && problem.device.device_type == kDLCUDA) {
       verdict.reasons.emplace_back(
           "cuDNN's FP8 attention gives FP8 output alone below compute capability 10.0, and is not here yet above.");

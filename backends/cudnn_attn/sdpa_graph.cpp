@@ -22,7 +22,20 @@ namespace fe = cudnn_frontend;
 
 constexpr std::size_t kKeptPlans = 256;
 
-enum Uid : std::int64_t { kQuery = 1, kKey, kValue, kOut, kLse, kBias, kQueryLengths, kKeyLengths };
+enum Uid : std::int64_t {
+  kQuery = 1,
+  kKey,
+  kValue,
+  kOut,
+  kLse,
+  kBias,
+  kQueryLengths,
+  kKeyLengths,
+  kQueryOffsets,
+  kKeyOffsets,
+  kValueOffsets,
+  kOutOffsets
+};
 
 struct Library {
   std::int64_t version = 0;
@@ -96,6 +109,11 @@ class GraphPlan final : public SdpaPlan {
     const auto query = tensor("query", kQuery, spec.heads, spec.rows, spec.query_strides);
     const auto key = tensor("key", kKey, spec.kv_heads, spec.keys, spec.key_strides);
     const auto value = tensor("value", kValue, spec.kv_heads, spec.keys, spec.value_strides);
+    if (spec.packed) {
+      query->set_ragged_offset(offsets("query_offsets", kQueryOffsets));
+      key->set_ragged_offset(offsets("key_offsets", kKeyOffsets));
+      value->set_ragged_offset(offsets("value_offsets", kValueOffsets));
+    }
     auto options = fe::graph::SDPA_attributes().set_name("sdpa").set_generate_stats(spec.lse).set_attn_scale(
         std::bit_cast<float>(spec.scale_bits));
     if (spec.causal) {
@@ -109,6 +127,7 @@ class GraphPlan final : public SdpaPlan {
     if (spec.bias_batch > 0) options.set_bias(bias());
     auto [out, lse] = graph_.sdpa(query, key, value, options);
     out->set_output(true).set_uid(kOut).set_dim(sizes(spec.heads, spec.rows)).set_stride(strides(spec.out_strides));
+    if (spec.packed) out->set_ragged_offset(offsets("out_offsets", kOutOffsets));
     if (spec.lse) {
       lse->set_output(true).set_uid(kLse).set_data_type(fe::DataType_t::FLOAT);
       lse->set_dim({spec.batch, spec.heads, spec.rows, 1}).set_stride({spec.heads * spec.rows, spec.rows, 1, 1});
@@ -127,33 +146,45 @@ class GraphPlan final : public SdpaPlan {
 
   void run(const SdpaPointers& pointers, void* stream) const override {
     cudnnHandle_t handle = handle_of(spec_.device, stream);
-    std::array<void*, kKeyLengths> pack{};  // in the order of their numbers
-    int count = 0;
-    const auto add = [&](const void* pointer) { pack[static_cast<std::size_t>(count++)] = const_cast<void*>(pointer); };
-    add(pointers.query);
-    add(pointers.key);
-    add(pointers.value);
-    add(pointers.out);
-    if (spec_.lse) add(pointers.lse);
-    if (spec_.bias_batch > 0) add(pointers.bias);
+    Pack pack;
+    pack.add(kQuery, pointers.query);
+    pack.add(kKey, pointers.key);
+    pack.add(kValue, pointers.value);
+    pack.add(kOut, pointers.out);
+    if (spec_.lse) pack.add(kLse, pointers.lse);
+    if (spec_.bias_batch > 0) pack.add(kBias, pointers.bias);
     if (spec_.lengths) {
-      add(pointers.query_lengths);
-      add(pointers.key_lengths);
+      pack.add(kQueryLengths, pointers.query_lengths);
+      pack.add(kKeyLengths, pointers.key_lengths);
     }
-    if (spec_.autotune) std::call_once(tuned_, [&] { tune(handle, pack, count, pointers.workspace); });
-    check(graph_.execute(handle, pack.data(), count, pointers.workspace), spec_, "run attention");
+    if (spec_.packed) {
+      for (int i = 0; i < 4; ++i) {
+        pack.add(static_cast<Uid>(kQueryOffsets + i), pointers.offsets + i * (spec_.batch + 1));
+      }
+    }
+    if (spec_.autotune) std::call_once(tuned_, [&] { tune(handle, pack, pointers.workspace); });
+    check(graph_.execute(handle, pack.pointers.data(), pack.count, pointers.workspace), spec_, "run attention");
   }
 
  private:
   using TensorAttributes = fe::graph::Tensor_attributes;
 
-  void tune(cudnnHandle_t handle, const std::array<void*, kKeyLengths>& pack, int count, void* workspace) const {
-    std::vector<Uid> uids = {kQuery, kKey, kValue, kOut};
-    if (spec_.lse) uids.push_back(kLse);
-    if (spec_.bias_batch > 0) uids.push_back(kBias);
-    if (spec_.lengths) uids.insert(uids.end(), {kQueryLengths, kKeyLengths});
+  // What a run is given, in the order of the numbers, as cuDNN wants it.
+  struct Pack {
+    std::array<void*, kOutOffsets> pointers{};
+    std::array<Uid, kOutOffsets> uids{};
+    int count = 0;
+    void add(Uid uid, const void* pointer) {
+      uids[static_cast<std::size_t>(count)] = uid;
+      pointers[static_cast<std::size_t>(count++)] = const_cast<void*>(pointer);
+    }
+  };
+
+  void tune(cudnnHandle_t handle, const Pack& pack, void* workspace) const {
     std::unordered_map<std::int64_t, void*> named;
-    for (int i = 0; i < count; ++i) named.emplace(uids[static_cast<std::size_t>(i)], pack[static_cast<std::size_t>(i)]);
+    for (int i = 0; i < pack.count; ++i) {
+      named.emplace(pack.uids[static_cast<std::size_t>(i)], pack.pointers[static_cast<std::size_t>(i)]);
+    }
     check(graph_.autotune(handle, named, workspace), spec_, "time its candidates");
   }
 
@@ -169,13 +200,19 @@ class GraphPlan final : public SdpaPlan {
     return graph_.tensor(
         TensorAttributes().set_name(name).set_uid(uid).set_dim(sizes(heads, tokens)).set_stride(strides(of)));
   }
-  std::shared_ptr<TensorAttributes> lengths(const char* name, Uid uid) {
+  std::shared_ptr<TensorAttributes> numbers(const char* name, Uid uid, std::int64_t count, fe::DataType_t type) {
     return graph_.tensor(TensorAttributes()
                              .set_name(name)
                              .set_uid(uid)
-                             .set_dim({spec_.batch, 1, 1, 1})
+                             .set_dim({count, 1, 1, 1})
                              .set_stride({1, 1, 1, 1})
-                             .set_data_type(fe::DataType_t::INT32));
+                             .set_data_type(type));
+  }
+  std::shared_ptr<TensorAttributes> lengths(const char* name, Uid uid) {
+    return numbers(name, uid, spec_.batch, fe::DataType_t::INT32);
+  }
+  std::shared_ptr<TensorAttributes> offsets(const char* name, Uid uid) {
+    return numbers(name, uid, spec_.batch + 1, fe::DataType_t::INT64);
   }
   std::shared_ptr<TensorAttributes> bias() {
     return graph_.tensor(TensorAttributes()

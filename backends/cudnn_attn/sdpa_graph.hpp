@@ -33,6 +33,7 @@ struct SdpaSpec {
   std::uint32_t scale_bits = 0;  ///< of the float32 factor of the logits
   bool causal = false;           ///< row i sees keys j ≤ i
   bool lengths = false;          ///< int32 lengths per batch entry
+  bool packed = false;           ///< batch entries are where offsets say: their strides are not looked at
   bool lse = false;
   std::int64_t bias_batch = 0;  ///< 0: no bias. Else (batch, heads, rows, keys) is added, 1 for all
   std::int64_t bias_heads = 0;
@@ -53,6 +54,7 @@ struct SdpaPointers {
   const void* bias = nullptr;
   const std::int32_t* query_lengths = nullptr;
   const std::int32_t* key_lengths = nullptr;
+  const std::int64_t* offsets = nullptr;  ///< batch + 1 for each of query, key, value and out: elements before an entry
   void* workspace = nullptr;
 };
 

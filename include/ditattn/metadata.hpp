@@ -49,12 +49,27 @@ struct MaskDescription {
   DeviceCopies copies = {};  ///< of `kv_lengths`
 };
 
+/// Packed sequences one by one, for engines that take them so. Only rows that see keys: what sees none is in no
+/// sequence, and where causality leaves a sequence's first rows without keys, it begins after them.
+struct PackedSequences {
+  /// Four for each sequence: its first row, its rows, its first key, its keys. Rows and keys are counted on from one
+  /// batch entry to the next: entry b's row r is b · rows + r.
+  std::vector<std::int64_t> numbers = {};
+  std::int64_t longest_rows = 0;
+  std::int64_t longest_keys = 0;
+  std::int64_t total_rows = 0;  ///< fewer than the batch has: some see no key
+  DeviceCopies copies = {};     ///< of `numbers`
+
+  [[nodiscard]] std::int64_t count() const { return static_cast<std::int64_t>(numbers.size()) / 4; }
+};
+
 /// What spans and packed sequences come to: batch entry b's row r sees the keys [bounds[i], bounds[i + 1]) in joined
 /// order, i = b · batch_stride + 2 · r; masks hide more.
 struct KeyRanges {
   std::vector<std::int64_t> bounds;
   std::int64_t batch_stride = 0;
-  DeviceCopies copies = {};  ///< of `bounds`
+  DeviceCopies copies = {};                                 ///< of `bounds`
+  std::optional<PackedSequences> sequences = std::nullopt;  ///< none for spans
 };
 
 /// A span of full attention [begin, end), in global token coordinates.

@@ -29,6 +29,27 @@ __global__ void lengths_kernel(const __grid_constant__ AttentionProblem p, std::
   key_lengths[batch] = static_cast<std::int32_t>(length_of(p.key_segments[0], batch));
 }
 
+// One thread per sequence, and one for the end.
+__global__ void sequences_kernel(const __grid_constant__ AttentionProblem p, Sequences sequences,
+                                 std::int32_t* query_lengths, std::int32_t* key_lengths, std::int64_t* offsets) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i > sequences.count) return;
+  const bool end = i == sequences.count;
+  const std::int64_t* numbers = sequences.numbers + 4 * (end ? i - 1 : i);
+  const auto place = [&](const Strides& of, const std::int64_t* tokens, std::int64_t tokens_of_entry) {
+    const std::int64_t first = tokens[0];
+    return offset(of, first / tokens_of_entry, first % tokens_of_entry + (end ? tokens[1] : 0), 0);
+  };
+  const std::int64_t places = sequences.count + 1;
+  offsets[i] = place(p.queries[0].strides, numbers, p.rows);
+  offsets[places + i] = place(p.key_segments[0].key_strides, numbers + 2, p.keys);
+  offsets[2 * places + i] = place(p.key_segments[0].value_strides, numbers + 2, p.keys);
+  offsets[3 * places + i] = place(p.out_strides, numbers, p.rows);
+  if (end) return;
+  query_lengths[i] = static_cast<std::int32_t>(numbers[1]);
+  key_lengths[i] = static_cast<std::int32_t>(numbers[3]);
+}
+
 // One block per row of the bias.
 template <typename T>
 __global__ void bias_kernel(const __grid_constant__ AttentionProblem p, BiasShape shape, T* bias,
@@ -59,14 +80,23 @@ __global__ void bias_kernel(const __grid_constant__ AttentionProblem p, BiasShap
   if (threadIdx.x == 0) first_keys[line] = first_key;
 }
 
-// One thread per row.
-__global__ void lse_kernel(const __grid_constant__ AttentionProblem p, EngineLse lse) {
+// One thread per row of the engine's.
+__global__ void lse_kernel(const __grid_constant__ AttentionProblem p, EngineLse lse, std::int64_t lines,
+                           std::int64_t rows) {
   const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (line >= p.batch * p.heads * p.rows) return;
-  const std::int64_t row = line % p.rows;
-  const std::int64_t head = line / p.rows % p.heads;
-  const std::int64_t batch = line / p.rows / p.heads;
-  p.lse[offset(p.lse_strides, batch, row, head)] = lse.factor * lse.data[offset(lse.strides, batch, row, head)];
+  if (line >= lines) return;
+  std::int64_t row = line % rows;
+  const std::int64_t head = line / rows % p.heads;
+  std::int64_t batch = line / rows / p.heads;
+  const float* from = lse.data + offset(lse.strides, batch, row, head);
+  if (lse.sequences.numbers != nullptr) {
+    const std::int64_t* numbers = lse.sequences.numbers + 4 * batch;
+    if (row >= numbers[1]) return;
+    row += numbers[0];
+    batch = row / p.rows;
+    row %= p.rows;
+  }
+  p.lse[offset(p.lse_strides, batch, row, head)] = lse.factor * *from;
 }
 
 // One block per row and head of the output.
@@ -91,12 +121,17 @@ __global__ void finish_kernel(const __grid_constant__ AttentionProblem p, BiasSh
     const std::int64_t row = line % p.rows;
     const std::int64_t head = line / p.rows % p.heads;
     const std::int64_t batch = line / p.rows / p.heads;
-    std::int64_t end = length_of(p.key_segments[0], batch);
-    if (p.causal) end = clamp(row + p.causal_offset + 1, 0, end);
-    const std::int64_t of_bias =
-        ((shape.batch > 1 ? batch : 0) * shape.heads + (shape.heads > 1 ? head : 0)) * shape.rows +
-        (shape.rows > 1 ? row : 0);
-    empty = end <= (first_keys == nullptr ? 0 : first_keys[of_bias]);
+    if (p.ranges != nullptr) {
+      const std::int64_t* range = p.ranges + batch * p.range_batch_stride + 2 * row;
+      empty = range[1] <= range[0];
+    } else {
+      std::int64_t end = length_of(p.key_segments[0], batch);
+      if (p.causal) end = clamp(row + p.causal_offset + 1, 0, end);
+      const std::int64_t of_bias =
+          ((shape.batch > 1 ? batch : 0) * shape.heads + (shape.heads > 1 ? head : 0)) * shape.rows +
+          (shape.rows > 1 ? row : 0);
+      empty = end <= (first_keys == nullptr ? 0 : first_keys[of_bias]);
+    }
     if (empty && p.lse != nullptr) p.lse[place(line, p.lse_strides)] = -INFINITY;
   }
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -121,6 +156,14 @@ void write_lengths(const AttentionProblem& problem, std::int32_t* query_lengths,
   lengths_kernel<<<grid((problem.batch + kThreads - 1) / kThreads), kThreads, 0,
                    static_cast<cudaStream_t>(launch.stream)>>>(problem, query_lengths, key_lengths);
   check(cudaGetLastError(), "write_lengths");
+}
+
+void write_sequences(const AttentionProblem& problem, const Sequences& sequences, std::int32_t* query_lengths,
+                     std::int32_t* key_lengths, std::int64_t* offsets, const Launch& launch) {
+  const OnDevice on_device(launch.device);
+  sequences_kernel<<<grid(sequences.count / kThreads + 1), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(
+      problem, sequences, query_lengths, key_lengths, offsets);
+  check(cudaGetLastError(), "write_sequences");
 }
 
 BiasShape bias_shape(const AttentionProblem& problem) {
@@ -159,9 +202,11 @@ void write_bias(const AttentionProblem& problem, void* bias, std::int32_t* first
 
 void write_lse(const AttentionProblem& problem, const EngineLse& lse, const Launch& launch) {
   const OnDevice on_device(launch.device);
-  const std::int64_t rows = problem.batch * problem.heads * problem.rows;
-  lse_kernel<<<grid((rows + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(problem,
-                                                                                                                lse);
+  const bool packed = lse.sequences.numbers != nullptr;
+  const std::int64_t rows = packed ? lse.sequences.longest_rows : problem.rows;
+  const std::int64_t lines = (packed ? lse.sequences.count : problem.batch) * problem.heads * rows;
+  lse_kernel<<<grid((lines + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(
+      problem, lse, lines, rows);
   check(cudaGetLastError(), "write_lse");
 }
 

@@ -5,12 +5,18 @@
 
 #include "kernels/attention_problem.hpp"
 #include "kernels/cuda/launch.hpp"
+#include "kernels/cuda/sequences.hpp"
 
 namespace ditattn::kernels::cuda {
 
 /// int32 lengths of each batch entry: all rows, and the keys its segment's `lengths` leave (all where it has none).
 void write_lengths(const AttentionProblem& problem, std::int32_t* query_lengths, std::int32_t* key_lengths,
                    const Launch& launch);
+
+/// Where each sequence lies. Its int32 lengths; and in `offsets`, count + 1 for each of query, key, value and out, how
+/// many elements come before its first token, and last before the end.
+void write_sequences(const AttentionProblem& problem, const Sequences& sequences, std::int32_t* query_lengths,
+                     std::int32_t* key_lengths, std::int64_t* offsets, const Launch& launch);
 
 /// A mask's extents: 1 where it is broadcast over the batch, the heads or the rows.
 struct BiasShape {
@@ -27,11 +33,13 @@ ElementType bias_type(const AttentionProblem& problem);
 /// wanted. `first_keys`, (batch, heads, rows), gets the first key that is not hidden, the number of keys where all are.
 void write_bias(const AttentionProblem& problem, void* bias, std::int32_t* first_keys, const Launch& launch);
 
-/// The log-sum-exp as an engine writes it: log-sum-exp = `factor` · element (batch, head, row).
+/// The log-sum-exp as an engine writes it: log-sum-exp = `factor` · element (batch, head, row), or, where there are
+/// `sequences`, (sequence, head, its row).
 struct EngineLse {
   const float* data = nullptr;
   Strides strides;
   float factor = 1;
+  Sequences sequences = {};
 };
 /// `problem.lse` from an engine's.
 void write_lse(const AttentionProblem& problem, const EngineLse& lse, const Launch& launch);
@@ -39,8 +47,8 @@ void write_lse(const AttentionProblem& problem, const EngineLse& lse, const Laun
 /// `problem.out`, of 2-byte elements, from a contiguous (batch, rows, heads, head_size).
 void write_out(const AttentionProblem& problem, const void* out, const Launch& launch);
 
-/// Zeros in `out` and −∞ in `lse` for rows without keys: those whose first key, of `first_keys` (null: 0), is past the
-/// entry's length or the diagonal.
+/// Zeros in `out` and −∞ in `lse` for rows without keys: those whose range is empty or, where there are no ranges,
+/// whose first key, of `first_keys` (null: 0), is past the entry's length or the diagonal.
 void finish_rows(const AttentionProblem& problem, const std::int32_t* first_keys, const Launch& launch);
 
 }  // namespace ditattn::kernels::cuda

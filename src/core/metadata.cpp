@@ -6,6 +6,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
 
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
@@ -129,6 +130,16 @@ void check_max_length(const MetadataExtra& extra, const char* name, const std::v
   }
 }
 
+// One more sequence: first row, rows, first key, keys. Without rows or without keys it is none.
+void add_sequence(PackedSequences& sequences, std::array<std::int64_t, 4> numbers) {
+  auto& [first_row, rows, first_key, keys] = numbers;
+  if (rows <= 0 || keys <= 0) return;
+  sequences.numbers.insert(sequences.numbers.end(), numbers.begin(), numbers.end());
+  sequences.longest_rows = std::max(sequences.longest_rows, rows);
+  sequences.longest_keys = std::max(sequences.longest_keys, keys);
+  sequences.total_rows += rows;
+}
+
 KeyRanges packed_ranges(const AttentionMetadataFields& fields, const RangeRequest& request) {
   const std::vector<std::int64_t> q = read_offsets(fields.extra, "cu_seqlens_q", request.batch, request.rows);
   const std::vector<std::int64_t> k = read_offsets(fields.extra, "cu_seqlens_k", request.batch, request.keys);
@@ -143,7 +154,7 @@ KeyRanges packed_ranges(const AttentionMetadataFields& fields, const RangeReques
         fmt::format("cu_seqlens_q ends at {} and cu_seqlens_k at {}: one counts a batch entry, the other the batch.",
                     q.back(), k.back()));
   }
-  KeyRanges result{.bounds = {}, .batch_stride = whole_batch ? 2 * request.rows : 0};
+  KeyRanges result{.bounds = {}, .batch_stride = whole_batch ? 2 * request.rows : 0, .sequences = PackedSequences{}};
   result.bounds.reserve(2 * static_cast<std::size_t>(q.back()));
   for (std::size_t i = 0; i + 1 < q.size(); ++i) {
     if (q[i] == q[i + 1]) continue;
@@ -161,6 +172,17 @@ KeyRanges packed_ranges(const AttentionMetadataFields& fields, const RangeReques
       const std::int64_t causal_end = first_key + row - q[i] + offset + 1;
       const std::int64_t end = request.causal ? std::clamp(causal_end, first_key, end_key) : end_key;
       result.bounds.insert(result.bounds.end(), {first_key, end});
+    }
+    const std::int64_t without_keys = request.causal ? std::max<std::int64_t>(-offset, 0) : 0;
+    add_sequence(*result.sequences, {q[i] + without_keys, q[i + 1] - q[i] - without_keys, k[i], end_key - first_key});
+  }
+  if (!whole_batch) {
+    const std::vector<std::int64_t> of_entry = result.sequences->numbers;
+    for (std::int64_t b = 1; b < request.batch; ++b) {
+      for (std::size_t i = 0; i < of_entry.size(); i += 4) {
+        add_sequence(*result.sequences, {b * request.rows + of_entry[i], of_entry[i + 1],
+                                         b * request.keys + of_entry[i + 2], of_entry[i + 3]});
+      }
     }
   }
   return result;

@@ -67,6 +67,16 @@ TEST_F(ContractCudnn, AlignmentIsRefusedWithItsValue) {
             "Make them contiguous.");
 }
 
+TEST_F(ContractCudnn, PackedSequencesAreTakenWithoutAMask) {
+  EXPECT_EQ(reasons([](Problem& p) { p.packed = p.causal = true; }), "");
+  EXPECT_EQ(reasons([](Problem& p) {
+              p.packed = true;
+              p.mask = MaskKind::padding;
+            }),
+            "CUDNN_ATTN does not support packed sequences (cu_seqlens) together with a mask of kind padding. Leave the "
+            "mask out: cu_seqlens_k says which keys there are.");
+}
+
 TEST_F(ContractCudnn, Fp8IsRefused) {
   EXPECT_EQ(
       reasons([](Problem& p) { p.fp8_kv = true; }),

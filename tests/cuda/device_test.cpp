@@ -12,8 +12,11 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <thread>
+
+#include "tests/unit/packed_metadata.hpp"
 
 namespace ditattn {
 namespace {
@@ -55,6 +58,18 @@ Tensor random_tensor(std::initializer_list<std::int64_t> shape, DLDataType dtype
   return tensor;
 }
 
+// Of two float16 tensors with the same strides, on the host: ‖got − expected‖ / ‖expected‖.
+double relative_error(const Tensor& got, const Tensor& expected) {
+  double difference = 0;
+  double norm = 0;
+  for (std::int64_t i = 0; i < expected.numel(); ++i) {
+    const double e = load_element(expected.data_ptr(), i, kFloat16);
+    difference += std::pow(load_element(got.data_ptr(), i, kFloat16) - e, 2);
+    norm += e * e;
+  }
+  return std::sqrt(difference / norm);
+}
+
 // (1, rows, 4, 64) against (1, keys, 2, 64), and the answer of the CPU's native engine.
 struct Call {
   Tensor query, key, value, expected;
@@ -69,17 +84,7 @@ struct Call {
     key = copy_to(k, kGpu);
     value = copy_to(v, kGpu);
   }
-  [[nodiscard]] double error(const Tensor& out) const {
-    const Tensor got = copy_to(out, kCpu);
-    double difference = 0;
-    double norm = 0;
-    for (std::int64_t i = 0; i < expected.numel(); ++i) {
-      const double e = load_element(expected.data_ptr(), i, kFloat16);
-      difference += std::pow(load_element(got.data_ptr(), i, kFloat16) - e, 2);
-      norm += e * e;
-    }
-    return std::sqrt(difference / norm);
-  }
+  [[nodiscard]] double error(const Tensor& out) const { return relative_error(copy_to(out, kCpu), expected); }
 };
 
 bool same_bytes(const Tensor& a, const Tensor& b) {
@@ -96,6 +101,15 @@ AttentionMetadata padding(std::int64_t keys, std::int64_t length, bool every_oth
   return AttentionMetadata({.attn_mask = copy_to(mask, device)});
 }
 
+// Five sequences of 130 rows against 300 keys: one of a row and a key, one without rows, one without keys.
+AttentionMetadata packed_sequences(DLDevice device) {
+  MetadataExtra extra = testing::packed({0, 1, 40, 40, 100, 130}, {0, 1, 70, 150, 150, 300});
+  for (const char* name : {"cu_seqlens_q", "cu_seqlens_k"}) {
+    extra.Set(name, copy_to(extra.at(name).cast<Tensor>(), device));
+  }
+  return AttentionMetadata({.extra = extra});
+}
+
 std::vector<BackendClass> gpu_backends() {
   std::vector<BackendClass> backends;
   for (const DiffusionAttentionBackendEnum member : DiffusionAttentionBackendEnum::members()) {
@@ -110,7 +124,7 @@ std::vector<BackendClass> gpu_backends() {
   return backends;
 }
 
-class Cuda : public testing::Test {
+class Cuda : public ::testing::Test {
  protected:
   void SetUp() override {
     if (cuda_info().devices.empty()) GTEST_SKIP() << "skipped: no CUDA device (" << cuda_info().reason << ")";
@@ -169,12 +183,17 @@ TEST_F(Cuda, CallsAreQueuedInTheCallersStream) {
 }
 
 TEST_F(Cuda, FiftyCallsReplayFromAGraph) {
+  using MetadataOn = std::function<AttentionMetadata(DLDevice)>;
+  const MetadataOn prefix = [](DLDevice device) { return padding(300, 250, false, device); };
+  const MetadataOn holes = [](DLDevice device) { return padding(300, 250, true, device); };
   for (const BackendClass& backend : gpu_backends()) {
     if (!backend->capabilities().graph_safe) continue;
-    for (const bool holes : {false, true}) {
+    std::vector<MetadataOn> kinds{prefix, holes};
+    if (backend->capabilities().packed) kinds.emplace_back(packed_sequences);
+    for (const MetadataOn& metadata_on : kinds) {
       const InStream stream;
-      const AttentionMetadata metadata = padding(300, 250, holes, kGpu);
-      const Call call(130, 300, 20, padding(300, 250, holes, kCpu));
+      const AttentionMetadata metadata = metadata_on(kGpu);
+      const Call call(130, 300, 20, metadata_on(kCpu));
       const auto attention = backend->make(call.config);
       std::vector<Tensor> outs;
       for (int i = 0; i < 50; ++i) outs.push_back(empty(std::array<std::int64_t, 4>{1, 130, 4, 64}, kFloat16, kGpu));
@@ -196,6 +215,37 @@ TEST_F(Cuda, FiftyCallsReplayFromAGraph) {
       must(cudaGraphExecDestroy(executable));
       must(cudaGraphDestroy(graph));
     }
+  }
+}
+
+// Heads before tokens, two batch entries with a gap between them, and results in the same way: nothing is written
+// there.
+TEST_F(Cuda, PackedSequencesLieAnyhow) {
+  constexpr std::int64_t kApart = 320;  // tokens from one head to the next
+  const auto view = [](const Tensor& whole, std::int64_t tokens) {
+    const std::int64_t heads = whole.size(1);
+    return wrap(whole.data_ptr(), {2, tokens, heads, 64}, kFloat16, {heads * kApart * 64, 64, kApart * 64, 1},
+                whole.device());
+  };
+  const ImplConfig config{.num_heads = 4, .head_size = 64, .num_kv_heads = 2};
+  const Tensor query = random_tensor({2, 4, kApart, 64}, kFloat16, 60);
+  const Tensor key = random_tensor({2, 2, kApart, 64}, kFloat16, 61);
+  const Tensor value = random_tensor({2, 2, kApart, 64}, kFloat16, 62);
+  const Tensor before = empty({2, 4, kApart, 64}, kFloat16);
+  std::memset(before.data_ptr(), 0, static_cast<std::size_t>(2 * before.numel()));
+  const auto run = [&](const BackendClass& backend, DLDevice device) {
+    const Tensor q = copy_to(query, device);
+    const Tensor k = copy_to(key, device);
+    const Tensor v = copy_to(value, device);
+    Tensor out = copy_to(before, device);
+    backend->make(config)->forward(view(q, 130), view(k, 300), view(v, 300), packed_sequences(device),
+                                   {.out = view(out, 130)});
+    return copy_to(out, kCpu);
+  };
+  const Tensor expected = run(DiffusionAttentionBackendEnum::TORCH_SDPA.get_class(), kCpu);
+  for (const BackendClass& backend : gpu_backends()) {
+    if (!backend->capabilities().packed) continue;
+    EXPECT_LT(relative_error(run(backend, kGpu), expected), 2e-3) << backend->get_name();
   }
 }
 

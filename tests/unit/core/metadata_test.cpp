@@ -232,6 +232,45 @@ TEST(PackedErrors, SequencesThatCrossBatchEntries) {
             "Packed sequence 1 (queries [5, 10), keys [5, 12))" + what);
 }
 
+// --- Packed sequences one by one
+
+void expect_sequences(const MetadataExtra& given, const RangeRequest& request, const Bounds& numbers,
+                      std::int64_t longest_rows, std::int64_t longest_keys, std::int64_t total_rows) {
+  const auto ranges = extra(given)->key_ranges(request);
+  ASSERT_TRUE(ranges->sequences);
+  EXPECT_EQ(ranges->sequences->numbers, numbers);
+  EXPECT_EQ(ranges->sequences->count(), static_cast<std::int64_t>(numbers.size()) / 4);
+  EXPECT_EQ(ranges->sequences->longest_rows, longest_rows);
+  EXPECT_EQ(ranges->sequences->longest_keys, longest_keys);
+  EXPECT_EQ(ranges->sequences->total_rows, total_rows);
+}
+
+TEST(PackedSequences, HaveRowsAndKeys) {
+  const RangeRequest request{.batch = 1, .rows = 9, .keys = 8};
+  expect_sequences(packed({0, 2, 2, 5, 9}, {0, 3, 4, 4, 8}), request, {0, 2, 0, 3, 5, 4, 4, 4}, 4, 4, 6);
+  expect_sequences(packed({0, 9}, {0, 0}), {.batch = 1, .rows = 9, .keys = 0}, {}, 0, 0, 0);
+}
+
+TEST(PackedSequences, CausalOnesBeginWhereRowsSeeKeys) {
+  const MetadataExtra given = packed({0, 3, 5}, {0, 2, 6});
+  const RangeRequest request{.batch = 1, .rows = 5, .keys = 6, .causal = true, .alignment = kBottomRight};
+  expect_sequences(given, request, {1, 2, 0, 2, 3, 2, 2, 4}, 2, 4, 4);
+  RangeRequest top_left = request;
+  top_left.alignment = kTopLeft;
+  expect_sequences(given, top_left, {0, 3, 0, 2, 3, 2, 2, 4}, 3, 4, 5);
+}
+
+TEST(PackedSequences, CountOnThroughTheBatch) {
+  const RangeRequest request{.batch = 2, .rows = 5, .keys = 6};
+  const Bounds numbers{0, 2, 0, 4, 2, 3, 4, 2, 5, 2, 6, 4, 7, 3, 10, 2};
+  expect_sequences(packed({0, 2, 5}, {0, 4, 6}), request, numbers, 3, 4, 10);
+  expect_sequences(packed({0, 2, 5, 7, 10}, {0, 4, 6, 10, 12}), request, numbers, 3, 4, 10);
+}
+
+TEST(PackedSequences, SpansHaveNone) {
+  EXPECT_FALSE(spans({{}})->key_ranges({.batch = 1, .rows = 2, .keys = 2})->sequences);
+}
+
 TEST(PackedErrors, LongestSequence) {
   const RangeRequest request{.batch = 1, .rows = 5, .keys = 6};
   EXPECT_NO_THROW(extra(packed({0, 2, 5}, {0, 4, 6}, 3, 4))->key_ranges(request)) << "just enough";
