@@ -34,9 +34,13 @@ struct Params : flashinfer::BatchPrefillRaggedParams<T, T, T, std::int32_t> {
   std::uint32_t rows, keys;
   bool causal;
   std::int32_t causal_offset;
+  kernels::cuda::Sequences sequences;
 
-  __device__ std::uint32_t get_qo_len(std::uint32_t /*batch*/) const { return rows; }
+  __device__ std::uint32_t get_qo_len(std::uint32_t batch) const {
+    return sequences.numbers == nullptr ? rows : static_cast<std::uint32_t>(sequences.numbers[4 * batch + 1]);
+  }
   __device__ std::uint32_t get_kv_len(std::uint32_t batch) const {
+    if (sequences.numbers != nullptr) return static_cast<std::uint32_t>(sequences.numbers[4 * batch + 3]);
     if (segment.lengths == nullptr) return keys;
     const std::int64_t length = segment.lengths[batch * segment.length_stride] - segment.length_offset;
     return length < 0 ? 0 : length < keys ? static_cast<std::uint32_t>(length) : keys;
@@ -84,8 +88,9 @@ void fa2_prefill(const kernels::AttentionProblem& p, const PrefillMemory& memory
                                                        : flashinfer::MaskMode::kCustom;
   const kernels::KeySegment& keys = p.key_segments[0];
   const std::int64_t group = p.heads / p.kv_heads;
-  const std::uint32_t tile = flashinfer::FA2DetermineCtaTileQ(p.rows * group, kHeadSize, kHeadSize, sizeof(T));
-  const Fa2Plan plan = write_fa2_plan(p, tile, memory.plan, launch);
+  const std::int64_t rows = memory.sequences.numbers == nullptr ? p.rows : memory.sequences.longest_rows;
+  const std::uint32_t tile = flashinfer::FA2DetermineCtaTileQ(rows * group, kHeadSize, kHeadSize, sizeof(T));
+  const Fa2Plan plan = write_fa2_plan(p, memory.sequences, tile, memory.plan, launch);
 
   const auto element = [](const void* data) { return const_cast<T*>(static_cast<const T*>(data)); };
   const auto distance = [](std::int64_t stride) { return static_cast<std::uint32_t>(stride); };
@@ -112,12 +117,14 @@ void fa2_prefill(const kernels::AttentionProblem& p, const PrefillMemory& memory
   params.qo_tile_indices = plan.tiles;
   params.kv_tile_indices = plan.zeros;
   params.kv_chunk_size_ptr = plan.chunk_size;
+  params.block_valid_mask = plan.valid;
   params.padded_batch_size = static_cast<std::uint32_t>(plan.blocks);
   params.segment = keys;
   params.rows = static_cast<std::uint32_t>(p.rows);
   params.keys = static_cast<std::uint32_t>(p.keys);
   params.causal = p.causal;
   params.causal_offset = static_cast<std::int32_t>(p.causal_offset);
+  params.sequences = memory.sequences;
 
   const auto run = [&]<std::uint32_t kTile>(std::integral_constant<std::uint32_t, kTile>) {
     return flashinfer::BatchPrefillWithRaggedKVCacheDispatched<kTile, kHeadSize, kHeadSize,

@@ -110,16 +110,36 @@ bool writes_out(const AttentionProblem& p, Engine engine) {
   return engine == Engine::hopper || (out.head == p.head_size && out.token == p.heads * p.head_size);
 }
 
+// The sequences of batch entry b alone.
+kernels::cuda::Sequences sequences_of_entry(const kernels::cuda::Sequences& all, const PackedSequences& packed,
+                                            const AttentionProblem& p, std::int64_t b) {
+  const auto first_from = [&](std::int64_t row) {  // of the sequences
+    std::int64_t s = 0;
+    while (s < all.count && packed.numbers[static_cast<std::size_t>(4 * s)] < row) ++s;
+    return s;
+  };
+  kernels::cuda::Sequences entry = all;
+  const std::int64_t first = first_from(b * p.rows);
+  entry.numbers += 4 * first;
+  entry.count = first_from((b + 1) * p.rows) - first;
+  entry.rows_before = b * p.rows;
+  entry.keys_before = b * p.keys;
+  return entry;
+}
+
 class FlashInferAttentionImpl final : public AttentionImpl {
  public:
   using AttentionImpl::AttentionImpl;
 
   void run(const AttentionCall& call) const override {
-    const KernelCall kernel = to_kernel_call(call, *this, kAlignment);
-    const AttentionProblem& problem = kernel.problem;
+    KernelCall kernel = to_kernel_call(call, *this, kAlignment);
+    AttentionProblem& problem = kernel.problem;
     const DLDevice device = call.query.device();
     const kernels::cuda::Launch launch{.device = device.device_id, .stream = current_stream(device)};
-    if (problem.keys == 0) return finish_rows(problem, nullptr, launch);
+    const bool packed = kernel.plan.ranges != nullptr;
+    const kernels::cuda::Sequences sequences = sequences_of(kernel.plan, device);
+    if (problem.keys == 0 || (packed && sequences.count == 0)) return finish_rows(problem, nullptr, launch);
+    if (packed) problem.causal = config().causal;  // within each sequence
 
     const BuiltPrefill& prefill = choose_prefill(problem, device.device_id);
     const bool fa2 = prefill.engine == Engine::fa2;
@@ -136,24 +156,29 @@ class FlashInferAttentionImpl final : public AttentionImpl {
     const std::int64_t rows = problem.batch * problem.rows * problem.heads;
     const bool own_out = writes_out(problem, prefill.engine);
     Parts parts;
-    const std::int64_t plan = parts.add(fa2 ? flashinfer_attn::plan_entries(first) * 4 : 0);
+    const std::int64_t plan = parts.add(fa2 ? flashinfer_attn::plan_entries(first, sequences) * 4 : 0);
     const std::int64_t lse = parts.add(problem.lse == nullptr ? 0 : rows * 4);
     const std::int64_t out = parts.add(own_out ? 0 : rows * problem.head_size * kElementBytes);
     const Scratch scratch(parts.total(), device);
     char* memory = scratch.data();
 
-    const Strides packed{.batch = problem.rows * problem.heads * problem.head_size,
-                         .token = problem.heads * problem.head_size,
-                         .head = problem.head_size};
+    const Strides contiguous{.batch = problem.rows * problem.heads * problem.head_size,
+                             .token = problem.heads * problem.head_size,
+                             .head = problem.head_size};
     PrefillMemory of_call{.out = own_out ? problem.out : memory + out,
-                          .out_strides = own_out ? problem.out_strides : packed,
+                          .out_strides = own_out ? problem.out_strides : contiguous,
                           .lse = problem.lse == nullptr ? nullptr : reinterpret_cast<float*>(memory + lse),
-                          .plan = reinterpret_cast<std::int32_t*>(memory + plan)};
+                          .plan = reinterpret_cast<std::int32_t*>(memory + plan),
+                          .sequences = sequences};
     if (together) {
       run_prefill(prefill, problem, of_call, launch);
     } else {
       for (std::int64_t b = 0; b < problem.batch; ++b) {
         PrefillMemory of_entry = of_call;
+        if (packed) {
+          of_entry.sequences = sequences_of_entry(sequences, *kernel.plan.ranges->sequences, problem, b);
+          if (of_entry.sequences.count == 0) continue;
+        }
         of_entry.out = static_cast<char*>(of_call.out) + b * of_call.out_strides.batch * kElementBytes;
         if (of_call.lse != nullptr) of_entry.lse += b * problem.rows * problem.heads;
         run_prefill(prefill, entry_of(problem, b), of_entry, launch);
@@ -164,6 +189,7 @@ class FlashInferAttentionImpl final : public AttentionImpl {
       const Strides of_lse{.batch = problem.rows * problem.heads, .token = problem.heads, .head = 1};
       write_lse(problem, {.data = of_call.lse, .strides = of_lse, .factor = kLn2}, launch);
     }
+    if (has_rows_without_keys(kernel.plan, problem)) finish_rows(problem, nullptr, launch);
   }
 };
 
@@ -193,6 +219,7 @@ class FlashInferAttentionBackend final : public AttentionBackend {
                          .causal = true,
                          .causal_alignment = kAlignment,
                          .lse = true,
+                         .packed = true,
                          .graph_safe = true,
                          .masked_nan_propagates = true,
                          .alignment = 16};
@@ -210,7 +237,8 @@ class FlashInferAttentionBackend final : public AttentionBackend {
 
   [[nodiscard]] Verdict explain(const Problem& problem) const override {
     Verdict verdict = check_capabilities(get_name(), capabilities(), problem);
-    if (problem.causal && problem.seq_kv < problem.seq_q) {
+    refuse_masked_packing(get_name(), problem, verdict);
+    if (problem.causal && !problem.packed && problem.seq_kv < problem.seq_q) {
       verdict.reasons.push_back(
           fmt::format("FLASHINFER_ATTN does not support causal=True with fewer keys than query rows (seq_q={}, "
                       "seq_kv={}). Select FLASH_ATTN, TORCH_SDPA or another backend.",

@@ -8,6 +8,7 @@
 
 #include "kernels/attention_problem.hpp"
 #include "kernels/cuda/launch.hpp"
+#include "kernels/cuda/sequences.hpp"
 
 namespace ditattn::flashinfer_attn {
 
@@ -20,15 +21,16 @@ enum class Masking : std::uint8_t { none, causal, custom };
 
 /// Device memory of one launch.
 struct PrefillMemory {
-  void* out = nullptr;           ///< contiguous (batch, rows, heads, head_size) for fa2; else by `out_strides`
-  kernels::Strides out_strides;  ///< batch = rows · token
-  float* lse = nullptr;          ///< contiguous (batch, rows, heads), to base 2; null: not wanted
-  std::int32_t* plan = nullptr;  ///< `plan_entries` of them for fa2
+  void* out = nullptr;                 ///< contiguous (batch, rows, heads, head_size) for fa2; else by `out_strides`
+  kernels::Strides out_strides;        ///< batch = rows · token
+  float* lse = nullptr;                ///< contiguous (batch, rows, heads), to base 2; null: not wanted
+  std::int32_t* plan = nullptr;        ///< `plan_entries` of them for fa2
+  kernels::cuda::Sequences sequences;  ///< none: batch entries
 };
 
-/// Queues one launch over all batch entries, which must follow each other: batch strides of Q, K and V are their
-/// lengths times their token strides. Of the problem, its outputs are not looked at. The device is current. Throws
-/// std::runtime_error with CUDA's or FlashInfer's reason.
+/// Queues one launch over all batch entries or sequences. Batch entries must follow each other: batch strides of Q, K
+/// and V are their lengths times their token strides. Rows of no sequence are not written. Of the problem, its outputs
+/// are not looked at. The device is current. Throws std::runtime_error with CUDA's or FlashInfer's reason.
 using Prefill = void (*)(const kernels::AttentionProblem& problem, const PrefillMemory& memory,
                          const kernels::cuda::Launch& launch);
 
@@ -49,7 +51,7 @@ void run_prefill(const BuiltPrefill& prefill, const kernels::AttentionProblem& p
                  const kernels::cuda::Launch& launch);
 
 /// How many numbers fa2's plan has.
-std::int64_t plan_entries(const kernels::AttentionProblem& problem);
+std::int64_t plan_entries(const kernels::AttentionProblem& problem, const kernels::cuda::Sequences& sequences);
 
 template <std::int64_t kHeadSize, kernels::ElementType kType, Masking kMasking>
 void fa2_prefill(const kernels::AttentionProblem& problem, const PrefillMemory& memory,

@@ -116,6 +116,20 @@ TEST_F(ContractFlashInfer, CausalWithFewerKeysIsRefused) {
       "FLASH_ATTN, TORCH_SDPA or another backend.");
 }
 
+TEST_F(ContractFlashInfer, PackedSequencesAreTakenWithoutAMask) {
+  EXPECT_EQ(reasons([](Problem& p) {
+              p.packed = p.causal = true;
+              p.seq_kv = 99;  // the sequences' own lengths count
+            }),
+            "");
+  EXPECT_EQ(reasons([](Problem& p) {
+              p.packed = true;
+              p.mask = MaskKind::boolean;
+            }),
+            "FLASHINFER_ATTN does not support packed sequences (cu_seqlens) together with a mask of kind bool. Leave "
+            "the mask out: cu_seqlens_k says which keys there are.");
+}
+
 TEST_F(ContractFlashInfer, AdditiveMasksAreRefused) {
   EXPECT_EQ(reasons([](Problem& p) { p.mask = MaskKind::boolean; }), "");
   EXPECT_EQ(reasons([](Problem& p) { p.mask = MaskKind::additive; }),
