@@ -10,9 +10,11 @@
 #include <bit>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string_view>
 
 #include "backends/common/cuda_engine.hpp"
+#include "backends/common/joined_problem.hpp"
 #include "backends/common/kernel_call.hpp"
 #include "backends/cudnn_attn/sdpa_graph.hpp"
 #include "kernels/cuda/engine_rows.hpp"
@@ -48,9 +50,10 @@ class CuDNNAttentionImpl final : public AttentionImpl {
       : AttentionImpl(config), autotune_(wants_autotune(config.backend_kwargs)) {}
 
   void run(const AttentionCall& call) const override {
-    KernelCall kernel = to_kernel_call(call, *this, kAlignment);
-    AttentionProblem& problem = kernel.problem;
-    const auto length = common_length(kernel.plan.keys[0]);
+    const KernelCall kernel = to_kernel_call(call, *this, kAlignment);
+    AttentionProblem problem = kernel.problem;
+    const bool joint = kernel.plan.num_keys > 1;
+    const auto length = joint ? std::nullopt : common_length(kernel.plan.keys[0]);
     if (length && *length != 1) drop_keys_from(problem, *length);  // one key alone cuDNN refuses
     const DLDevice device = call.query.device();
     const kernels::cuda::Launch launch{.device = device.device_id, .stream = current_stream(device)};
@@ -58,12 +61,14 @@ class CuDNNAttentionImpl final : public AttentionImpl {
     const kernels::cuda::Sequences sequences = sequences_of(kernel.plan, device);
     if (problem.keys == 0 || (packed && sequences.count == 0)) return finish_rows(problem, nullptr, launch);
 
+    Parts parts;
+    std::optional<JoinedProblem> joined;
+    if (joint) problem = joined.emplace(kernel.problem, JoinedProblem::MaskType::additive, parts).problem();
     cudnn::SdpaSpec spec = spec_of(problem, device);
     if (packed) take_sequences(spec, sequences, config().causal);
     spec.autotune = autotune_;
     const auto plan = plan_for(spec);
     const bool own_lse = problem.lse == nullptr || (!packed && is_contiguous_lse(problem));
-    Parts parts;
     const kernels::cuda::BiasShape shape = kernels::cuda::bias_shape(problem);
     const bool masked = spec.bias_batch > 0;
     const std::int64_t bias_rows = masked ? shape.batch * shape.heads * shape.rows : 0;
@@ -76,6 +81,7 @@ class CuDNNAttentionImpl final : public AttentionImpl {
     const std::int64_t lse = parts.add(own_lse ? 0 : spec.batch * spec.heads * spec.rows * 4);
     const Scratch scratch(parts.total(), device);
     char* memory = scratch.data();
+    if (joint) problem = joined->write(memory, launch);
 
     cudnn::SdpaPointers pointers{.query = problem.queries[0].data,
                                  .key = problem.key_segments[0].key,
@@ -107,8 +113,9 @@ class CuDNNAttentionImpl final : public AttentionImpl {
       const kernels::Strides of_lse{.batch = spec.heads * spec.rows, .token = 1, .head = spec.rows};
       write_lse(problem, {.data = pointers.lse, .strides = of_lse, .sequences = sequences}, launch);
     }
-    if (first_visible != nullptr || has_empty_entry(kernel.plan.keys[0]) ||
-        has_rows_without_keys(kernel.plan, problem)) {
+    const bool empty_entries =
+        joint ? problem.key_segments[0].lengths != nullptr : has_empty_entry(kernel.plan.keys[0]);
+    if (first_visible != nullptr || empty_entries || has_rows_without_keys(kernel.plan, problem)) {
       finish_rows(problem, first_visible, launch);
     }
   }
@@ -215,6 +222,7 @@ class CuDNNAttentionBackend final : public AttentionBackend {
                                      .causal_alignment = kAlignment,
                                      .lse = true,
                                      .packed = true,
+                                     .joint = true,
                                      .graph_safe = true,
                                      .masked_nan_propagates = true,
                                      .alignment = 16};

@@ -6,9 +6,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <optional>
 #include <string_view>
 
 #include "backends/common/cuda_engine.hpp"
+#include "backends/common/joined_problem.hpp"
 #include "backends/common/kernel_call.hpp"
 #include "backends/flashinfer_attn/prefill.hpp"
 #include "kernels/cuda/engine_rows.hpp"
@@ -132,14 +134,19 @@ class FlashInferAttentionImpl final : public AttentionImpl {
   using AttentionImpl::AttentionImpl;
 
   void run(const AttentionCall& call) const override {
-    KernelCall kernel = to_kernel_call(call, *this, kAlignment);
-    AttentionProblem& problem = kernel.problem;
+    const KernelCall kernel = to_kernel_call(call, *this, kAlignment);
+    AttentionProblem problem = kernel.problem;
     const DLDevice device = call.query.device();
     const kernels::cuda::Launch launch{.device = device.device_id, .stream = current_stream(device)};
     const bool packed = kernel.plan.ranges != nullptr;
     const kernels::cuda::Sequences sequences = sequences_of(kernel.plan, device);
     if (problem.keys == 0 || (packed && sequences.count == 0)) return finish_rows(problem, nullptr, launch);
     if (packed) problem.causal = config().causal;  // within each sequence
+    Parts parts;
+    std::optional<JoinedProblem> joined;
+    if (kernel.plan.num_keys > 1) {
+      problem = joined.emplace(kernel.problem, JoinedProblem::MaskType::boolean, parts).problem();
+    }
 
     const BuiltPrefill& prefill = choose_prefill(problem, device.device_id);
     const bool fa2 = prefill.engine == Engine::fa2;
@@ -155,12 +162,12 @@ class FlashInferAttentionImpl final : public AttentionImpl {
     }
     const std::int64_t rows = problem.batch * problem.rows * problem.heads;
     const bool own_out = writes_out(problem, prefill.engine);
-    Parts parts;
     const std::int64_t plan = parts.add(fa2 ? flashinfer_attn::plan_entries(first, sequences) * 4 : 0);
     const std::int64_t lse = parts.add(problem.lse == nullptr ? 0 : rows * 4);
     const std::int64_t out = parts.add(own_out ? 0 : rows * problem.head_size * kElementBytes);
     const Scratch scratch(parts.total(), device);
     char* memory = scratch.data();
+    if (joined) problem = joined->write(memory, launch);
 
     const Strides contiguous{.batch = problem.rows * problem.heads * problem.head_size,
                              .token = problem.heads * problem.head_size,
@@ -220,6 +227,7 @@ class FlashInferAttentionBackend final : public AttentionBackend {
                          .causal_alignment = kAlignment,
                          .lse = true,
                          .packed = true,
+                         .joint = true,
                          .graph_safe = true,
                          .masked_nan_propagates = true,
                          .alignment = 16};

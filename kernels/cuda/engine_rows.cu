@@ -1,6 +1,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "kernels/cuda/engine_rows.hpp"
 #include "kernels/cuda/launch_impl.hpp"
 #include "kernels/cuda/mask_impl.hpp"
@@ -27,6 +29,57 @@ __global__ void lengths_kernel(const __grid_constant__ AttentionProblem p, std::
   if (batch >= p.batch) return;
   query_lengths[batch] = static_cast<std::int32_t>(p.rows);
   key_lengths[batch] = static_cast<std::int32_t>(length_of(p.key_segments[0], batch));
+}
+
+// Tokens of one tensor and where they go.
+struct TokenCopy {
+  const void* from;
+  void* to;
+  Strides from_strides, to_strides;
+  std::int64_t tokens, heads;
+};
+struct TokenCopies {
+  TokenCopy of[6];  // queries, keys and values of two segments
+};
+
+// One thread per 16 bytes, a row of blocks per copy.
+__global__ void copy_kernel(const __grid_constant__ TokenCopies copies, std::int64_t batches, std::int64_t head_size) {
+  constexpr std::int64_t kPiece = 8;  // elements
+  const TokenCopy& copy = copies.of[blockIdx.y];
+  const std::int64_t pieces = head_size / kPiece;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= batches * copy.tokens * copy.heads * pieces) return;
+  const std::int64_t head = i / pieces % copy.heads;
+  const std::int64_t token = i / pieces / copy.heads % copy.tokens;
+  const std::int64_t batch = i / pieces / copy.heads / copy.tokens;
+  const std::int64_t piece = i % pieces * kPiece;
+  const auto* from = static_cast<const std::uint16_t*>(copy.from) + offset(copy.from_strides, batch, token, head);
+  auto* to = static_cast<std::uint16_t*>(copy.to) + offset(copy.to_strides, batch, token, head);
+  *reinterpret_cast<uint4*>(to + piece) = *reinterpret_cast<const uint4*>(from + piece);
+}
+
+// One thread per element of the joined mask, (batch, head, row, key) of `shape`.
+template <typename T>
+__global__ void mask_kernel(const __grid_constant__ AttentionProblem p, BiasShape shape, T* joined) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= shape.batch * shape.heads * shape.rows * p.keys) return;
+  const std::int64_t key = i % p.keys;
+  const std::int64_t row = i / p.keys % shape.rows;
+  const std::int64_t head = i / p.keys / shape.rows % shape.heads;
+  const std::int64_t batch = i / p.keys / shape.rows / shape.heads;
+  const KeySegment& segment = p.key_segments[key >= p.key_segments[1].first_key ? 1 : 0];
+  const std::int64_t of_segment = key - segment.first_key;
+  const Mask& mask = segment.mask;
+  const std::int64_t of_mask = row - mask.first_row;
+  float x = of_segment < length_of(segment, batch) ? 0 : -INFINITY;
+  if (x == 0 && mask.data != nullptr && of_mask >= 0 && of_mask < mask.rows) {
+    x = load_mask(mask, offset(mask.strides, batch, of_mask, head) + of_segment * mask.key_stride);
+  }
+  if constexpr (sizeof(T) == 1) {
+    joined[i] = x != -INFINITY ? 1 : 0;
+  } else {
+    narrow(x, joined[i]);
+  }
 }
 
 // One thread per sequence, and one for the end.
@@ -156,6 +209,56 @@ void write_lengths(const AttentionProblem& problem, std::int32_t* query_lengths,
   lengths_kernel<<<grid((problem.batch + kThreads - 1) / kThreads), kThreads, 0,
                    static_cast<cudaStream_t>(launch.stream)>>>(problem, query_lengths, key_lengths);
   check(cudaGetLastError(), "write_lengths");
+}
+
+void write_joined(const AttentionProblem& segments, const AttentionProblem& joined, const Launch& launch) {
+  const OnDevice on_device(launch.device);
+  auto* const stream = static_cast<cudaStream_t>(launch.stream);
+  TokenCopies copies{};
+  int count = 0;
+  std::int64_t most = 0;
+  const auto add = [&](const void* from, const Strides& from_strides, const void* to, const Strides& to_strides,
+                       std::int64_t first, std::int64_t tokens, std::int64_t heads) {
+    auto* place = const_cast<char*>(static_cast<const char*>(to)) + 2 * first * to_strides.token;
+    copies.of[count++] = {from, place, from_strides, to_strides, tokens, heads};
+    most = std::max(most, tokens * heads);
+  };
+  const KeySegment& keys = joined.key_segments[0];
+  for (int s = 0; s < 2; ++s) {
+    const QuerySegment& query = segments.queries[s];
+    const std::int64_t end = s == 0 ? segments.queries[1].first_row : segments.rows;
+    add(query.data, query.strides, joined.queries[0].data, joined.queries[0].strides, query.first_row,
+        end - query.first_row, segments.heads);
+    const KeySegment& from = segments.key_segments[s];
+    add(from.key, from.key_strides, keys.key, keys.key_strides, from.first_key, from.keys, segments.kv_heads);
+    add(from.value, from.value_strides, keys.value, keys.value_strides, from.first_key, from.keys, segments.kv_heads);
+  }
+  const std::int64_t pieces = segments.batch * most * (segments.head_size / 8);
+  const dim3 blocks(grid((pieces + kThreads - 1) / kThreads), static_cast<unsigned>(count));
+  copy_kernel<<<blocks, kThreads, 0, stream>>>(copies, segments.batch, segments.head_size);
+  check(cudaGetLastError(), "write_joined");
+  if (keys.mask.data == nullptr) return;
+
+  const BiasShape shape = bias_shape(joined);
+  const unsigned elements = grid((shape.batch * shape.heads * shape.rows * joined.keys + kThreads - 1) / kThreads);
+  const auto write = [&]<typename T>(T) {
+    auto* mask = static_cast<T*>(const_cast<void*>(keys.mask.data));
+    mask_kernel<<<elements, kThreads, 0, stream>>>(segments, shape, mask);
+  };
+  switch (keys.mask.type) {
+    case ElementType::boolean:
+      write(static_cast<unsigned char>(0));
+      break;
+    case ElementType::float16:
+      write(__half{});
+      break;
+    case ElementType::bfloat16:
+      write(__nv_bfloat16{});
+      break;
+    default:
+      write(0.0F);
+  }
+  check(cudaGetLastError(), "write_joined");
 }
 
 void write_sequences(const AttentionProblem& problem, const Sequences& sequences, std::int32_t* query_lengths,

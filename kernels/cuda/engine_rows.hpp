@@ -1,7 +1,8 @@
 #pragma once
 
 /// What engines of others need of masks, in the forms they take: lengths as int32, a mask as what is added to logits.
-/// And what they do not give: results where the caller wants them, zeros and −∞ for rows that see no key.
+/// Several tensors as one. And what they do not give: results where the caller wants them, zeros and −∞ for rows that
+/// see no key.
 
 #include "kernels/attention_problem.hpp"
 #include "kernels/cuda/launch.hpp"
@@ -12,6 +13,10 @@ namespace ditattn::kernels::cuda {
 /// int32 lengths of each batch entry: all rows, and the keys its segment's `lengths` leave (all where it has none).
 void write_lengths(const AttentionProblem& problem, std::int32_t* query_lengths, std::int32_t* key_lengths,
                    const Launch& launch);
+
+/// Copies the tokens of `segments`' queries, keys and values, of 2-byte elements in 16-byte pieces, into the contiguous
+/// tensors of `joined`'s, and writes the mask of its segment 0, where it has one: all that lengths and masks hide.
+void write_joined(const AttentionProblem& segments, const AttentionProblem& joined, const Launch& launch);
 
 /// Where each sequence lies. Its int32 lengths; and in `offsets`, count + 1 for each of query, key, value and out, how
 /// many elements come before its first token, and last before the end.

@@ -77,6 +77,14 @@ TEST_F(ContractCudnn, PackedSequencesAreTakenWithoutAMask) {
             "mask out: cu_seqlens_k says which keys there are.");
 }
 
+TEST_F(ContractCudnn, JointTokensAreTakenWithMasks) {
+  EXPECT_EQ(reasons([](Problem& p) {
+              p.joint = true;
+              p.mask = MaskKind::additive;
+            }),
+            "");
+}
+
 TEST_F(ContractCudnn, Fp8IsRefused) {
   EXPECT_EQ(
       reasons([](Problem& p) { p.fp8_kv = true; }),
@@ -128,6 +136,14 @@ TEST_F(ContractFlashInfer, PackedSequencesAreTakenWithoutAMask) {
             }),
             "FLASHINFER_ATTN does not support packed sequences (cu_seqlens) together with a mask of kind bool. Leave "
             "the mask out: cu_seqlens_k says which keys there are.");
+}
+
+TEST_F(ContractFlashInfer, JointTokensAreTakenWithMasks) {
+  EXPECT_EQ(reasons([](Problem& p) {
+              p.joint = true;
+              p.mask = MaskKind::boolean;
+            }),
+            "");
 }
 
 TEST_F(ContractFlashInfer, AdditiveMasksAreRefused) {

@@ -110,6 +110,17 @@ AttentionMetadata packed_sequences(DLDevice device) {
   return AttentionMetadata({.extra = extra});
 }
 
+// 20 rows and 30 keys of text before the image's, of which the last 5 are padding.
+AttentionMetadata joint_tokens(DLDevice device) {
+  const Tensor mask = empty({1, 30}, kBool);
+  for (std::int64_t i = 0; i < 30; ++i) store_element(mask.data_ptr(), i, kBool, i < 25);
+  return copy_to(AttentionMetadata({.joint_query = random_tensor({1, 20, 4, 64}, kFloat16, 70),
+                                    .joint_key = random_tensor({1, 30, 2, 64}, kFloat16, 71),
+                                    .joint_value = random_tensor({1, 30, 2, 64}, kFloat16, 72),
+                                    .joint_attn_mask = mask}),
+                 device);
+}
+
 std::vector<BackendClass> gpu_backends() {
   std::vector<BackendClass> backends;
   for (const DiffusionAttentionBackendEnum member : DiffusionAttentionBackendEnum::members()) {
@@ -190,13 +201,14 @@ TEST_F(Cuda, FiftyCallsReplayFromAGraph) {
     if (!backend->capabilities().graph_safe) continue;
     std::vector<MetadataOn> kinds{prefix, holes};
     if (backend->capabilities().packed) kinds.emplace_back(packed_sequences);
+    if (backend->capabilities().joint) kinds.emplace_back(joint_tokens);
     for (const MetadataOn& metadata_on : kinds) {
       const InStream stream;
       const AttentionMetadata metadata = metadata_on(kGpu);
       const Call call(130, 300, 20, metadata_on(kCpu));
       const auto attention = backend->make(call.config);
       std::vector<Tensor> outs;
-      for (int i = 0; i < 50; ++i) outs.push_back(empty(std::array<std::int64_t, 4>{1, 130, 4, 64}, kFloat16, kGpu));
+      for (int i = 0; i < 50; ++i) outs.push_back(copy_to(call.expected, kGpu));
       const Tensor eager = attention->forward(call.query, call.key, call.value, metadata);
       EXPECT_LT(call.error(eager), 2e-3) << backend->get_name();
 
@@ -207,7 +219,8 @@ TEST_F(Cuda, FiftyCallsReplayFromAGraph) {
       must(cudaStreamEndCapture(stream.get(), &graph));
       must(cudaGraphInstantiate(&executable, graph, 0));
       for (int replay = 0; replay < 3; ++replay) {
-        for (const Tensor& out : outs) must(cudaMemsetAsync(out.data_ptr(), 0xFF, 130 * 4 * 64 * 2, stream.get()));
+        const auto bytes = static_cast<std::size_t>(2 * call.expected.numel());
+        for (const Tensor& out : outs) must(cudaMemsetAsync(out.data_ptr(), 0xFF, bytes, stream.get()));
         must(cudaGraphLaunch(executable, stream.get()));
         must(cudaStreamSynchronize(stream.get()));
         for (const Tensor& out : outs) ASSERT_TRUE(same_bytes(out, eager)) << backend->get_name();
