@@ -26,6 +26,8 @@ using kernels::AttentionProblem;
 
 constexpr CausalAlignment kAlignment = CausalAlignment::top_left;  // as upstream runs it
 constexpr std::int64_t kOldestComputeCapability = 80;
+constexpr std::int64_t kHopper = 90;
+constexpr std::int64_t kPackedBeforeHopper = 91801;  // cuDNN 9.18.1
 
 constexpr std::int64_t kPackedStep = 128;  // what the longest of packed sequences is rounded up to
 
@@ -204,15 +206,18 @@ class CuDNNAttentionImpl final : public AttentionImpl {
   mutable std::shared_ptr<const cudnn::SdpaPlan> last_plan_;
 };
 
+std::string version_text() {
+  const std::int64_t version = cudnn::version();
+  if (version == 0) return "cuDNN";
+  return fmt::format("cuDNN {}.{}.{}", version / 10000, version / 100 % 100, version % 100);
+}
+
 class CuDNNAttentionBackend final : public AttentionBackend {
  public:
   [[nodiscard]] std::string get_name() const override { return "CUDNN_ATTN"; }
 
   [[nodiscard]] const Capabilities& capabilities() const override {
-    static const Capabilities can = {.engine = cudnn::version() == 0
-                                                   ? "cuDNN"
-                                                   : fmt::format("cuDNN {}.{}.{}", cudnn::version() / 10000,
-                                                                 cudnn::version() / 100 % 100, cudnn::version() % 100),
+    static const Capabilities can = {.engine = version_text(),
                                      .devices = {"cuda"},
                                      .dtypes = {kFloat16, kBFloat16},
                                      .head_sizes = {.list = {}, .min = 8, .max = 256, .multiple = 8},
@@ -247,11 +252,27 @@ class CuDNNAttentionBackend final : public AttentionBackend {
           "TORCH_SDPA or another backend for this shape.");
     }
     refuse_masked_packing(get_name(), problem, verdict);
+    refuse_packing_before_hopper(problem, verdict);
     if (problem.fp8_kv && problem.device.device_type == kDLCUDA) {
       verdict.reasons.emplace_back(
           "cuDNN's FP8 attention gives FP8 output alone below compute capability 10.0, and is not here yet above.");
     }
     return verdict;
+  }
+
+ private:
+  // Older GPUs take packed sequences from a newer cuDNN on.
+  static void refuse_packing_before_hopper(const Problem& problem, Verdict& verdict) {
+    if (!problem.packed || problem.device.device_type != kDLCUDA) return;
+    const auto& devices = cuda_info().devices;
+    const auto device = static_cast<std::size_t>(problem.device.device_id);
+    if (device >= devices.size()) return;
+    const std::int64_t compute_capability = devices[device].compute_capability;
+    if (compute_capability >= kHopper || cudnn::version() >= kPackedBeforeHopper) return;
+    verdict.reasons.push_back(
+        fmt::format("CUDNN_ATTN does not support packed sequences (cu_seqlens) on compute capability {}.{} before "
+                    "cuDNN 9.18.1, here is {}. Install a newer one.",
+                    compute_capability / 10, compute_capability % 10, version_text()));
   }
 
  protected:
