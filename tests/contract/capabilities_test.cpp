@@ -110,6 +110,8 @@ TEST_F(ContractCapability, CUDNN_ATTN) {
          .refuses_sizes = {1, 20, 63, 264, 512},
          .takes_masks = {kPadding, kBoolean, kAdditive},
          .refuses_masks = {},
+         .packed = true,
+         .joint = true,
          .alignment = CausalAlignment::top_left});
 }
 
@@ -118,7 +120,9 @@ TEST_F(ContractCapability, FLASHINFER_ATTN) {
          .takes_sizes = {64, 128, 256},
          .refuses_sizes = {32, 72, 96, 192},
          .takes_masks = {kPadding, kBoolean},
-         .refuses_masks = {kAdditive}});
+         .refuses_masks = {kAdditive},
+         .packed = true,
+         .joint = true});
 }
 
 TEST_F(ContractCapability, SAGE_ATTN) {
