@@ -1,0 +1,48 @@
+#pragma once
+
+/// Hopper's kernels as their units, one per tile and dtype, give them to the launcher.
+
+#include <atomic>
+#include <cstdint>
+#include <span>
+
+#include "kernels/attention_problem.hpp"
+#include "kernels/cuda/flash_sm90_tiles.hpp"
+
+namespace ditattn::kernels::cuda {
+
+struct FlashSm90Kernel {
+  FlashSm90Tile tile;
+  ElementType type;
+  int threads;
+  int shared_bytes;
+  const void* functions[2];  ///< __global__, of FlashSm90Arguments: without and with masks
+};
+
+/// Of a tile of kFlashSm90Tiles; compiled in the unit of these two alone.
+template <int kIndex, ElementType kType>
+FlashSm90Kernel flash_sm90_kernel();
+
+/// All that were compiled, the same at every call; none where DITATTN_CUDA_ARCHITECTURES has no Hopper.
+std::span<const FlashSm90Kernel> built_flash_sm90();
+
+/// The kernel for a problem; null: `reason` says for what there is none.
+struct FlashSm90Choice {
+  const FlashSm90Kernel* kernel = nullptr;
+  const char* reason = nullptr;
+};
+FlashSm90Choice choose_flash_sm90(const AttentionProblem& problem, int multiprocessors);
+
+/// What depends on the device.
+struct FlashDevice {
+  std::atomic<int> compute_capability = 0;  ///< 90 for 9.0; 0: not asked yet
+  std::atomic<int> multiprocessors = 0;
+  std::atomic<std::uint64_t> prepared = 0;  ///< a bit for each function of the built kernels
+};
+
+/// One launch on the current device, which is `device`, in a cudaStream_t. Nothing is allocated or waited for;
+/// thread-safe. Throws std::runtime_error with CUDA's reason.
+void launch_flash_sm90(const FlashSm90Kernel& kernel, const AttentionProblem& problem, FlashDevice& device,
+                       void* stream);
+
+}  // namespace ditattn::kernels::cuda

@@ -1,0 +1,396 @@
+#pragma once
+
+/// Exact attention on Hopper. Background: FlashAttention-3 (arXiv 2407.08608). Approach: one producer thread copies
+/// tiles of Q, K and V to shared memory; warpgroups of 64 rows each multiply, Q · Kᵀ of a block under the softmax of
+/// the one before, and take turns, so that one's softmax runs under another's products. Included by .cu files alone.
+
+#include <type_traits>
+
+#include "kernels/cuda/flash_tile_impl.hpp"
+#include "kernels/cuda/hopper_impl.hpp"
+#include "kernels/cuda/wgmma.hpp"
+
+namespace ditattn::kernels::cuda {
+
+/// How the kernel is cut. Head sizes up to kHeadSize (a multiple of 8) take it; channels past the tensor's are zeros.
+template <class Element, int kHeadSize, int kGroups, int kBlockKeys, int kDepth>
+struct FlashSm90Config {
+  using T = Element;
+  static constexpr int kHead = kHeadSize;
+  static constexpr int kWarpgroups = kGroups;
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kKeys = kBlockKeys;
+  static constexpr int kStages = kDepth;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kPanels = (kHead + 63) / 64;          // of 64 channels, 128 bytes
+  static constexpr int kQueryBytes = 64 * kPanels * 128;     // of a warpgroup
+  static constexpr int kStageBytes = kKeys * kPanels * 128;  // of K, or of V
+  static constexpr int kBarriers = 2 * kGroups + 4 * kStages;
+  static constexpr int kSharedBytes = kGroups * kQueryBytes + 2 * kStages * kStageBytes + 8 * (kBarriers + 1);
+  // Of the 64 K registers of an SM, in multiples of 8 a thread; a block redistributes what it starts with.
+  static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kGroups > 3 ? 24 : kGroups < 3 ? 40 : 32;
+  static constexpr int kShare = (kThreads * kStartRegisters - 128 * kProducerRegisters) / (128 * kGroups) / 8 * 8;
+  static constexpr int kConsumerRegisters = kShare < 240 ? kShare : 240;
+  static_assert(kKeys % 16 == 0);
+};
+
+struct FlashSm90Arguments {
+  CUtensorMap query[2];
+  CUtensorMap key[2];
+  CUtensorMap value[2];
+  AttentionProblem problem;
+  unsigned first_tiles;  ///< of the first query segment
+  unsigned head_tiles;   ///< of both
+  unsigned total_tiles;  ///< of all heads
+  unsigned heads;
+  unsigned group;      ///< query heads of a K/V head
+  bool longest_first;  ///< rows see different numbers of keys
+  bool hides;          ///< some row does not see some key
+};
+
+/// The tiles of one block of threads, one after the other. A head's tiles are neighbours, and run at the same time, so
+/// that its K and V are read from the cache. Where rows see different numbers of keys, the longest tiles of all heads
+/// come first, and every second round goes backwards, which evens out the blocks' work.
+template <class Config>
+class FlashSm90Tiles {
+ public:
+  __device__ explicit FlashSm90Tiles(const FlashSm90Arguments& arguments) : a_(arguments) {}
+
+  __device__ bool next(Tile& tile) {
+    const bool backwards = a_.longest_first && (round_ & 1) != 0;
+    const unsigned index = round_ * gridDim.x + (backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    ++round_;
+    if (index >= a_.total_tiles) return false;
+    const AttentionProblem& p = a_.problem;
+    unsigned head = index / a_.head_tiles;
+    unsigned in_head = index - head * a_.head_tiles;
+    if (a_.longest_first) {
+      const unsigned all_heads = a_.total_tiles / a_.head_tiles;
+      in_head = a_.head_tiles - 1 - index / all_heads;
+      head = index % all_heads;
+    }
+    const bool second = p.num_queries == 2 && in_head >= a_.first_tiles;
+    const unsigned batch = head / a_.heads;
+    const unsigned of_batch = head - batch * a_.heads;
+    tile.batch = static_cast<int>(batch);
+    tile.head = static_cast<int>(of_batch);
+    tile.kv_head = static_cast<int>(of_batch / a_.group);
+    tile.segment = second ? 1 : 0;
+    tile.row = static_cast<int>(second ? in_head - a_.first_tiles : in_head) * Config::kRows;
+    const int end = static_cast<int>(!second && p.num_queries == 2 ? p.queries[1].first_row : p.rows);
+    tile.first_row = static_cast<int>(p.queries[tile.segment].first_row) + tile.row;
+    tile.rows = min(Config::kRows, end - tile.first_row);
+    return true;
+  }
+
+ private:
+  const FlashSm90Arguments& a_;
+  unsigned round_ = 0;
+};
+
+/// A ring of stages: which one is next, and the parity of its phase.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  int parity = 0;
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+/// Where tiles and barriers are in shared memory. Each warpgroup has its own rows of Q.
+template <class Config>
+struct FlashSm90Memory {
+  hopper::Address base;
+  __device__ hopper::Address query(int group) const { return base + group * Config::kQueryBytes; }
+  __device__ hopper::Address key(int stage) const { return query(Config::kWarpgroups) + stage * Config::kStageBytes; }
+  __device__ hopper::Address value(int stage) const { return key(Config::kStages + stage); }
+  __device__ hopper::Address barrier(int i) const { return key(2 * Config::kStages) + 8 * i; }
+  __device__ hopper::Address key_full(int stage) const { return barrier(stage); }
+  __device__ hopper::Address key_empty(int stage) const { return barrier(Config::kStages + stage); }
+  __device__ hopper::Address value_full(int stage) const { return barrier(2 * Config::kStages + stage); }
+  __device__ hopper::Address value_empty(int stage) const { return barrier(3 * Config::kStages + stage); }
+  __device__ hopper::Address query_full(int group) const { return barrier(4 * Config::kStages + group); }
+  __device__ hopper::Address query_empty(int group) const { return query_full(Config::kWarpgroups + group); }
+  __device__ hopper::Address unused() const { return barrier(Config::kBarriers); }
+};
+
+// Boxes of 64 channels of `rows` tokens, one beside the other.
+template <int kPanels>
+__device__ __forceinline__ void copy_rows(hopper::Address to, const CUtensorMap* map, hopper::Address full, int rows,
+                                          int token, int head, int batch) {
+  hopper::arrive_expect(full, kPanels * rows * 128);
+#pragma unroll
+  for (int panel = 0; panel < kPanels; ++panel) {
+    hopper::copy_box(to + panel * rows * 128, map, full, 64 * panel, token, head, batch);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void produce(const FlashSm90Arguments& a, const FlashSm90Memory<Config>& memory) {
+  const AttentionProblem& p = a.problem;
+  FlashSm90Tiles<Config> tiles(a);
+  Tile tile;
+  const bool leader = threadIdx.x % 32 == 0;
+  RingPlace<Config::kStages> key_place;
+  RingPlace<Config::kStages> value_place;
+  int query_parity = 0;
+  while (tiles.next(tile)) {
+    const KeyBlocks<Config::kKeys> blocks(p, tile);
+    const int total = blocks.total();
+    if (!leader || total == 0) continue;
+    const auto load = [&](int i, const CUtensorMap* maps, hopper::Address to, hopper::Address full) {
+      copy_rows<Config::kPanels>(to, &maps[blocks.segment_of(i)], full, Config::kKeys, blocks.key_of(i), tile.kv_head,
+                                 tile.batch);
+    };
+    const auto load_key = [&](int i) {
+      hopper::wait(memory.key_empty(key_place.stage), key_place.parity ^ 1);
+      load(i, a.key, memory.key(key_place.stage), memory.key_full(key_place.stage));
+      key_place.advance();
+    };
+    load_key(0);
+    for (int group = 0; group < Config::kWarpgroups; ++group) {
+      hopper::wait(memory.query_empty(group), query_parity ^ 1);
+      copy_rows<Config::kPanels>(memory.query(group), &a.query[tile.segment], memory.query_full(group), 64,
+                                 tile.row + 64 * group, tile.head, tile.batch);
+    }
+    query_parity ^= 1;
+    for (int i = 0; i < total; ++i) {
+      if (i + 1 < total) load_key(i + 1);
+      hopper::wait(memory.value_empty(value_place.stage), value_place.parity ^ 1);
+      load(i, a.value, memory.value(value_place.stage), memory.value_full(value_place.stage));
+      value_place.advance();
+    }
+  }
+}
+
+// A warp has read what a stage holds.
+__device__ __forceinline__ void release(hopper::Address empty) {
+  if (threadIdx.x % 32 == 0) hopper::arrive(empty);
+}
+
+template <class Config>
+__device__ __forceinline__ void multiply_keys(float (&logits)[Config::kKeys / 2], hopper::Address query,
+                                              hopper::Address key) {
+  const std::uint64_t a = hopper::describe(query, 0);
+  const std::uint64_t b = hopper::describe(key, 0);
+#pragma unroll
+  for (int k = 0; k < (Config::kHead + 15) / 16; ++k) {
+    const int panel = k / 4;
+    const int in_panel = k % 4 * 32;
+    Wgmma<typename Config::T, Config::kKeys>::ss(logits, a + (panel * 64 * 128 + in_panel) / 16,
+                                                 b + (panel * Config::kKeys * 128 + in_panel) / 16, k != 0);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void multiply_values(float (&out)[Config::kHead / 2],
+                                                const std::uint32_t (&probabilities)[Config::kKeys / 4],
+                                                hopper::Address value, int accumulate) {
+  const std::uint64_t b = hopper::describe(value, Config::kKeys * 128);
+#pragma unroll
+  for (int k = 0; k < Config::kKeys / 16; ++k) {
+    Wgmma<typename Config::T, Config::kHead>::rs(out, probabilities + 4 * k, b + k * 16 * 128 / 16,
+                                                 k != 0 ? 1 : accumulate);
+  }
+}
+
+template <class Config, bool kMasked>
+__device__ __forceinline__ void consume(const FlashSm90Arguments& a, const FlashSm90Memory<Config>& memory) {
+  using T = typename Config::T;
+  const AttentionProblem& p = a.problem;
+  FlashSm90Tiles<Config> tiles(a);
+  Tile tile;
+  const int group = static_cast<int>(__shfl_sync(kWarp, threadIdx.x / 128, 0)) - 1;
+  const int warp_row = static_cast<int>(threadIdx.x / 32 - 4) * 16;
+  const float scale = p.scale * kLog2E;
+  RingPlace<Config::kStages> key_place;
+  RingPlace<Config::kStages> value_place;
+  int query_parity = 0;
+  bool broken = false;  // an output of this warp is not finite
+  // Turns: a warpgroup's products are issued between its own barrier and the arrival at the next one's.
+  constexpr bool kTurns = Config::kWarpgroups > 1;
+  const auto take_turn = [&] {
+    if constexpr (kTurns) hopper::sync_named(1 + group, 256);
+  };
+  const auto pass_turn = [&] {
+    if constexpr (kTurns) hopper::arrive_named(1 + (group + 1) % Config::kWarpgroups, 256);
+  };
+  if (group == Config::kWarpgroups - 1) pass_turn();
+
+  while (tiles.next(tile)) {
+    const KeyBlocks<Config::kKeys> blocks(p, tile);
+    const int total_blocks = blocks.total();
+    if (total_blocks == 0) {
+      store_nothing<T>(p, tile, warp_row);
+      continue;
+    }
+    Softmax softmax;
+    float out[Config::kHead / 2];
+    float logits[Config::kKeys / 2];
+    float total[2];
+    float rescale[2];
+    std::uint32_t probabilities[Config::kKeys / 4];
+    RowLimits limits;
+    // Where a block has hidden keys, or is the first that has none. Data do not choose between the two kinds of
+    // steps: all of a warpgroup has to go the same way.
+    const auto find_limits = [&](int i) { limits.find(p, p.key_segments[blocks.segment_of(i)], tile, warp_row); };
+    const auto hide_some = [&](int i) {
+      hide(limits, blocks.key_of(i), logits);
+      if constexpr (kMasked) {
+        add_mask(p, p.key_segments[blocks.segment_of(i)], tile, warp_row, blocks.key_of(i), logits);
+      }
+    };
+    const auto soften_exactly = [&] {
+      softmax.find_reference(logits, scale, rescale);
+      softmax.exponentiate(logits, scale);
+      softmax.add(logits, total);
+    };
+    const auto round = [&] {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) softmax.sum[k] = fmaf(softmax.sum[k], rescale[k], total[k]);
+#pragma unroll
+      for (int j = 0; j < Config::kKeys / 4; ++j) probabilities[j] = pack(logits[2 * j], logits[2 * j + 1], T{});
+    };
+
+    const hopper::Address query = memory.query(group);
+    hopper::wait(memory.query_full(group), query_parity);
+    query_parity ^= 1;
+    hopper::wait(memory.key_full(key_place.stage), key_place.parity);
+    take_turn();
+    hopper::pin(logits);
+    hopper::fence_products();
+    multiply_keys<Config>(logits, query, memory.key(key_place.stage));
+    hopper::commit_products();
+    pass_turn();
+    hopper::wait_products<0>();
+    hopper::pin(logits);
+    release(memory.key_empty(key_place.stage));
+    key_place.advance();
+    // Where logits differ much, all steps are exact.
+    const bool wild =
+        __any_sync(kWarp, total_blocks > 1 && hopper::any_named(8 + group, 128, Softmax::are_wild(logits, scale)));
+    if (blocks.hides(0)) {
+      find_limits(0);
+      hide_some(0);
+    }
+    soften_exactly();
+    round();
+    // Block i's logits under the output of the block before. No branch while products are unfinished: the compiler
+    // would wait for them there.
+    const auto step = [&](int i, auto exact) {
+      if constexpr (decltype(exact)::value) find_limits(i);
+      hopper::wait(memory.key_full(key_place.stage), key_place.parity);
+      take_turn();
+      hopper::pin(logits);
+      hopper::pin(out);
+      hopper::pin(probabilities);
+      hopper::fence_products();
+      multiply_keys<Config>(logits, query, memory.key(key_place.stage));
+      hopper::commit_products();
+      hopper::wait(memory.value_full(value_place.stage), value_place.parity);
+      hopper::fence_products();
+      multiply_values<Config>(out, probabilities, memory.value(value_place.stage), i > 1);
+      hopper::commit_products();
+      pass_turn();
+      hopper::wait_products<1>();
+      hopper::pin(logits);
+      release(memory.key_empty(key_place.stage));
+      key_place.advance();
+      if constexpr (decltype(exact)::value) {
+        hide_some(i);
+        soften_exactly();
+      } else {
+        softmax.exponentiate(logits, scale);
+        softmax.add(logits, total);
+      }
+      hopper::hold_waits_for(total[0] + total[1], memory.unused());
+      hopper::wait_products<0>();
+      hopper::pin(out);
+      hopper::pin(probabilities);
+      release(memory.value_empty(value_place.stage));
+      value_place.advance();
+      bool moves;
+      if constexpr (decltype(exact)::value) {
+        moves = rescale[0] != 1 || rescale[1] != 1;
+      } else {
+        moves = fmaxf(total[0], total[1]) > Softmax::kLargest;
+        rescale[0] = rescale[1] = 1;
+      }
+      if (__any_sync(kWarp, moves)) {
+        if constexpr (!decltype(exact)::value) softmax.lower(logits, total, rescale);
+#pragma unroll
+        for (int j = 0; j < Config::kHead / 2; ++j) out[j] *= rescale[j / 2 % 2];
+      }
+      round();
+    };
+    bool anchored = !wild && !blocks.hides(0);
+    for (int i = 1; i < total_blocks;) {
+      const bool exact = !anchored || blocks.hides(i);
+      if (exact) {
+        step(i, std::true_type{});
+        anchored = anchored || (!wild && !blocks.hides(i));
+        ++i;
+        continue;
+      }
+      const int end = blocks.full_end(i);
+#pragma unroll 1
+      for (; i < end; ++i) step(i, std::false_type{});
+    }
+    release(memory.query_empty(group));
+    hopper::wait(memory.value_full(value_place.stage), value_place.parity);
+    hopper::pin(out);
+    hopper::pin(probabilities);
+    hopper::fence_products();
+    multiply_values<Config>(out, probabilities, memory.value(value_place.stage), total_blocks > 1);
+    hopper::commit_products();
+    hopper::wait_products<0>();
+    hopper::pin(out);
+    release(memory.value_empty(value_place.stage));
+    value_place.advance();
+    softmax.finish();
+    broken = are_broken(softmax, a.hides, out) || broken;
+    store_rows<T>(p, tile, warp_row, softmax, out);
+  }
+  // In a loop of its own: what may diverge in a warp costs the other loop its uniform registers.
+  if (!broken) return;
+  __syncwarp();
+  FlashSm90Tiles<Config> again(a);
+  while (again.next(tile)) mend_rows<T, Config::kHead>(p, tile, warp_row);
+}
+
+/// `kMasked`: some key segment has a mask.
+template <class Config, bool kMasked>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    flash_sm90(const __grid_constant__ FlashSm90Arguments arguments) {
+  extern __shared__ __align__(1024) unsigned char memory_bytes[];
+  const FlashSm90Memory<Config> memory{hopper::address_of(memory_bytes)};
+  constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
+  if (threadIdx.x == 0) {
+    for (int group = 0; group < Config::kWarpgroups; ++group) {
+      hopper::init_barrier(memory.query_full(group), 1);
+      hopper::init_barrier(memory.query_empty(group), 4);
+    }
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      hopper::init_barrier(memory.key_full(stage), 1);
+      hopper::init_barrier(memory.value_full(stage), 1);
+      hopper::init_barrier(memory.key_empty(stage), kConsumerWarps);
+      hopper::init_barrier(memory.value_empty(stage), kConsumerWarps);
+    }
+    hopper::fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    hopper::give_registers<Config::kProducerRegisters>();
+    if (threadIdx.x < 32) produce<Config>(arguments, memory);
+  } else {
+    hopper::take_registers<Config::kConsumerRegisters>();
+    consume<Config, kMasked>(arguments, memory);
+  }
+}
+
+}  // namespace ditattn::kernels::cuda
