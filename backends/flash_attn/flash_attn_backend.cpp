@@ -1,8 +1,17 @@
+// FLASH_ATTN: our own exact tiled kernels (README.md).
+
+#include <ditattn/backend.hpp>
+#include <ditattn/cuda.hpp>
 #include <fmt/format.h>
+
+#include <string_view>
 
 #include "backends/common/cpu_level_choice.hpp"
 #include "backends/common/cpu_options.hpp"
 #include "kernels/cpu/flash_attention.hpp"
+#ifdef DITATTN_CUDA
+#include "kernels/cuda/flash_attention.hpp"
+#endif
 
 namespace ditattn {
 
@@ -12,6 +21,10 @@ using kernels::cpu::CpuUnits;
 namespace {
 
 constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
+#ifdef DITATTN_CUDA
+constexpr std::int64_t kLargestGpuHeadSize = 256;
+constexpr std::int64_t kHopper = 90;
+#endif
 
 CpuUnits cpu_units() {
   // A level that is named is used whole, whether that is faster or not.
@@ -26,29 +39,70 @@ std::string engine_name() {
                      widened ? " (bfloat16 in float32, which is faster here)" : "");
 }
 
+Capabilities find_capabilities() {
+  Capabilities can = cpu_capabilities(engine_name(), kAlignment);
+#ifdef DITATTN_CUDA
+  can.engine += "; GPU: " + kernels::cuda::flash_kernels_built();
+  can.devices.emplace_back("cuda");
+  can.graph_safe = true;
+#endif
+  return can;
+}
+
 class FlashAttentionImpl final : public AttentionImpl {
  public:
   explicit FlashAttentionImpl(const ImplConfig& config)
       : AttentionImpl(config), threads_(thread_limit("FLASH_ATTN", config.backend_kwargs)) {}
 
   void run(const AttentionCall& call) const override {
-    const KernelCall cpu = to_kernel_call(call, *this, kAlignment);
-    kernels::cpu::flash_attention(cpu.problem, cpu_executor(threads_), cpu_units());
+    const KernelCall kernel = to_kernel_call(call, *this, kAlignment);
+#ifdef DITATTN_CUDA
+    if (const DLDevice device = call.query.device(); device.device_type == kDLCUDA) {
+      return kernels::cuda::flash_attention(kernel.problem,
+                                            {.device = device.device_id, .stream = current_stream(device)});
+    }
+#endif
+    kernels::cpu::flash_attention(kernel.problem, cpu_executor(threads_), cpu_units());
   }
 
  private:
   int threads_;
 };
 
-}  // namespace
-
-/// FLASH_ATTN on the CPU: our own exact tiled kernels (README.md).
 class FlashAttentionBackend final : public AttentionBackend {
  public:
-  FlashAttentionBackend() : capabilities_(cpu_capabilities(engine_name(), kAlignment)) {}
-
   [[nodiscard]] std::string get_name() const override { return "FLASH_ATTN"; }
+
   [[nodiscard]] const Capabilities& capabilities() const override { return capabilities_; }
+
+#ifdef DITATTN_CUDA
+  // GPUs take less than the CPU, of which the capabilities speak.
+  [[nodiscard]] Verdict explain(const Problem& problem) const override {
+    Verdict verdict = check_capabilities(get_name(), capabilities(), problem);
+    if (problem.device.device_type != kDLCUDA) return verdict;
+    const auto& devices = cuda_info().devices;
+    const auto index = static_cast<std::size_t>(problem.device.device_id);
+    if (index < devices.size() && devices[index].compute_capability != kHopper) {
+      // The plain kernel would do, but a default would never move on from it to one that is tens of times as fast.
+      verdict.reasons.push_back(fmt::format(
+          "FLASH_ATTN has kernels for compute capability 9.0 (Hopper) alone yet; {} has {}.{}. Select CUDNN_ATTN, "
+          "FLASHINFER_ATTN or TORCH_SDPA.",
+          device_name(problem.device), devices[index].compute_capability / 10, devices[index].compute_capability % 10));
+    }
+    if (problem.dtype == kFloat32) {
+      verdict.reasons.emplace_back(
+          "FLASH_ATTN does not support dtype=float32 on cuda. Supported dtypes there: float16, bfloat16. Select "
+          "TORCH_SDPA or another backend.");
+    }
+    if (problem.head_size > kLargestGpuHeadSize) {
+      verdict.reasons.push_back(
+          fmt::format("FLASH_ATTN does not support head_size={} on cuda. Supported head sizes there: 1 to {}. Select "
+                      "TORCH_SDPA or another backend.",
+                      problem.head_size, kLargestGpuHeadSize));
+    }
+    return verdict;
+  }
+#endif
 
  protected:
   [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
@@ -57,8 +111,10 @@ class FlashAttentionBackend final : public AttentionBackend {
   [[nodiscard]] std::vector<std::string> known_kwargs() const override { return {kThreadsOption}; }
 
  private:
-  Capabilities capabilities_;
+  Capabilities capabilities_ = find_capabilities();
 };
+
+}  // namespace
 
 BackendClass find_flash_attn(std::string_view class_name) {
   return class_name == "FlashAttentionBackend" ? std::make_shared<FlashAttentionBackend>() : nullptr;

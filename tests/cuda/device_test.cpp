@@ -16,16 +16,17 @@
 #include <random>
 #include <thread>
 
+#include "tests/cuda/gpu_testing.hpp"
 #include "tests/unit/packed_metadata.hpp"
 
 namespace ditattn {
 namespace {
 
-constexpr DLDevice kGpu{kDLCUDA, 0};
-
-void must(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-}
+using testing::kGpu;
+using testing::must;
+using testing::random_tensor;
+using testing::relative_error;
+using testing::same_bytes;
 
 // A stream, and this thread's work in it, for a while.
 class InStream {
@@ -50,26 +51,6 @@ class InStream {
   TVMFFIStreamHandle before_ = nullptr;
 };
 
-Tensor random_tensor(std::initializer_list<std::int64_t> shape, DLDataType dtype, std::uint64_t seed) {
-  Tensor tensor = empty(shape, dtype);
-  std::mt19937_64 generator(seed);
-  std::normal_distribution<double> normal;
-  for (std::int64_t i = 0; i < tensor.numel(); ++i) store_element(tensor.data_ptr(), i, dtype, normal(generator));
-  return tensor;
-}
-
-// Of two float16 tensors with the same strides, on the host: ‖got − expected‖ / ‖expected‖.
-double relative_error(const Tensor& got, const Tensor& expected) {
-  double difference = 0;
-  double norm = 0;
-  for (std::int64_t i = 0; i < expected.numel(); ++i) {
-    const double e = load_element(expected.data_ptr(), i, kFloat16);
-    difference += std::pow(load_element(got.data_ptr(), i, kFloat16) - e, 2);
-    norm += e * e;
-  }
-  return std::sqrt(difference / norm);
-}
-
 // (1, rows, 4, 64) against (1, keys, 2, 64), and the answer of the CPU's native engine.
 struct Call {
   Tensor query, key, value, expected;
@@ -86,12 +67,6 @@ struct Call {
   }
   [[nodiscard]] double error(const Tensor& out) const { return relative_error(copy_to(out, kCpu), expected); }
 };
-
-bool same_bytes(const Tensor& a, const Tensor& b) {
-  const Tensor x = copy_to(a, kCpu);
-  const Tensor y = copy_to(b, kCpu);
-  return std::memcmp(x.data_ptr(), y.data_ptr(), tvm::ffi::GetDataSize(*x.GetDLTensorPtr())) == 0;
-}
 
 // Keys from `length` on are hidden; where `every_other`, also each second one before.
 AttentionMetadata padding(std::int64_t keys, std::int64_t length, bool every_other, DLDevice device) {
