@@ -4,6 +4,9 @@
 #include <ditattn/cuda.hpp>
 #include <fmt/format.h>
 
+#include <cstdlib>
+#include <limits>
+#include <string>
 #include <string_view>
 
 #include "backends/common/cpu_level_choice.hpp"
@@ -23,7 +26,21 @@ namespace {
 constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
 #ifdef DITATTN_CUDA
 constexpr std::int64_t kLargestGpuHeadSize = 256;
-constexpr std::int64_t kHopper = 90;
+constexpr std::int64_t kAmpere = 80;
+
+// The compute capability whose kernels may be used, or what DITATTN_GPU_LEVEL says is the highest.
+int gpu_level() {
+  static const int level = [] {
+    const char* wanted = std::getenv("DITATTN_GPU_LEVEL");
+    if (wanted == nullptr || *wanted == '\0') return std::numeric_limits<int>::max();
+    for (const int known : {75, 80, 90}) {
+      if (std::to_string(known) == wanted) return known;
+    }
+    throw ValueError(
+        fmt::format("DITATTN_GPU_LEVEL='{}' is not one of 75, 80, 90. Unset it or set one of these.", wanted));
+  }();
+  return level;
+}
 #endif
 
 CpuUnits cpu_units() {
@@ -58,8 +75,8 @@ class FlashAttentionImpl final : public AttentionImpl {
     const KernelCall kernel = to_kernel_call(call, *this, kAlignment);
 #ifdef DITATTN_CUDA
     if (const DLDevice device = call.query.device(); device.device_type == kDLCUDA) {
-      return kernels::cuda::flash_attention(kernel.problem,
-                                            {.device = device.device_id, .stream = current_stream(device)});
+      return kernels::cuda::flash_attention(
+          kernel.problem, {.device = device.device_id, .stream = current_stream(device)}, gpu_level());
     }
 #endif
     kernels::cpu::flash_attention(kernel.problem, cpu_executor(threads_), cpu_units());
@@ -82,11 +99,10 @@ class FlashAttentionBackend final : public AttentionBackend {
     if (problem.device.device_type != kDLCUDA) return verdict;
     const auto& devices = cuda_info().devices;
     const auto index = static_cast<std::size_t>(problem.device.device_id);
-    if (index < devices.size() && devices[index].compute_capability != kHopper) {
-      // The plain kernel would do, but a default would never move on from it to one that is tens of times as fast.
+    if (index < devices.size() && devices[index].compute_capability < kAmpere) {
+      // The plain kernel would do, but a default would never move on from it.
       verdict.reasons.push_back(fmt::format(
-          "FLASH_ATTN has kernels for compute capability 9.0 (Hopper) alone yet; {} has {}.{}. Select CUDNN_ATTN, "
-          "FLASHINFER_ATTN or TORCH_SDPA.",
+          "FLASH_ATTN needs a GPU of compute capability 8.0 or more; {} has {}.{}. Select TORCH_SDPA.",
           device_name(problem.device), devices[index].compute_capability / 10, devices[index].compute_capability % 10));
     }
     if (problem.dtype == kFloat32) {

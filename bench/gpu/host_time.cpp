@@ -1,5 +1,5 @@
-// The host's time to queue one call of CUDNN_ATTN, beside executing its cuDNN plan alone: what checks, look-ups and
-// scratch memory cost. C++ only; compare.py has Python's.
+// The host's time to queue one call of CUDNN_ATTN, beside executing its cuDNN plan alone, and of FLASH_ATTN, beside
+// launching an empty kernel: what checks, look-ups and scratch memory cost. C++ only; compare.py has Python's.
 
 #include <cuda_runtime.h>
 #include <ditattn/ditattn.hpp>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "backends/cudnn_attn/sdpa_graph.hpp"
+#include "bench/gpu/empty_kernel.hpp"
 
 namespace {
 
@@ -75,15 +76,27 @@ int main() {
                                                 .value = tensors[2].data_ptr(),
                                                 .out = tensors[3].data_ptr(),
                                                 .workspace = workspace.data_ptr()};
-    std::vector<double> forward;
-    std::vector<double> bare;
+    const auto flash = ditattn::DiffusionAttentionBackendEnum::FLASH_ATTN.get_class()->make(
+        {.num_heads = heads, .head_size = head_size});
+    const auto forward_of = [&](const auto& impl) {
+      return [&] { impl->forward(tensors[0], tensors[1], tensors[2], {}, {.out = tensors[3]}); };
+    };
+    const std::array<std::function<void()>, 4> calls{forward_of(attention), [&] { plan->run(pointers, nullptr); },
+                                                     forward_of(flash), launch_empty_kernel};
+    std::array<std::vector<double>, calls.size()> times;
     for (int round = 0; round < kRounds + 1; ++round) {
-      bare.push_back(microseconds([&] { plan->run(pointers, nullptr); }));
-      forward.push_back(
-          microseconds([&] { attention->forward(tensors[0], tensors[1], tensors[2], {}, {.out = tensors[3]}); }));
-      if (round == 0) bare.clear(), forward.clear();  // plans were built
+      for (std::size_t i = 0; i < calls.size(); ++i) {
+        const double time = microseconds(calls[i]);
+        if (round != 0) times[i].push_back(time);  // plans were built in the first
+      }
     }
-    fmt::print("  {},{},{},{},{}: forward {:.2f}, the plan alone {:.2f}, difference {:.2f}\n", batch, heads, rows, rows,
-               head_size, median(forward), median(bare), median(forward) - median(bare));
+    const auto compare = [&](const char* name, std::size_t ours, const char* other) {
+      const double forward = median(times[ours]);
+      const double bare = median(times[ours + 1]);
+      fmt::print("  {},{},{},{},{}: {} {:.2f}, {} {:.2f}, difference {:.2f}\n", batch, heads, rows, rows, head_size,
+                 name, forward, other, bare, forward - bare);
+    };
+    compare("CUDNN_ATTN", 0, "the plan alone");
+    compare("FLASH_ATTN", 2, "an empty kernel");
   }
 }

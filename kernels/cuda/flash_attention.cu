@@ -2,9 +2,12 @@
 
 #include "kernels/cuda/flash_attention.hpp"
 
+#include <algorithm>
 #include <iterator>
 #include <vector>
 
+#include "kernels/cuda/flash_layout.hpp"
+#include "kernels/cuda/flash_sm80.hpp"
 #include "kernels/cuda/flash_sm90.hpp"
 #include "kernels/cuda/launch_impl.hpp"
 #include "kernels/cuda/sdpa_native.hpp"
@@ -12,6 +15,7 @@
 namespace ditattn::kernels::cuda {
 namespace {
 
+constexpr int kAmpere = 80;
 constexpr int kHopper = 90;
 
 FlashDevice& device_of(int device) {
@@ -34,35 +38,62 @@ FlashDevice& device_of(int device) {
   return found;
 }
 
-// Hopper's kernel, or why not.
-FlashSm90Choice choose(const AttentionProblem& problem, int compute_capability, int multiprocessors) {
-  if (compute_capability != kHopper) return {.reason = "a GPU of another compute capability than 9.0"};
-  return choose_flash_sm90(problem, multiprocessors);
+// At most one of the kernels; the reason why not Hopper's, or neither.
+struct Choice {
+  const FlashSm90Kernel* sm90 = nullptr;
+  const FlashSm80Kernel* sm80 = nullptr;
+  const char* reason = nullptr;
+};
+
+Choice choose(const AttentionProblem& problem, int compute_capability, int multiprocessors) {
+  if (const char* reason = why_not_flash(problem)) return {.reason = reason};
+  FlashSm90Choice hopper{.reason = "a GPU of another compute capability than 9.0"};
+  if (compute_capability == kHopper) hopper = choose_flash_sm90(problem, multiprocessors);
+  if (hopper.kernel != nullptr) return {.sm90 = hopper.kernel};
+  if (compute_capability < kAmpere) return {.reason = "a GPU of a compute capability below 8.0"};
+  if (const FlashSm80Kernel* kernel = find_flash_sm80(problem)) return {.sm80 = kernel, .reason = hopper.reason};
+  return {.reason = "a head size and dtype that were not compiled"};
 }
 
 }  // namespace
 
-void flash_attention(const AttentionProblem& problem, const Launch& launch) {
+void prepare_flash(const void* function, int shared_bytes, int bit, std::atomic<std::uint64_t>& prepared) {
+  const std::uint64_t mask = std::uint64_t{1} << bit;
+  if ((prepared & mask) != 0) return;
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        "cudaFuncSetAttribute");
+  prepared |= mask;
+}
+
+void flash_attention(const AttentionProblem& problem, const Launch& launch, int level) {
   if (problem.batch == 0 || problem.heads == 0 || problem.rows == 0) return;
   const OnDevice on_device(launch.device);
   FlashDevice& device = device_of(launch.device);
-  const FlashSm90Choice choice = choose(problem, device.compute_capability, device.multiprocessors);
-  if (choice.kernel == nullptr) return sdpa_native(problem, launch);
-  launch_flash_sm90(*choice.kernel, problem, device, launch.stream);
+  const Choice choice = choose(problem, std::min(device.compute_capability.load(), level), device.multiprocessors);
+  if (choice.sm90 != nullptr) return launch_flash_sm90(*choice.sm90, problem, device, launch.stream);
+  if (choice.sm80 != nullptr) return launch_flash_sm80(*choice.sm80, problem, device, launch.stream);
+  sdpa_native(problem, launch);
 }
 
 std::string flash_kernel_name(const AttentionProblem& problem, int compute_capability) {
-  const FlashSm90Choice choice = choose(problem, compute_capability, 0);
-  if (choice.kernel == nullptr) return std::string("sdpa_native, for ") + choice.reason;
-  return "flash_sm90, blocks of " + std::to_string(choice.kernel->tile.keys) + " keys";
+  const auto [sm90, sm80, reason] = choose(problem, compute_capability, 0);
+  if (sm90 != nullptr) return "flash_sm90, blocks of " + std::to_string(sm90->tile.keys) + " keys";
+  if (sm80 != nullptr) return "flash_sm80, blocks of " + std::to_string(sm80->keys) + " keys, for " + reason;
+  return std::string("sdpa_native, for ") + reason;
 }
 
 std::string flash_kernels_built() {
-  const std::size_t built = built_flash_sm90().size();
-  constexpr std::size_t all = 2 * std::size(kFlashSm90Tiles);  // of two dtypes
-  if (built == 0) return "plain";
-  if (built == all) return "sm_90a";
-  return "sm_90a (" + std::to_string(built) + " of " + std::to_string(all) + " kernels)";
+  const auto count = [](std::size_t built, std::size_t all) {
+    return built == all ? "" : " (" + std::to_string(built) + " of " + std::to_string(all) + " kernels)";
+  };
+  constexpr std::size_t sm80_all = 2 * 5;                           // head sizes of two dtypes
+  constexpr std::size_t sm90_all = 2 * std::size(kFlashSm90Tiles);  // tiles of two dtypes
+  std::string names;
+  if (const std::size_t built = built_flash_sm80().size(); built != 0) names += "sm_80" + count(built, sm80_all);
+  if (const std::size_t built = built_flash_sm90().size(); built != 0) {
+    names += (names.empty() ? "sm_90a" : ", sm_90a") + count(built, sm90_all);
+  }
+  return names.empty() ? "plain" : names;
 }
 
 }  // namespace ditattn::kernels::cuda

@@ -2,11 +2,10 @@
 
 /// Hopper's kernels as their units, one per tile and dtype, give them to the launcher.
 
-#include <atomic>
-#include <cstdint>
 #include <span>
 
 #include "kernels/attention_problem.hpp"
+#include "kernels/cuda/flash_device.hpp"
 #include "kernels/cuda/flash_sm90_tiles.hpp"
 
 namespace ditattn::kernels::cuda {
@@ -26,19 +25,12 @@ FlashSm90Kernel flash_sm90_kernel();
 /// All that were compiled, the same at every call; none where DITATTN_CUDA_ARCHITECTURES has no Hopper.
 std::span<const FlashSm90Kernel> built_flash_sm90();
 
-/// The kernel for a problem; null: `reason` says for what there is none.
+/// The kernel for a problem that `why_not_flash` lets through; null: `reason` says for what there is none.
 struct FlashSm90Choice {
   const FlashSm90Kernel* kernel = nullptr;
   const char* reason = nullptr;
 };
 FlashSm90Choice choose_flash_sm90(const AttentionProblem& problem, int multiprocessors);
-
-/// What depends on the device.
-struct FlashDevice {
-  std::atomic<int> compute_capability = 0;  ///< 90 for 9.0; 0: not asked yet
-  std::atomic<int> multiprocessors = 0;
-  std::atomic<std::uint64_t> prepared = 0;  ///< a bit for each function of the built kernels
-};
 
 /// One launch on the current device, which is `device`, in a cudaStream_t. Nothing is allocated or waited for;
 /// thread-safe. Throws std::runtime_error with CUDA's reason.

@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "kernels/cuda/flash_tile_impl.hpp"
+#include "kernels/cuda/flash_rows_impl.hpp"
 #include "kernels/cuda/hopper_impl.hpp"
 #include "kernels/cuda/wgmma.hpp"
 
@@ -40,47 +40,23 @@ struct FlashSm90Arguments {
   CUtensorMap key[2];
   CUtensorMap value[2];
   AttentionProblem problem;
-  unsigned first_tiles;  ///< of the first query segment
-  unsigned head_tiles;   ///< of both
-  unsigned total_tiles;  ///< of all heads
-  unsigned heads;
-  unsigned group;      ///< query heads of a K/V head
-  bool longest_first;  ///< rows see different numbers of keys
-  bool hides;          ///< some row does not see some key
+  TileOrder order;
+  bool hides;  ///< some row does not see some key
 };
 
-/// The tiles of one block of threads, one after the other. A head's tiles are neighbours, and run at the same time, so
-/// that its K and V are read from the cache. Where rows see different numbers of keys, the longest tiles of all heads
-/// come first, and every second round goes backwards, which evens out the blocks' work.
+/// The tiles of one block of threads, one after the other. Where the longest come first, every second round goes
+/// backwards, which evens out the blocks' work.
 template <class Config>
 class FlashSm90Tiles {
  public:
   __device__ explicit FlashSm90Tiles(const FlashSm90Arguments& arguments) : a_(arguments) {}
 
   __device__ bool next(Tile& tile) {
-    const bool backwards = a_.longest_first && (round_ & 1) != 0;
+    const bool backwards = a_.order.longest_first && (round_ & 1) != 0;
     const unsigned index = round_ * gridDim.x + (backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     ++round_;
-    if (index >= a_.total_tiles) return false;
-    const AttentionProblem& p = a_.problem;
-    unsigned head = index / a_.head_tiles;
-    unsigned in_head = index - head * a_.head_tiles;
-    if (a_.longest_first) {
-      const unsigned all_heads = a_.total_tiles / a_.head_tiles;
-      in_head = a_.head_tiles - 1 - index / all_heads;
-      head = index % all_heads;
-    }
-    const bool second = p.num_queries == 2 && in_head >= a_.first_tiles;
-    const unsigned batch = head / a_.heads;
-    const unsigned of_batch = head - batch * a_.heads;
-    tile.batch = static_cast<int>(batch);
-    tile.head = static_cast<int>(of_batch);
-    tile.kv_head = static_cast<int>(of_batch / a_.group);
-    tile.segment = second ? 1 : 0;
-    tile.row = static_cast<int>(second ? in_head - a_.first_tiles : in_head) * Config::kRows;
-    const int end = static_cast<int>(!second && p.num_queries == 2 ? p.queries[1].first_row : p.rows);
-    tile.first_row = static_cast<int>(p.queries[tile.segment].first_row) + tile.row;
-    tile.rows = min(Config::kRows, end - tile.first_row);
+    if (index >= a_.order.total_tiles) return false;
+    tile = tile_at<Config::kRows>(a_.problem, a_.order, index);
     return true;
   }
 

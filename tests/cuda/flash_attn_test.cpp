@@ -61,8 +61,21 @@ TEST_F(FlashKernelName, OfHoppersKernel) {
             hopper);
 }
 
+TEST_F(FlashKernelName, OfTheKernelForOtherGpus) {
+  if (kernels::cuda::flash_kernels_built() == "plain") GTEST_SKIP() << "skipped: no architecture from 8.0 on";
+  const std::string other = "flash_sm80, blocks of 64 keys, for ";
+  EXPECT_EQ(of([](AttentionProblem&) {}, 80), other + "a GPU of another compute capability than 9.0");
+  EXPECT_EQ(of([](AttentionProblem&) {}, 120), other + "a GPU of another compute capability than 9.0");
+  const std::vector<std::function<void(AttentionProblem&)>> unmapped{
+      [](AttentionProblem& p) { p.key_segments[0].key_strides.batch = 0; },
+      [](AttentionProblem& p) { p.key_segments[0].value_strides.token *= -1; },
+      [](AttentionProblem& p) { p.key_segments[0].value_strides.head = std::int64_t{1} << 40; }};
+  for (const auto& change : unmapped)
+    EXPECT_EQ(of(change), other + "strides that are not positive, or from 2^40 bytes on");
+}
+
 TEST_F(FlashKernelName, OfThePlainKernelWithTheReason) {
-  EXPECT_EQ(of([](AttentionProblem&) {}, 80), "sdpa_native, for a GPU of another compute capability than 9.0");
+  EXPECT_EQ(of([](AttentionProblem&) {}, 75), "sdpa_native, for a GPU of a compute capability below 8.0");
   EXPECT_EQ(of([](AttentionProblem& p) { p.type = ElementType::float32; }), "sdpa_native, for float32");
   EXPECT_EQ(of([](AttentionProblem& p) { p.head_size = 257; }), "sdpa_native, for a head size above 256");
   EXPECT_EQ(of([](AttentionProblem& p) { p.rows = std::int64_t{1} << 31; }),
@@ -70,16 +83,13 @@ TEST_F(FlashKernelName, OfThePlainKernelWithTheReason) {
   for (const float scale : {0.F, -2.5F, 1e-21F}) {
     EXPECT_EQ(of([&](AttentionProblem& p) { p.scale = scale; }), "sdpa_native, for a scale of 1e-20 or less");
   }
-  const std::vector<std::function<void(AttentionProblem&)>> unmapped{
+  const std::vector<std::function<void(AttentionProblem&)>> unaligned{
       [](AttentionProblem& p) { p.queries[0].data = static_cast<const char*>(p.queries[0].data) + 2; },
       [](AttentionProblem& p) { p.key_segments[0].key = static_cast<const char*>(p.key_segments[0].key) + 8; },
       [](AttentionProblem& p) { p.queries[0].strides.token += 1; },
-      [](AttentionProblem& p) { p.key_segments[0].key_strides.batch = 0; },
-      [](AttentionProblem& p) { p.key_segments[0].value_strides.token *= -1; },
-      [](AttentionProblem& p) { p.key_segments[0].value_strides.head = std::int64_t{1} << 40; }};
-  for (const auto& change : unmapped) {
-    EXPECT_EQ(of(change),
-              "sdpa_native, for a head size, starts or strides that are not positive multiples of 16 bytes");
+      [](AttentionProblem& p) { p.out_strides.token += 1; }, [](AttentionProblem& p) { p.head_size = 97; }};
+  for (const auto& change : unaligned) {
+    EXPECT_EQ(of(change), "sdpa_native, for a head size, starts or strides that are not multiples of 16 bytes");
   }
 }
 

@@ -1,0 +1,202 @@
+#pragma once
+
+/// Exact attention with mma.sync, for GPUs from compute capability 8.0 on. Background: FlashAttention-2 (arXiv
+/// 2307.08691). Approach: a block of four warps, 16 rows each; K and V of a block of keys are copied to shared memory
+/// asynchronously, V under the first product and K under the second. Included by .cu files alone.
+
+#include "kernels/cuda/flash_rows_impl.hpp"
+
+namespace ditattn::kernels::cuda {
+
+constexpr int kFlashSm80Rows = 64;
+constexpr int kFlashSm80Threads = 128;
+
+template <class Element, int kHeadSize, int kBlockKeys>
+struct FlashSm80Config {
+  using T = Element;
+  static constexpr int kHead = kHeadSize;  // a multiple of 16; channels past the tensor's are zeros
+  static constexpr int kKeys = kBlockKeys;
+  static constexpr int kRows = kFlashSm80Rows;
+  static constexpr int kThreads = kFlashSm80Threads;
+  static constexpr int kPitch = kHead + 8;  // elements: rows begin 16 bytes apart modulo 128, so no banks collide
+  static constexpr int kSharedBytes = (kRows + 2 * kKeys) * kPitch * 2;
+  static_assert(kHead % 16 == 0 && kKeys % 16 == 0);
+};
+
+struct FlashSm80Arguments {
+  AttentionProblem problem;
+  TileOrder order;
+  bool hides;  ///< some row does not see some key
+};
+
+// 16 bytes to shared memory; zeros where `bytes` is 0.
+__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(bytes)
+      : "memory");
+}
+
+// All that this thread asked for has come, and all of the block are here.
+__device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+}
+
+// Tokens [first, first + kTokens) of a head; zeros past `tokens` and the head size.
+template <class Config, int kTokens>
+__device__ __forceinline__ void copy_tokens(typename Config::T* to, const typename Config::T* from, std::int64_t stride,
+                                            int first, int tokens, int head_size) {
+  constexpr int kChunks = Config::kHead / 8;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kTokens * kChunks; i += Config::kThreads) {
+    const int token = i / kChunks;
+    const int channel = i % kChunks * 8;
+    const bool exists = first + token < tokens && channel < head_size;
+    copy_async(to + token * Config::kPitch + channel, exists ? from + (first + token) * stride + channel : from,
+               exists ? 16 : 0);
+  }
+}
+
+// Four 8 x 8 matrices of 16-bit elements, of which each thread gives a row's address.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(const void* row, std::uint32_t (&r)[4]) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void multiply_16x8x16(float* d, const std::uint32_t* a, const std::uint32_t* b, __half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void multiply_16x8x16(float* d, const std::uint32_t* a, const std::uint32_t* b,
+                                                 __nv_bfloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// logits = Q · Kᵀ for a warp's 16 rows.
+template <class Config>
+__device__ __forceinline__ void multiply_keys_sm80(const typename Config::T* query, const typename Config::T* key,
+                                                   float (&logits)[Config::kKeys / 2]) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (float& x : logits) x = 0;
+#pragma unroll
+  for (int k = 0; k < Config::kHead; k += 16) {
+    std::uint32_t a[4];
+    load_matrices<false>(query + lane % 16 * Config::kPitch + k + lane / 16 * 8, a);
+#pragma unroll
+    for (int n = 0; n < Config::kKeys; n += 16) {
+      std::uint32_t b[4];
+      load_matrices<false>(key + (n + lane / 16 * 8 + lane % 8) * Config::kPitch + k + lane / 8 % 2 * 8, b);
+      multiply_16x8x16(logits + n / 2, a, b, typename Config::T{});
+      multiply_16x8x16(logits + n / 2 + 4, a, b + 2, typename Config::T{});
+    }
+  }
+}
+
+// out += P · V.
+template <class Config>
+__device__ __forceinline__ void multiply_values_sm80(const float (&probabilities)[Config::kKeys / 2],
+                                                     const typename Config::T* value, float (&out)[Config::kHead / 2]) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int k = 0; k < Config::kKeys; k += 16) {
+    std::uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      a[i] = pack(probabilities[k / 2 + 2 * i], probabilities[k / 2 + 2 * i + 1], typename Config::T{});
+#pragma unroll
+    for (int n = 0; n < Config::kHead; n += 16) {
+      std::uint32_t b[4];
+      load_matrices<true>(value + (k + lane % 16) * Config::kPitch + n + lane / 16 * 8, b);
+      multiply_16x8x16(out + n / 2, a, b, typename Config::T{});
+      multiply_16x8x16(out + n / 2 + 4, a, b + 2, typename Config::T{});
+    }
+  }
+}
+
+/// `kMasked`: some key segment has a mask.
+template <class Config, bool kMasked>
+__global__ void __launch_bounds__(Config::kThreads) flash_sm80(const __grid_constant__ FlashSm80Arguments arguments) {
+  using T = typename Config::T;
+  extern __shared__ __align__(16) unsigned char memory[];
+  T* query = reinterpret_cast<T*>(memory);
+  T* key = query + Config::kRows * Config::kPitch;
+  T* value = key + Config::kKeys * Config::kPitch;
+  const AttentionProblem& p = arguments.problem;
+  const auto head_size = static_cast<int>(p.head_size);
+  const int warp_row = static_cast<int>(threadIdx.x / 32) * 16;
+  const float scale = p.scale * kLog2E;
+  const Tile tile = tile_at<Config::kRows>(p, arguments.order, blockIdx.x);
+  const KeyBlocks<Config::kKeys> blocks(p, tile);
+  if (blocks.total() == 0) return store_nothing<T>(p, tile, warp_row);
+
+  const auto copy_block = [&](T* to, int i, const void* KeySegment::*data, const Strides KeySegment::*strides) {
+    const KeySegment& segment = p.key_segments[blocks.segment_of(i)];
+    const Strides& its = segment.*strides;
+    copy_tokens<Config, Config::kKeys>(
+        to, static_cast<const T*>(segment.*data) + tile.batch * its.batch + tile.kv_head * its.head, its.token,
+        blocks.key_of(i), static_cast<int>(segment.keys), head_size);
+  };
+  const QuerySegment& rows = p.queries[tile.segment];
+  copy_tokens<Config, Config::kRows>(
+      query, static_cast<const T*>(rows.data) + tile.batch * rows.strides.batch + tile.head * rows.strides.head,
+      rows.strides.token, tile.row, tile.row + tile.rows, head_size);
+  copy_block(key, 0, &KeySegment::key, &KeySegment::key_strides);
+
+  Softmax softmax;
+  float out[Config::kHead / 2];
+#pragma unroll
+  for (float& x : out) x = 0;
+  for (int i = 0; i < blocks.total(); ++i) {
+    await_copies();  // K has come, and nobody reads V any more
+    copy_block(value, i, &KeySegment::value, &KeySegment::value_strides);
+    float logits[Config::kKeys / 2];
+    multiply_keys_sm80<Config>(query + warp_row * Config::kPitch, key, logits);
+    if (blocks.hides(i)) {
+      const KeySegment& segment = p.key_segments[blocks.segment_of(i)];
+      RowLimits limits;
+      limits.find(p, segment, tile, warp_row);
+      hide(limits, blocks.key_of(i), logits);
+      if constexpr (kMasked) add_mask(p, segment, tile, warp_row, blocks.key_of(i), logits);
+    }
+    float total[2];
+    float rescale[2];
+    softmax.find_reference(logits, scale, rescale);
+    softmax.exponentiate(logits, scale);
+    Softmax::add(logits, total);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) softmax.sum[k] = fmaf(softmax.sum[k], rescale[k], total[k]);
+    if (__any_sync(kWarp, rescale[0] != 1 || rescale[1] != 1)) {
+#pragma unroll
+      for (int j = 0; j < Config::kHead / 2; ++j) out[j] *= rescale[j / 2 % 2];
+    }
+    await_copies();  // V has come, and nobody reads K any more
+    if (i + 1 < blocks.total()) copy_block(key, i + 1, &KeySegment::key, &KeySegment::key_strides);
+    multiply_values_sm80<Config>(logits, value, out);
+  }
+  softmax.finish();
+  const bool broken = are_broken(softmax, arguments.hides, out);
+  store_rows<T>(p, tile, warp_row, softmax, out);
+  if (!broken) return;
+  __syncwarp();
+  mend_rows<T, Config::kHead>(p, tile, warp_row);
+}
+
+}  // namespace ditattn::kernels::cuda
