@@ -16,24 +16,6 @@ __device__ __forceinline__ std::uint32_t pack(float a, float b, __nv_bfloat16) {
   return reinterpret_cast<const std::uint32_t&>(x);
 }
 
-/// Four words of each of four neighbouring threads, transposed.
-__device__ __forceinline__ void transpose_quad(std::uint32_t* w) {
-  const bool odd = (threadIdx.x & 1) != 0;
-  const bool high = (threadIdx.x & 2) != 0;
-#pragma unroll
-  for (int k = 0; k < 4; k += 2) {
-    const std::uint32_t got = __shfl_xor_sync(kWarp, odd ? w[k] : w[k + 1], 1);
-    w[k] = odd ? got : w[k];
-    w[k + 1] = odd ? w[k + 1] : got;
-  }
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const std::uint32_t got = __shfl_xor_sync(kWarp, high ? w[k] : w[k + 2], 2);
-    w[k] = high ? got : w[k];
-    w[k + 2] = high ? w[k + 2] : got;
-  }
-}
-
 /// Whether a row of the warp has an output that is not finite. Where nothing is hidden, only too large sums make such
 /// ones that should not be.
 template <int kCount>
@@ -137,35 +119,70 @@ __device__ void store_nothing(const AttentionProblem& p, const Tile& tile, int w
   }
 }
 
-/// Writes a thread's part of two rows of the output, 16 bytes at a time, and their log-sum-exp.
-template <class T, int kCount>
-__device__ __forceinline__ void store_rows(const AttentionProblem& p, const Tile& tile, int warp_row,
-                                           const Softmax& softmax, const float (&out)[kCount]) {
-  constexpr int kSets = kCount / 16;  // of 32 channels
+/// Where 16 rows of a warp lie in shared memory: 64 channels beside each other are 128 bytes of a row, of which the
+/// eight pieces of 16 bytes are swapped by the row, so that neither columns nor rows of pieces meet in a bank.
+__device__ __forceinline__ unsigned piece_of(int row, int piece) {
+  return static_cast<unsigned>(piece / 8 * 2048 + row * 128 + ((piece ^ row) & 7) * 16);
+}
+
+// A piece of each of 16 rows, as products leave them: `upper` of row lane / 4, `lower` of 8 rows below.
+__device__ __forceinline__ void store_pieces(unsigned scratch, int piece, std::uint32_t upper, std::uint32_t lower) {
   const int lane = static_cast<int>(threadIdx.x % 32);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(scratch + piece_of(lane % 16, piece)),
+               "r"(upper), "r"(lower)
+               : "memory");
+#else
+  const unsigned in_piece = lane % 4 * 4;
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(scratch + piece_of(lane / 4, piece) + in_piece), "r"(upper) : "memory");
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(scratch + piece_of(lane / 4 + 8, piece) + in_piece), "r"(lower)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ uint4 load_piece(unsigned address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
+/// Writes a warp's 16 rows of the output by way of `scratch`, a warp's own address of shared memory, of 2,048 bytes per
+/// 64 channels, and their log-sum-exp.
+template <class T, int kCount>
+__device__ __forceinline__ void store_rows(const AttentionProblem& p, const Tile& tile, int warp_row, unsigned scratch,
+                                           const Softmax& softmax, const float (&out)[kCount]) {
+  constexpr int kPieces = kCount / 4;  // of 8 channels
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  float factor[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = warp_row + lane / 4 + 8 * i;
-    const float factor = softmax.sum[i] == 0 ? 0 : __fdividef(1, softmax.sum[i]);
-    std::uint32_t w[kCount / 4];
+  for (int i = 0; i < 2; ++i) factor[i] = softmax.sum[i] == 0 ? 0 : __fdividef(1, softmax.sum[i]);
+  __syncwarp();
 #pragma unroll
-    for (int j = 0; j < kCount / 4; ++j) w[j] = pack(out[4 * j + 2 * i] * factor, out[4 * j + 2 * i + 1] * factor, T{});
+  for (int j = 0; j < kPieces; ++j) {
+    store_pieces(scratch, j, pack(out[4 * j] * factor[0], out[4 * j + 1] * factor[0], T{}),
+                 pack(out[4 * j + 2] * factor[1], out[4 * j + 3] * factor[1], T{}));
+  }
+  __syncwarp();
+  T* target = out_row<T>(p, tile, warp_row);
+  const int rows = tile.rows - warp_row;
+  const int pieces = static_cast<int>(p.head_size) / 8;
 #pragma unroll
-    for (int set = 0; set < kSets; ++set) transpose_quad(w + 4 * set);
-    if (row >= tile.rows) continue;
-    T* target = out_row<T>(p, tile, row) + 8 * (lane % 4);
-    const int channels = static_cast<int>(p.head_size) - 8 * (lane % 4);
-#pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-      const std::uint32_t* x = w + 4 * set;
-      if (32 * set < channels) *reinterpret_cast<uint4*>(target + 32 * set) = make_uint4(x[0], x[1], x[2], x[3]);
+  for (int i = 0; i < (16 * kPieces + 31) / 32; ++i) {
+    const int row = (32 * i + lane) / kPieces;
+    const int piece = (32 * i + lane) % kPieces;
+    const uint4 x = load_piece(scratch + piece_of(row & 15, piece));
+    if (row < rows && row < 16 && piece < pieces) {
+      *reinterpret_cast<uint4*>(target + row * p.out_strides.token + 8 * piece) = x;
     }
+  }
+  if (p.lse != nullptr && lane % 4 == 0) {
 #pragma unroll
-    for (int j = 4 * kSets; j < kCount / 4; ++j) {
-      const int channel = 8 * j + 2 * (lane % 4);
-      if (channel < p.head_size) *reinterpret_cast<std::uint32_t*>(out_row<T>(p, tile, row) + channel) = w[j];
-    }
-    if (p.lse != nullptr && lane % 4 == 0) {
+    for (int i = 0; i < 2; ++i) {
+      const int row = warp_row + lane / 4 + 8 * i;
+      if (row >= tile.rows) continue;
       *lse_of(p, tile, row) = softmax.sum[i] == 0 ? -INFINITY : (softmax.reference[i] + __log2f(softmax.sum[i])) * kLn2;
     }
   }

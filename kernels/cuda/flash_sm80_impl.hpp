@@ -135,7 +135,7 @@ __device__ __forceinline__ void multiply_values_sm80(const float (&probabilities
 template <class Config, bool kMasked>
 __global__ void __launch_bounds__(Config::kThreads) flash_sm80(const __grid_constant__ FlashSm80Arguments arguments) {
   using T = typename Config::T;
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char memory[];
   T* query = reinterpret_cast<T*>(memory);
   T* key = query + Config::kRows * Config::kPitch;
   T* value = key + Config::kKeys * Config::kPitch;
@@ -193,7 +193,11 @@ __global__ void __launch_bounds__(Config::kThreads) flash_sm80(const __grid_cons
   }
   softmax.finish();
   const bool broken = are_broken(softmax, arguments.hides, out);
-  store_rows<T>(p, tile, warp_row, softmax, out);
+  __syncthreads();  // nobody reads Q, K and V any more
+  constexpr int kScratch = (Config::kHead + 63) / 64 * 2048;
+  static_assert(4 * kScratch <= Config::kSharedBytes);
+  const auto scratch = static_cast<unsigned>(__cvta_generic_to_shared(memory)) + threadIdx.x / 32 * kScratch;
+  store_rows<T>(p, tile, warp_row, scratch, softmax, out);
   if (!broken) return;
   __syncwarp();
   mend_rows<T, Config::kHead>(p, tile, warp_row);

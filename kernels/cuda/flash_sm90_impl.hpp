@@ -26,7 +26,12 @@ struct FlashSm90Config {
   static constexpr int kQueryBytes = 64 * kPanels * 128;     // of a warpgroup
   static constexpr int kStageBytes = kKeys * kPanels * 128;  // of K, or of V
   static constexpr int kBarriers = 2 * kGroups + 4 * kStages;
-  static constexpr int kSharedBytes = kGroups * kQueryBytes + 2 * kStages * kStageBytes + 8 * (kBarriers + 1);
+  static constexpr int shared_bytes(int slabs) {
+    return slabs * kGroups * kQueryBytes + 2 * kStages * kStageBytes + 8 * (kBarriers + 1);
+  }
+  // The output goes by way of shared memory: its own, or, where there is no room, that of Q.
+  static constexpr bool kOutputSlab = shared_bytes(2) <= 227 * 1024;
+  static constexpr int kSharedBytes = shared_bytes(kOutputSlab ? 2 : 1);
   // Of the 64 K registers of an SM, in multiples of 8 a thread; a block redistributes what it starts with.
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kGroups > 3 ? 24 : kGroups < 3 ? 40 : 32;
@@ -83,7 +88,12 @@ template <class Config>
 struct FlashSm90Memory {
   hopper::Address base;
   __device__ hopper::Address query(int group) const { return base + group * Config::kQueryBytes; }
-  __device__ hopper::Address key(int stage) const { return query(Config::kWarpgroups) + stage * Config::kStageBytes; }
+  __device__ hopper::Address output(int group) const {
+    return query(Config::kOutputSlab ? Config::kWarpgroups + group : group);
+  }
+  __device__ hopper::Address key(int stage) const {
+    return query((Config::kOutputSlab ? 2 : 1) * Config::kWarpgroups) + stage * Config::kStageBytes;
+  }
   __device__ hopper::Address value(int stage) const { return key(Config::kStages + stage); }
   __device__ hopper::Address barrier(int i) const { return key(2 * Config::kStages) + 8 * i; }
   __device__ hopper::Address key_full(int stage) const { return barrier(stage); }
@@ -317,7 +327,7 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
 #pragma unroll 1
       for (; i < end; ++i) step(i, std::false_type{});
     }
-    release(memory.query_empty(group));
+    if constexpr (Config::kOutputSlab) release(memory.query_empty(group));
     hopper::wait(memory.value_full(value_place.stage), value_place.parity);
     hopper::pin(out);
     hopper::pin(probabilities);
@@ -330,7 +340,13 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
     value_place.advance();
     softmax.finish();
     broken = are_broken(softmax, a.hides, out) || broken;
-    store_rows<T>(p, tile, warp_row, softmax, out);
+    if constexpr (!Config::kOutputSlab) hopper::sync_named(8 + group, 128);  // all have read Q
+    store_rows<T>(p, tile, warp_row, memory.output(group) + warp_row % 64 * Config::kPanels * 128, softmax, out);
+    if constexpr (!Config::kOutputSlab) {
+      hopper::fence_copies();
+      __syncwarp();
+      release(memory.query_empty(group));
+    }
   }
   // In a loop of its own: what may diverge in a warp costs the other loop its uniform registers.
   if (!broken) return;

@@ -51,6 +51,9 @@ __device__ __forceinline__ void copy_box(Address to, const CUtensorMap* map, Add
       : "memory");
 }
 
+/// Orders this thread's accesses to shared memory before copies that come after.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 /// Named barriers of `threads` threads.
 __device__ __forceinline__ void sync_named(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
