@@ -9,6 +9,7 @@
 #include <bit>
 #include <chrono>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "backends/cudnn_attn/sdpa_graph.hpp"
@@ -90,11 +91,11 @@ int main() {
         if (round != 0) times[i].push_back(time);  // plans were built in the first
       }
     }
+    const std::string label = fmt::format("{},{},{},{},{}", batch, heads, rows, rows, head_size);
     const auto compare = [&](const char* name, std::size_t ours, const char* other) {
       const double forward = median(times[ours]);
       const double bare = median(times[ours + 1]);
-      fmt::print("  {},{},{},{},{}: {} {:.2f}, {} {:.2f}, difference {:.2f}\n", batch, heads, rows, rows, head_size,
-                 name, forward, other, bare, forward - bare);
+      fmt::print("  {}: {} {:.2f}, {} {:.2f}, difference {:.2f}\n", label, name, forward, other, bare, forward - bare);
     };
     compare("CUDNN_ATTN", 0, "the plan alone");
     compare("FLASH_ATTN", 2, "an empty kernel");

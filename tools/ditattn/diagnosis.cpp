@@ -7,6 +7,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -151,6 +152,13 @@ std::string cpu_level_note() {
                      environment(Env::DITATTN_CPU_LEVEL).value_or(""), fmt::join(levels_of_this_cpu(), ", "));
 }
 
+std::string gpu_level_note() {
+  constexpr std::array levels{"75", "80", "90"};
+  const std::string value = environment(Env::DITATTN_GPU_LEVEL).value_or("");
+  if (std::ranges::count(levels, value) != 0) return {};
+  return fmt::format("'{}' is not one of {}.", value, fmt::join(levels, ", "));
+}
+
 std::string note_on(Env variable, const std::vector<BackendInfo>& backends) {
   switch (variable) {
     case Env::DIFFUSION_ATTENTION_BACKEND:
@@ -161,6 +169,8 @@ std::string note_on(Env variable, const std::vector<BackendInfo>& backends) {
       return thread_count_problem();
     case Env::DITATTN_CPU_LEVEL:
       return cpu_level_note();
+    case Env::DITATTN_GPU_LEVEL:
+      return gpu_level_note();
   }
   return {};
 }
