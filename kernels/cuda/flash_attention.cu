@@ -69,7 +69,9 @@ void flash_attention(const AttentionProblem& problem, const Launch& launch, int 
   if (problem.batch == 0 || problem.heads == 0 || problem.rows == 0) return;
   const OnDevice on_device(launch.device);
   FlashDevice& device = device_of(launch.device);
-  const Choice choice = choose(problem, std::min(device.compute_capability.load(), level), device.multiprocessors);
+  const int own = device.compute_capability;
+  // Hopper's kernel runs there alone: a lower level on a newer GPU leaves the one for 8.0.
+  const Choice choice = choose(problem, own <= level ? own : std::min(level, kHopper - 1), device.multiprocessors);
   if (choice.sm90 != nullptr) return launch_flash_sm90(*choice.sm90, problem, device, launch.stream);
   if (choice.sm80 != nullptr) return launch_flash_sm80(*choice.sm80, problem, device, launch.stream);
   sdpa_native(problem, launch);

@@ -10,9 +10,10 @@ namespace ditattn::kernels::cuda {
 /// Exact attention on GPUs: on Hopper its own kernel where it was compiled for the head size and dtype and the tensors
 /// can be copied by the hardware, else, from compute capability 8.0 on, that for mma.sync, else `sdpa_native`. One
 /// launch; nothing is allocated or waited for, safe in graph capture. All pointers are device memory, also `lengths`
-/// and `ranges`; `out_type` is `type`. Results are the same, bit for bit, from run to run and whatever the batch; what
-/// stands in hidden positions does not show. Thread-safe. Throws std::runtime_error with CUDA's reason.
-/// `level`: the highest compute capability whose kernels may be taken, 90 for 9.0.
+/// and `ranges`; `out_type` is `type`. Results are the same, bit for bit, from run to run and, of
+/// tensors laid out alike, whatever the batch; what stands in hidden positions does not show. Thread-safe. Throws
+/// std::runtime_error with CUDA's reason. `level`: the highest compute capability whose kernels may be taken, 90
+/// for 9.0.
 void flash_attention(const AttentionProblem& problem, const Launch& launch, int level);
 
 /// The kernel that `flash_attention` takes on a GPU of this compute capability, 90 for 9.0, and why:

@@ -89,7 +89,7 @@ inline bool has_masks(const AttentionProblem& p) {
                      [](const KeySegment& segment) { return segment.mask.data != nullptr; });
 }
 
-/// Whether rows may see different keys: only where they do not, sums do not depend on which rows are in a tile.
+/// Whether rows may see different keys: only where they do not, blocks are the same whatever rows are in a tile.
 inline bool differ_rows(const AttentionProblem& p) { return p.causal || p.ranges != nullptr || has_masks(p); }
 
 inline bool hides_keys(const AttentionProblem& p) {

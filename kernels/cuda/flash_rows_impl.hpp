@@ -16,11 +16,22 @@ __device__ __forceinline__ std::uint32_t pack(float a, float b, __nv_bfloat16) {
   return reinterpret_cast<const std::uint32_t&>(x);
 }
 
-/// Whether a row of the warp has an output that is not finite. Where nothing is hidden, only too large sums make such
-/// ones that should not be.
+/// What a row's output has to be multiplied with; NaN where the row has to be computed again: its sum is beyond what
+/// can be divided by, or its logits are so large that a reference is off by more than a few powers of two.
+__device__ __forceinline__ float factor_of(const Softmax& softmax, int i) {
+  constexpr float most_sum = 8.5e37F;           // 2¹²⁶, above which __fdividef gives 0
+  constexpr float most_reference = 16777216.F;  // 2²⁴, where float32's steps are 2
+  const float size = fabsf(softmax.reference[i]);
+  if (size > most_reference && size != INFINITY) return NAN;
+  if (softmax.sum[i] == 0) return 0;
+  return softmax.sum[i] < most_sum ? __fdividef(1, softmax.sum[i]) : NAN;
+}
+
+/// Whether a row of the warp has to be computed again: besides those above, where keys are hidden, such whose output is
+/// not finite.
 template <int kCount>
-__device__ __forceinline__ bool are_broken(const Softmax& softmax, bool hides, const float (&out)[kCount]) {
-  float x[4] = {softmax.sum[0] * 0, softmax.sum[1] * 0, 0, 0};
+__device__ __forceinline__ bool are_broken(const float (&factor)[2], bool hides, const float (&out)[kCount]) {
+  float x[4] = {factor[0] * 0, factor[1] * 0, 0, 0};
   if (hides) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) x[k % 4] = fmaf(out[k], 0, x[k % 4]);
@@ -153,12 +164,10 @@ __device__ __forceinline__ uint4 load_piece(unsigned address) {
 /// 64 channels, and their log-sum-exp.
 template <class T, int kCount>
 __device__ __forceinline__ void store_rows(const AttentionProblem& p, const Tile& tile, int warp_row, unsigned scratch,
-                                           const Softmax& softmax, const float (&out)[kCount]) {
+                                           const Softmax& softmax, const float (&factor)[2],
+                                           const float (&out)[kCount]) {
   constexpr int kPieces = kCount / 4;  // of 8 channels
   const int lane = static_cast<int>(threadIdx.x % 32);
-  float factor[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) factor[i] = softmax.sum[i] == 0 ? 0 : __fdividef(1, softmax.sum[i]);
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {

@@ -18,7 +18,7 @@ struct FlashSm80Config {
   static constexpr int kKeys = kBlockKeys;
   static constexpr int kRows = kFlashSm80Rows;
   static constexpr int kThreads = kFlashSm80Threads;
-  static constexpr int kPitch = kHead + 8;  // elements: rows begin 16 bytes apart modulo 128, so no banks collide
+  static constexpr int kPitch = kHead + 8;  // elements: eight rows begin in different banks
   static constexpr int kSharedBytes = (kRows + 2 * kKeys) * kPitch * 2;
   static_assert(kHead % 16 == 0 && kKeys % 16 == 0);
 };
@@ -192,12 +192,13 @@ __global__ void __launch_bounds__(Config::kThreads) flash_sm80(const __grid_cons
     multiply_values_sm80<Config>(logits, value, out);
   }
   softmax.finish();
-  const bool broken = are_broken(softmax, arguments.hides, out);
+  const float factor[2] = {factor_of(softmax, 0), factor_of(softmax, 1)};
+  const bool broken = are_broken(factor, arguments.hides, out);
   __syncthreads();  // nobody reads Q, K and V any more
   constexpr int kScratch = (Config::kHead + 63) / 64 * 2048;
   static_assert(4 * kScratch <= Config::kSharedBytes);
   const auto scratch = static_cast<unsigned>(__cvta_generic_to_shared(memory)) + threadIdx.x / 32 * kScratch;
-  store_rows<T>(p, tile, warp_row, scratch, softmax, out);
+  store_rows<T>(p, tile, warp_row, scratch, softmax, factor, out);
   if (!broken) return;
   __syncwarp();
   mend_rows<T, Config::kHead>(p, tile, warp_row);

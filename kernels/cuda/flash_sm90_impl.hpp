@@ -222,8 +222,8 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
     float rescale[2];
     std::uint32_t probabilities[Config::kKeys / 4];
     RowLimits limits;
-    // Where a block has hidden keys, or is the first that has none. Data do not choose between the two kinds of
-    // steps: all of a warpgroup has to go the same way.
+    // Where a block has hidden keys, or is the first that has none, or logits differ much, steps are exact. A single
+    // row does not choose between the two kinds of steps: all of a warpgroup has to go the same way.
     const auto find_limits = [&](int i) { limits.find(p, p.key_segments[blocks.segment_of(i)], tile, warp_row); };
     const auto hide_some = [&](int i) {
       hide(limits, blocks.key_of(i), logits);
@@ -257,13 +257,13 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
     hopper::pin(logits);
     release(memory.key_empty(key_place.stage));
     key_place.advance();
-    // Where logits differ much, all steps are exact.
-    const bool wild =
-        __any_sync(kWarp, total_blocks > 1 && hopper::any_named(8 + group, 128, Softmax::are_wild(logits, scale)));
     if (blocks.hides(0)) {
       find_limits(0);
       hide_some(0);
     }
+    // Where logits differ much, all steps are exact.
+    const bool wild =
+        __any_sync(kWarp, total_blocks > 1 && hopper::any_named(8 + group, 128, Softmax::are_wild(logits, scale)));
     soften_exactly();
     round();
     // Block i's logits under the output of the block before. No branch while products are unfinished: the compiler
@@ -339,9 +339,11 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
     release(memory.value_empty(value_place.stage));
     value_place.advance();
     softmax.finish();
-    broken = are_broken(softmax, a.hides, out) || broken;
+    const float factor[2] = {factor_of(softmax, 0), factor_of(softmax, 1)};
+    broken = are_broken(factor, a.hides, out) || broken;
     if constexpr (!Config::kOutputSlab) hopper::sync_named(8 + group, 128);  // all have read Q
-    store_rows<T>(p, tile, warp_row, memory.output(group) + warp_row % 64 * Config::kPanels * 128, softmax, out);
+    store_rows<T>(p, tile, warp_row, memory.output(group) + warp_row % 64 * Config::kPanels * 128, softmax, factor,
+                  out);
     if constexpr (!Config::kOutputSlab) {
       hopper::fence_copies();
       __syncwarp();

@@ -87,14 +87,14 @@ struct Softmax {
   template <int kCount>
   __device__ __forceinline__ static bool are_wild(const float (&logits)[kCount], float scale) {
     constexpr float wild = 20;
-    float high[2];
-    float low[2];
+    float high[2] = {-INFINITY, -INFINITY};
+    float low[2] = {INFINITY, INFINITY};
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       if (k / 4 % 4 != 0) continue;
       const int i = k / 2 % 2;
-      high[i] = k < 4 && k % 2 == 0 ? logits[k] : fmaxf(high[i], logits[k]);
-      low[i] = k < 4 && k % 2 == 0 ? logits[k] : fminf(low[i], logits[k]);
+      high[i] = fmaxf(high[i], logits[k]);
+      low[i] = logits[k] == -INFINITY ? low[i] : fminf(low[i], logits[k]);  // not what is hidden
     }
     return fmaxf(high[0] - low[0], high[1] - low[1]) * scale > wild;
   }

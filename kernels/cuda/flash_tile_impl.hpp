@@ -214,8 +214,9 @@ __device__ __forceinline__ void add_mask(const AttentionProblem& p, const KeySeg
         float& logit = logits[4 * j + 2 * i + c];
         if (logit == -INFINITY) continue;  // hidden, maybe past the mask's end
         const float bias = widen(elements[(first_key + 8 * j + 2 * (lane % 4) + c) * mask.key_stride]);
-        // A finite bias stays finite, as it hides nothing.
-        logit = bias == -INFINITY ? -INFINITY : logit + fmaxf(bias * unscale, -3.4e38F);
+        // A finite bias stays finite, as it hides nothing, also times the scale and log₂ e later. NaN stays NaN.
+        const float bounded = (bias < -2e38F ? -2e38F : bias) * unscale;
+        logit = bias == -INFINITY ? -INFINITY : logit + (bounded < -3.4e38F ? -3.4e38F : bounded);
       }
     }
   }

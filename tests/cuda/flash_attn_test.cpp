@@ -100,6 +100,56 @@ class CudaFlash : public ::testing::Test {
   }
 };
 
+// FLASH_ATTN's output and that of TORCH_SDPA's native kernel, which knows maxima first; one head of size 64, on the
+// host.
+std::array<Tensor, 2> both_outputs(const Tensor& query, const Tensor& key, const Tensor& value,
+                                   const AttentionMetadata& metadata) {
+  std::array<Tensor, 2> outs;
+  for (std::size_t i = 0; i < 2; ++i) {
+    const Enum member = i == 0 ? Enum::FLASH_ATTN : Enum::TORCH_SDPA;
+    ImplConfig config{.num_heads = 1, .head_size = 64};
+    if (i == 1) config.backend_kwargs = {{"engine", "native"}};
+    const auto attention = member.get_class()->make(config);
+    outs[i] =
+        copy_to(attention->forward(copy_to(query, kGpu), copy_to(key, kGpu), copy_to(value, kGpu), metadata), kCpu);
+  }
+  return outs;
+}
+
+// A reference is found in the first 128 keys; by more than float32 holds, keys 128 and 129 are above it.
+TEST_F(CudaFlash, LogitsMayRiseByMoreThanFloat32Holds) {
+  for (const std::int64_t high_keys : {1, 2}) {
+    for (const double above : {3.0, 3.328125, 60.0}) {
+      const Tensor query = empty(std::array<std::int64_t, 4>{1, 64, 1, 64}, kFloat16);
+      const Tensor key = empty(std::array<std::int64_t, 4>{1, 256, 1, 64}, kFloat16);
+      for (std::int64_t i = 0; i < query.numel(); ++i) store_element(query.data_ptr(), i, kFloat16, 3.3125);
+      for (std::int64_t i = 0; i < key.numel(); ++i) {
+        const bool high = i / 64 >= 128 && i / 64 < 128 + high_keys;
+        store_element(key.data_ptr(), i, kFloat16, high ? above : 0);
+      }
+      const auto [out, expected] = both_outputs(query, key, random_tensor({1, 256, 1, 64}, kFloat16, 1), {});
+      const double error = relative_error(out, expected);
+      EXPECT_LT(error, 1e-3) << high_keys << " keys of " << above;
+    }
+  }
+}
+
+// What stands for "hidden" in many models hides nothing where all keys have it.
+TEST_F(CudaFlash, RowsMayBeBiasedAsAWhole) {
+  for (const double bias : {-1e4, -1e9, -1e10, -3.4028234e38}) {
+    const Tensor mask = empty(std::array<std::int64_t, 4>{1, 1, 100, 300}, kFloat32);
+    for (std::int64_t i = 0; i < mask.numel(); ++i) {
+      store_element(mask.data_ptr(), i, kFloat32, i / 300 % 2 == 0 ? bias : 0);
+    }
+    const AttentionMetadata metadata({.attn_mask = copy_to(mask, kGpu)});
+    const auto [out, expected] =
+        both_outputs(random_tensor({1, 100, 1, 64}, kFloat16, 1), random_tensor({1, 300, 1, 64}, kFloat16, 2),
+                     random_tensor({1, 300, 1, 64}, kFloat16, 3), metadata);
+    const double error = relative_error(out, expected);
+    EXPECT_LT(error, 2e-3) << bias;
+  }
+}
+
 struct Size {
   std::int64_t tokens;
   std::int64_t heads;
