@@ -16,7 +16,7 @@ struct FlashSm90Tile {
   bool few_rows;            ///< the tile of the same blocks for problems that leave multiprocessors idle otherwise
 };
 
-/// The sums of a row depend on the blocks of keys alone: so those follow from head size and number of keys, whatever
+/// A row's sums depend on how its keys are cut into blocks: so those follow from head size and number of keys, whatever
 /// the batch and the device; rows of a tile may follow from these. Measured on an H100 against FlashAttention-3, the
 /// reasons are in docs/kernels/flash_sm90.md. Beside each its shared memory, of which a multiprocessor has 227 KiB.
 /// CMake reads the lines: a unit is compiled for each and dtype.

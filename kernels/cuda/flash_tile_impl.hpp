@@ -108,8 +108,8 @@ __device__ inline SeenKeys find_seen(const AttentionProblem& p, const KeySegment
   return seen;
 }
 
-/// The blocks of kKeys keys that a tile goes through, segment after segment, aligned to the segments' starts: so what a
-/// row adds up does not depend on the rows beside it.
+/// The blocks of kKeys keys that a tile goes through, segment after segment, aligned to the segments' starts: so the
+/// blocks that a row adds up do not depend on the rows beside it.
 template <int kKeys>
 class KeyBlocks {
  public:
