@@ -72,9 +72,11 @@ class FlashAttentionImpl final : public AttentionImpl {
       : AttentionImpl(config), threads_(thread_limit("FLASH_ATTN", config.backend_kwargs)) {}
 
   void run(const AttentionCall& call) const override {
-    const KernelCall kernel = to_kernel_call(call, *this, kAlignment);
+    KernelCall kernel = to_kernel_call(call, *this, kAlignment);
 #ifdef DITATTN_CUDA
     if (const DLDevice device = call.query.device(); device.device_type == kDLCUDA) {
+      const auto length = kernel.plan.num_keys == 1 ? common_length(kernel.plan.keys[0]) : std::nullopt;
+      if (length) drop_keys_from(kernel.problem, *length);
       return kernels::cuda::flash_attention(
           kernel.problem, {.device = device.device_id, .stream = current_stream(device)}, gpu_level());
     }

@@ -2,6 +2,8 @@
 
 /// What the launchers of the kernels on matrix units ask of a problem.
 
+#include <cuda_runtime.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -11,14 +13,32 @@
 
 namespace ditattn::kernels::cuda {
 
+/// Divides numbers below 2³¹ by a multiplication (Granlund and Montgomery, 1994): a GPU has no instruction for it.
+struct Divisor {
+  unsigned divisor = 1;
+  unsigned multiplier = 1;
+  unsigned shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(unsigned by) : divisor(by) {
+    while ((std::uint64_t{1} << shift) < divisor) ++shift;
+    multiplier =
+        static_cast<unsigned>(((std::uint64_t{1} << 32) * ((std::uint64_t{1} << shift) - divisor)) / divisor + 1);
+  }
+  __host__ __device__ unsigned quotient(unsigned x) const {
+    return (static_cast<unsigned>(std::uint64_t{x} * multiplier >> 32) + x) >> shift;
+  }
+};
+
 /// How blocks of threads find their tiles of query rows.
 struct TileOrder {
-  unsigned first_tiles;  ///< of the first query segment
-  unsigned head_tiles;   ///< of both
-  unsigned total_tiles;  ///< of all heads
-  unsigned heads;
-  unsigned group;      ///< query heads of a K/V head
-  bool longest_first;  ///< rows see different numbers of keys
+  unsigned first_tiles = 0;  ///< of the first query segment
+  Divisor head_tiles;        ///< of both
+  unsigned total_tiles = 0;  ///< of all heads
+  Divisor all_heads;         ///< of all batches
+  Divisor heads;
+  Divisor group;               ///< query heads of a K/V head
+  bool longest_first = false;  ///< rows see different numbers of keys
 };
 
 constexpr std::int64_t kFlashElementBytes = 2;
@@ -111,10 +131,11 @@ inline TileOrder order_tiles(const AttentionProblem& p, int rows) {
                              ". Split the batch.");
   }
   return {.first_tiles = static_cast<unsigned>(tiles[0]),
-          .head_tiles = static_cast<unsigned>(head_tiles),
+          .head_tiles = Divisor(static_cast<unsigned>(head_tiles)),
           .total_tiles = static_cast<unsigned>(total),
-          .heads = static_cast<unsigned>(p.heads),
-          .group = static_cast<unsigned>(p.heads / p.kv_heads),
+          .all_heads = Divisor(static_cast<unsigned>(p.heads * p.batch)),
+          .heads = Divisor(static_cast<unsigned>(p.heads)),
+          .group = Divisor(static_cast<unsigned>(p.heads / p.kv_heads)),
           .longest_first = p.causal || p.ranges != nullptr};
 }
 

@@ -160,20 +160,22 @@ __device__ __forceinline__ uint4 load_piece(unsigned address) {
   return x;
 }
 
-/// Writes a warp's 16 rows of the output by way of `scratch`, a warp's own address of shared memory, of 2,048 bytes per
-/// 64 channels, and their log-sum-exp.
+/// Writes a warp's 16 rows of the output to `scratch`, a warp's own address of shared memory, of 2,048 bytes per 64
+/// channels.
 template <class T, int kCount>
-__device__ __forceinline__ void store_rows(const AttentionProblem& p, const Tile& tile, int warp_row, unsigned scratch,
-                                           const Softmax& softmax, const float (&factor)[2],
-                                           const float (&out)[kCount]) {
-  constexpr int kPieces = kCount / 4;  // of 8 channels
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  __syncwarp();
+__device__ __forceinline__ void gather_rows(unsigned scratch, const float (&factor)[2], const float (&out)[kCount]) {
 #pragma unroll
-  for (int j = 0; j < kPieces; ++j) {
+  for (int j = 0; j < kCount / 4; ++j) {
     store_pieces(scratch, j, pack(out[4 * j] * factor[0], out[4 * j + 1] * factor[0], T{}),
                  pack(out[4 * j + 2] * factor[1], out[4 * j + 3] * factor[1], T{}));
   }
+}
+
+/// Writes 16 rows that were gathered, of `kPieces` times 8 channels, to the output.
+template <class T, int kPieces>
+__device__ __forceinline__ void store_gathered(const AttentionProblem& p, const Tile& tile, int warp_row,
+                                               unsigned scratch) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
   __syncwarp();
   T* target = out_row<T>(p, tile, warp_row);
   const int rows = tile.rows - warp_row;
@@ -187,13 +189,18 @@ __device__ __forceinline__ void store_rows(const AttentionProblem& p, const Tile
       *reinterpret_cast<uint4*>(target + row * p.out_strides.token + 8 * piece) = x;
     }
   }
-  if (p.lse != nullptr && lane % 4 == 0) {
+}
+
+/// Writes the log-sum-exp of a warp's 16 rows.
+__device__ __forceinline__ void store_lse(const AttentionProblem& p, const Tile& tile, int warp_row,
+                                          const Softmax& softmax) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  if (p.lse == nullptr || lane % 4 != 0) return;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = warp_row + lane / 4 + 8 * i;
-      if (row >= tile.rows) continue;
-      *lse_of(p, tile, row) = softmax.sum[i] == 0 ? -INFINITY : (softmax.reference[i] + __log2f(softmax.sum[i])) * kLn2;
-    }
+  for (int i = 0; i < 2; ++i) {
+    const int row = warp_row + lane / 4 + 8 * i;
+    if (row >= tile.rows) continue;
+    *lse_of(p, tile, row) = softmax.sum[i] == 0 ? -INFINITY : (softmax.reference[i] + __log2f(softmax.sum[i])) * kLn2;
   }
 }
 

@@ -89,13 +89,11 @@ __device__ __forceinline__ void multiply_16x8x16(float* d, const std::uint32_t* 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// logits = Q · Kᵀ for a warp's 16 rows.
+// logits += Q · Kᵀ for a warp's 16 rows.
 template <class Config>
 __device__ __forceinline__ void multiply_keys_sm80(const typename Config::T* query, const typename Config::T* key,
                                                    float (&logits)[Config::kKeys / 2]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
-  for (float& x : logits) x = 0;
 #pragma unroll
   for (int k = 0; k < Config::kHead; k += 16) {
     std::uint32_t a[4];
@@ -168,13 +166,18 @@ __global__ void __launch_bounds__(Config::kThreads) flash_sm80(const __grid_cons
     await_copies();  // K has come, and nobody reads V any more
     copy_block(value, i, &KeySegment::value, &KeySegment::value_strides);
     float logits[Config::kKeys / 2];
+    const KeySegment& segment = p.key_segments[blocks.segment_of(i)];
+#pragma unroll
+    for (float& logit : logits) logit = 0;
+    SeenBits<Config::kKeys> seen;
+    seen.see_all();
+    if constexpr (kMasked) apply_mask(p, segment, tile, warp_row, blocks.key_of(i), logits, seen);
     multiply_keys_sm80<Config>(query + warp_row * Config::kPitch, key, logits);
     if (blocks.hides(i)) {
-      const KeySegment& segment = p.key_segments[blocks.segment_of(i)];
       RowLimits limits;
       limits.find(p, segment, tile, warp_row);
-      hide(limits, blocks.key_of(i), logits);
-      if constexpr (kMasked) add_mask(p, segment, tile, warp_row, blocks.key_of(i), logits);
+      seen.limit(limits, blocks.key_of(i));
+      seen.hide(logits);
     }
     float total[2];
     float rescale[2];
@@ -198,7 +201,9 @@ __global__ void __launch_bounds__(Config::kThreads) flash_sm80(const __grid_cons
   constexpr int kScratch = (Config::kHead + 63) / 64 * 2048;
   static_assert(4 * kScratch <= Config::kSharedBytes);
   const auto scratch = static_cast<unsigned>(__cvta_generic_to_shared(memory)) + threadIdx.x / 32 * kScratch;
-  store_rows<T>(p, tile, warp_row, scratch, softmax, factor, out);
+  gather_rows<T>(scratch, factor, out);
+  store_gathered<T, Config::kHead / 8>(p, tile, warp_row, scratch);
+  store_lse(p, tile, warp_row, softmax);
   if (!broken) return;
   __syncwarp();
   mend_rows<T, Config::kHead>(p, tile, warp_row);

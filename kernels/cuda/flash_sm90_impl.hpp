@@ -41,32 +41,41 @@ struct FlashSm90Config {
 };
 
 struct FlashSm90Arguments {
+  CUtensorMap out[2];  ///< as query
   CUtensorMap query[2];
   CUtensorMap key[2];
   CUtensorMap value[2];
   AttentionProblem problem;
   TileOrder order;
-  bool hides;  ///< some row does not see some key
+  bool hides;    ///< some row does not see some key
+  bool differs;  ///< rows of a batch entry see different keys
 };
 
-/// The tiles of one block of threads, one after the other. Where the longest come first, every second round goes
-/// backwards, which evens out the blocks' work.
+/// The tiles of one block of threads, one after the other, and what keys they go through. Where the longest come first,
+/// every second round goes backwards, which evens out the blocks' work.
 template <class Config>
 class FlashSm90Tiles {
  public:
   __device__ explicit FlashSm90Tiles(const FlashSm90Arguments& arguments) : a_(arguments) {}
 
-  __device__ bool next(Tile& tile) {
+  __device__ const Tile& tile() const { return tile_; }
+  __device__ const KeyBlocks<Config::kKeys>& blocks() const { return blocks_; }
+
+  __device__ bool next() {
     const bool backwards = a_.order.longest_first && (round_ & 1) != 0;
     const unsigned index = round_ * gridDim.x + (backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     ++round_;
     if (index >= a_.order.total_tiles) return false;
-    tile = tile_at<Config::kRows>(a_.problem, a_.order, index);
+    const int batch = tile_.batch;
+    tile_ = tile_at<Config::kRows>(a_.problem, a_.order, index);
+    if (a_.differs || tile_.batch != batch) blocks_ = KeyBlocks<Config::kKeys>(a_.problem, tile_);
     return true;
   }
 
  private:
   const FlashSm90Arguments& a_;
+  Tile tile_{.batch = -1};
+  KeyBlocks<Config::kKeys> blocks_;
   unsigned round_ = 0;
 };
 
@@ -118,15 +127,14 @@ __device__ __forceinline__ void copy_rows(hopper::Address to, const CUtensorMap*
 
 template <class Config>
 __device__ __forceinline__ void produce(const FlashSm90Arguments& a, const FlashSm90Memory<Config>& memory) {
-  const AttentionProblem& p = a.problem;
   FlashSm90Tiles<Config> tiles(a);
-  Tile tile;
   const bool leader = threadIdx.x % 32 == 0;
   RingPlace<Config::kStages> key_place;
   RingPlace<Config::kStages> value_place;
   int query_parity = 0;
-  while (tiles.next(tile)) {
-    const KeyBlocks<Config::kKeys> blocks(p, tile);
+  while (tiles.next()) {
+    const Tile& tile = tiles.tile();
+    const KeyBlocks<Config::kKeys>& blocks = tiles.blocks();
     const int total = blocks.total();
     if (!leader || total == 0) continue;
     const auto load = [&](int i, const CUtensorMap* maps, hopper::Address to, hopper::Address full) {
@@ -161,7 +169,7 @@ __device__ __forceinline__ void release(hopper::Address empty) {
 
 template <class Config>
 __device__ __forceinline__ void multiply_keys(float (&logits)[Config::kKeys / 2], hopper::Address query,
-                                              hopper::Address key) {
+                                              hopper::Address key, bool accumulate) {
   const std::uint64_t a = hopper::describe(query, 0);
   const std::uint64_t b = hopper::describe(key, 0);
 #pragma unroll
@@ -169,7 +177,8 @@ __device__ __forceinline__ void multiply_keys(float (&logits)[Config::kKeys / 2]
     const int panel = k / 4;
     const int in_panel = k % 4 * 32;
     Wgmma<typename Config::T, Config::kKeys>::ss(logits, a + (panel * 64 * 128 + in_panel) / 16,
-                                                 b + (panel * Config::kKeys * 128 + in_panel) / 16, k != 0);
+                                                 b + (panel * Config::kKeys * 128 + in_panel) / 16,
+                                                 accumulate || k != 0);
   }
 }
 
@@ -190,7 +199,6 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
   using T = typename Config::T;
   const AttentionProblem& p = a.problem;
   FlashSm90Tiles<Config> tiles(a);
-  Tile tile;
   const int group = static_cast<int>(__shfl_sync(kWarp, threadIdx.x / 128, 0)) - 1;
   const int warp_row = static_cast<int>(threadIdx.x / 32 - 4) * 16;
   const float scale = p.scale * kLog2E;
@@ -208,8 +216,9 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
   };
   if (group == Config::kWarpgroups - 1) pass_turn();
 
-  while (tiles.next(tile)) {
-    const KeyBlocks<Config::kKeys> blocks(p, tile);
+  while (tiles.next()) {
+    const Tile& tile = tiles.tile();
+    const KeyBlocks<Config::kKeys>& blocks = tiles.blocks();
     const int total_blocks = blocks.total();
     if (total_blocks == 0) {
       store_nothing<T>(p, tile, warp_row);
@@ -222,14 +231,18 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
     float rescale[2];
     std::uint32_t probabilities[Config::kKeys / 4];
     RowLimits limits;
+    SeenBits<Config::kKeys> seen;
     // Where a block has hidden keys, or is the first that has none, or logits differ much, steps are exact. A single
     // row does not choose between the two kinds of steps: all of a warpgroup has to go the same way.
-    const auto find_limits = [&](int i) { limits.find(p, p.key_segments[blocks.segment_of(i)], tile, warp_row); };
-    const auto hide_some = [&](int i) {
-      hide(limits, blocks.key_of(i), logits);
-      if constexpr (kMasked) {
-        add_mask(p, p.key_segments[blocks.segment_of(i)], tile, warp_row, blocks.key_of(i), logits);
-      }
+    const auto look_at_keys = [&](int i) {
+      const KeySegment& segment = p.key_segments[blocks.segment_of(i)];
+      limits.find(p, segment, tile, warp_row);
+      seen.see_all();
+      if constexpr (kMasked) apply_mask(p, segment, tile, warp_row, blocks.key_of(i), logits, seen);
+    };
+    const auto hide_keys = [&](int i) {
+      seen.limit(limits, blocks.key_of(i));
+      seen.hide(logits);
     };
     const auto soften_exactly = [&] {
       softmax.find_reference(logits, scale, rescale);
@@ -243,6 +256,7 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
       for (int j = 0; j < Config::kKeys / 4; ++j) probabilities[j] = pack(logits[2 * j], logits[2 * j + 1], T{});
     };
 
+    if (kMasked || blocks.hides(0)) look_at_keys(0);
     const hopper::Address query = memory.query(group);
     hopper::wait(memory.query_full(group), query_parity);
     query_parity ^= 1;
@@ -250,33 +264,30 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
     take_turn();
     hopper::pin(logits);
     hopper::fence_products();
-    multiply_keys<Config>(logits, query, memory.key(key_place.stage));
+    multiply_keys<Config>(logits, query, memory.key(key_place.stage), kMasked);
     hopper::commit_products();
     pass_turn();
     hopper::wait_products<0>();
     hopper::pin(logits);
     release(memory.key_empty(key_place.stage));
     key_place.advance();
-    if (blocks.hides(0)) {
-      find_limits(0);
-      hide_some(0);
-    }
+    if (blocks.hides(0)) hide_keys(0);
     // Where logits differ much, all steps are exact.
-    const bool wild =
-        __any_sync(kWarp, total_blocks > 1 && hopper::any_named(8 + group, 128, Softmax::are_wild(logits, scale)));
+    const bool is_wild = Softmax::are_wild(logits, scale);
     soften_exactly();
     round();
+    const bool wild = __any_sync(kWarp, total_blocks > 1 && hopper::any_named(8 + group, 128, is_wild));
     // Block i's logits under the output of the block before. No branch while products are unfinished: the compiler
     // would wait for them there.
     const auto step = [&](int i, auto exact) {
-      if constexpr (decltype(exact)::value) find_limits(i);
+      if constexpr (decltype(exact)::value) look_at_keys(i);
       hopper::wait(memory.key_full(key_place.stage), key_place.parity);
       take_turn();
       hopper::pin(logits);
       hopper::pin(out);
       hopper::pin(probabilities);
       hopper::fence_products();
-      multiply_keys<Config>(logits, query, memory.key(key_place.stage));
+      multiply_keys<Config>(logits, query, memory.key(key_place.stage), kMasked && decltype(exact)::value);
       hopper::commit_products();
       hopper::wait(memory.value_full(value_place.stage), value_place.parity);
       hopper::fence_products();
@@ -288,7 +299,7 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
       release(memory.key_empty(key_place.stage));
       key_place.advance();
       if constexpr (decltype(exact)::value) {
-        hide_some(i);
+        hide_keys(i);
         soften_exactly();
       } else {
         softmax.exponentiate(logits, scale);
@@ -342,19 +353,32 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
     const float factor[2] = {factor_of(softmax, 0), factor_of(softmax, 1)};
     broken = are_broken(factor, a.hides, out) || broken;
     if constexpr (!Config::kOutputSlab) hopper::sync_named(8 + group, 128);  // all have read Q
-    store_rows<T>(p, tile, warp_row, memory.output(group) + warp_row % 64 * Config::kPanels * 128, softmax, factor,
-                  out);
+    // The output goes by way of shared memory, a warp's rows by themselves: while they are copied, the next tile
+    // begins.
+    const hopper::Address scratch = memory.output(group) + warp_row % 64 * Config::kPanels * 128;
+    hopper::wait_read_out();
+    __syncwarp();
+    gather_rows<T>(scratch, factor, out);
+    hopper::fence_copies();
+    __syncwarp();
+#pragma unroll
+    for (int panel = 0; panel < Config::kPanels; ++panel) {
+      hopper::copy_box_out(threadIdx.x % 32 == 0, &a.out[tile.segment], scratch + panel * 2048, 64 * panel,
+                           tile.row + warp_row, tile.head, tile.batch);
+    }
+    store_lse(p, tile, warp_row, softmax);
     if constexpr (!Config::kOutputSlab) {
-      hopper::fence_copies();
+      hopper::wait_read_out();
       __syncwarp();
       release(memory.query_empty(group));
     }
   }
+  hopper::wait_copied_out();
   // In a loop of its own: what may diverge in a warp costs the other loop its uniform registers.
   if (!broken) return;
   __syncwarp();
   FlashSm90Tiles<Config> again(a);
-  while (again.next(tile)) mend_rows<T, Config::kHead>(p, tile, warp_row);
+  while (again.next()) mend_rows<T, Config::kHead>(p, again.tile(), warp_row);
 }
 
 /// `kMasked`: some key segment has a mask.
@@ -376,8 +400,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       hopper::init_barrier(memory.value_empty(stage), kConsumerWarps);
     }
     hopper::fence_barrier_init();
+    hopper::prefetch(&arguments.query[0]);
+    hopper::prefetch(&arguments.key[0]);
+    hopper::prefetch(&arguments.value[0]);
+    hopper::prefetch(&arguments.out[0]);
   }
   __syncthreads();
+  hopper::overlap_launches();
   if (threadIdx.x < 128) {
     hopper::give_registers<Config::kProducerRegisters>();
     if (threadIdx.x < 32) produce<Config>(arguments, memory);

@@ -2,7 +2,7 @@
 
 /// The softmax of the kernels on matrix units. Included by .cu files alone.
 
-#include "kernels/cuda/flash_tile_impl.hpp"
+#include "kernels/cuda/flash_mask_impl.hpp"
 
 namespace ditattn::kernels::cuda {
 

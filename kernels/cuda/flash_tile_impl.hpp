@@ -28,20 +28,20 @@ struct Tile {
 /// Where rows see different numbers of keys, the longest tiles of all heads come first.
 template <int kRows>
 __device__ Tile tile_at(const AttentionProblem& p, const TileOrder& order, unsigned index) {
-  unsigned head = index / order.head_tiles;
-  unsigned in_head = index - head * order.head_tiles;
+  unsigned head = order.head_tiles.quotient(index);
+  unsigned in_head = index - head * order.head_tiles.divisor;
   if (order.longest_first) {
-    const unsigned all_heads = order.total_tiles / order.head_tiles;
-    in_head = order.head_tiles - 1 - index / all_heads;
-    head = index % all_heads;
+    const unsigned round = order.all_heads.quotient(index);
+    in_head = order.head_tiles.divisor - 1 - round;
+    head = index - round * order.all_heads.divisor;
   }
   const bool second = p.num_queries == 2 && in_head >= order.first_tiles;
-  const unsigned batch = head / order.heads;
-  const unsigned of_batch = head - batch * order.heads;
+  const unsigned batch = order.heads.quotient(head);
+  const unsigned of_batch = head - batch * order.heads.divisor;
   Tile tile;
   tile.batch = static_cast<int>(batch);
   tile.head = static_cast<int>(of_batch);
-  tile.kv_head = static_cast<int>(of_batch / order.group);
+  tile.kv_head = static_cast<int>(order.group.quotient(of_batch));
   tile.segment = second ? 1 : 0;
   tile.row = static_cast<int>(second ? in_head - order.first_tiles : in_head) * kRows;
   const int end = static_cast<int>(!second && p.num_queries == 2 ? p.queries[1].first_row : p.rows);
@@ -113,6 +113,7 @@ __device__ inline SeenKeys find_seen(const AttentionProblem& p, const KeySegment
 template <int kKeys>
 class KeyBlocks {
  public:
+  KeyBlocks() = default;
   __device__ KeyBlocks(const AttentionProblem& p, const Tile& tile) {
     add(p, tile, 0, first_, count_, full_begin_, full_end_);
     add(p, tile, 1, second_, total_, second_full_begin_, second_full_end_);
@@ -148,94 +149,5 @@ class KeyBlocks {
   int first_, count_, full_begin_, full_end_;
   int second_, total_, second_full_begin_, second_full_end_;
 };
-
-/// The keys of a segment that a thread's two rows see, masks aside.
-struct RowLimits {
-  int begin[2];
-  int end[2];
-  __device__ void find(const AttentionProblem& p, const KeySegment& segment, const Tile& tile, int warp_row) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = warp_row + static_cast<int>(threadIdx.x % 32) / 4 + 8 * i;
-      const int2 keys = row < tile.rows ? keys_of_row(p, segment, tile.batch, tile.first_row + row) : make_int2(0, 0);
-      begin[i] = keys.x;
-      end[i] = keys.y;
-    }
-  }
-};
-
-/// Hides the logits of keys from `first_key` on that are outside the limits.
-template <int kCount>
-__device__ __forceinline__ void hide(const RowLimits& limits, int first_key, float (&logits)[kCount]) {
-  const int first = first_key + 2 * static_cast<int>(threadIdx.x % 4);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int begin = limits.begin[i] - first;
-    const int end = limits.end[i] - first;
-#pragma unroll
-    for (int j = 0; j < kCount / 4; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float& logit = logits[4 * j + 2 * i + c];
-        logit = 8 * j + c < begin || 8 * j + c >= end ? -INFINITY : logit;
-      }
-    }
-  }
-}
-
-/// A mask's element for a row and a key of its segment; 0 where the mask has no such row.
-__device__ inline float mask_of(const KeySegment& segment, const Tile& tile, int row, int key) {
-  const Mask& mask = segment.mask;
-  const std::int64_t mask_row = row - mask.first_row;
-  if (mask.data == nullptr || mask_row < 0 || mask_row >= mask.rows) return 0;
-  return load_mask(mask, tile.batch * mask.strides.batch + mask_row * mask.strides.token +
-                             tile.head * mask.strides.head + key * mask.key_stride);
-}
-
-__device__ inline float widen(unsigned char seen) { return seen != 0 ? 0 : -INFINITY; }
-
-/// Adds a mask of elements M to what `hide` left of a thread's two rows: unscaled logits.
-template <class M, int kCount>
-__device__ __forceinline__ void add_mask(const AttentionProblem& p, const KeySegment& segment, const Tile& tile,
-                                         int warp_row, int first_key, float (&logits)[kCount]) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const float unscale = 1 / p.scale;
-  const Mask& mask = segment.mask;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const std::int64_t row = tile.first_row + warp_row + lane / 4 + 8 * i - mask.first_row;
-    if (row < 0 || row >= mask.rows || warp_row + lane / 4 + 8 * i >= tile.rows) continue;
-    const M* elements = static_cast<const M*>(mask.data) + tile.batch * mask.strides.batch + row * mask.strides.token +
-                        tile.head * mask.strides.head;
-#pragma unroll
-    for (int j = 0; j < kCount / 4; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float& logit = logits[4 * j + 2 * i + c];
-        if (logit == -INFINITY) continue;  // hidden, maybe past the mask's end
-        const float bias = widen(elements[(first_key + 8 * j + 2 * (lane % 4) + c) * mask.key_stride]);
-        // A finite bias stays finite, as it hides nothing, also times the scale and log₂ e later. NaN stays NaN.
-        const float bounded = (bias < -2e38F ? -2e38F : bias) * unscale;
-        logit = bias == -INFINITY ? -INFINITY : logit + (bounded < -3.4e38F ? -3.4e38F : bounded);
-      }
-    }
-  }
-}
-
-template <int kCount>
-__device__ __forceinline__ void add_mask(const AttentionProblem& p, const KeySegment& segment, const Tile& tile,
-                                         int warp_row, int first_key, float (&logits)[kCount]) {
-  if (segment.mask.data == nullptr) return;
-  switch (segment.mask.type) {
-    case ElementType::boolean:
-      return add_mask<unsigned char>(p, segment, tile, warp_row, first_key, logits);
-    case ElementType::float16:
-      return add_mask<__half>(p, segment, tile, warp_row, first_key, logits);
-    case ElementType::bfloat16:
-      return add_mask<__nv_bfloat16>(p, segment, tile, warp_row, first_key, logits);
-    default:
-      return add_mask<float>(p, segment, tile, warp_row, first_key, logits);
-  }
-}
 
 }  // namespace ditattn::kernels::cuda

@@ -51,6 +51,37 @@ __device__ __forceinline__ void copy_box(Address to, const CUtensorMap* map, Add
       : "memory");
 }
 
+/// A box of shared memory to a (channel, token, head, batch) tensor, but for positions outside it, by the threads that
+/// have `copies`: no branch, for consumers' loops.
+__device__ __forceinline__ void copy_box_out(bool copies, const CUtensorMap* map, Address from, int channel, int token,
+                                             int head, int batch) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n@p cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, "
+      "%4, %5}], [%1];\n}\n" ::"l"(map),
+      "r"(from), "r"(channel), "r"(token), "r"(head), "r"(batch), "r"(static_cast<int>(copies))
+      : "memory");
+}
+
+/// Waits until what this thread copied out has been read, and shared memory may be written again.
+__device__ __forceinline__ void wait_read_out() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+/// Waits until what this thread copied out can be read where it was copied to.
+__device__ __forceinline__ void wait_copied_out() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+/// Fetches a map, which the first copy would wait for.
+__device__ __forceinline__ void prefetch(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/// Lets the next kernel of the stream, if it was launched to overlap, start; and waits for the one before to end.
+__device__ __forceinline__ void overlap_launches() {
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+}
+
 /// Orders this thread's accesses to shared memory before copies that come after.
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

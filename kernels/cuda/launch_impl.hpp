@@ -7,19 +7,22 @@
 
 namespace ditattn::kernels::cuda {
 
-/// Makes a device current, with its context, which a thread that did nothing with CUDA yet lacks; and the one before it
-/// again.
+/// Makes a device current, with its context, which a thread that did nothing with CUDA yet lacks and cuDNN and the
+/// driver do not make; and the one before it again.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
+  explicit OnDevice(int device) : device_(device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
     check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
+  int device_;
   int before_ = 0;
 };
 

@@ -162,7 +162,9 @@ __device__ unsigned hide(const AttentionProblem& p, const Place& place, const Ke
         const float bias = load_mask(mask, place.batch * mask.strides.batch + mask_row * mask.strides.token +
                                                place.head * mask.strides.head + key * mask.key_stride);
         seen = bias != -INFINITY;
+        // A finite bias stays finite, as it hides nothing, also times log₂ e. NaN stays NaN.
         logit += bias * kLog2E;
+        logit = seen && logit < -3.4e38F ? -3.4e38F : logit;
       }
       if (!seen) hidden |= 1U << (i * kMicro + j);
       logits[i][j] = seen ? logit : -INFINITY;

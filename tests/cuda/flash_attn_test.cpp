@@ -40,6 +40,7 @@ class FlashKernelName : public ::testing::Test {
     problem.type = problem.out_type = ElementType::bfloat16;
     problem.num_queries = problem.num_key_segments = 1;
     problem.queries[0] = {.data = data, .strides = of_rows};
+    problem.out_strides = of_rows;
     problem.key_segments[0] = {
         .key = data, .value = data, .key_strides = of_keys, .value_strides = of_keys, .keys = 200, .mask = {}};
     change(problem);
@@ -49,7 +50,7 @@ class FlashKernelName : public ::testing::Test {
 
 TEST_F(FlashKernelName, OfHoppersKernel) {
   if (kernels::cuda::flash_kernels_built() == "plain") GTEST_SKIP() << "skipped: no architecture is Hopper's";
-  const std::string hopper = "flash_sm90, blocks of 128 keys";
+  const std::string hopper = "flash_sm90, blocks of 64 keys";
   EXPECT_EQ(of(), hopper);
   EXPECT_EQ(of([](AttentionProblem& p) { p.head_size = 104; }), hopper);
   EXPECT_EQ(of([](AttentionProblem& p) { p.causal = true; }), hopper);
