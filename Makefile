@@ -4,7 +4,7 @@ CUDA_SET ?= full
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers bench-gpu format lint neon cuda install clean
+.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint neon cuda install clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,10 @@ bench-peers: build ## CPU attention beside PyTorch, OpenVINO and ONNX Runtime (d
 
 bench-gpu: ## GPU attention beside PyTorch's back ends (needs a GPU, and PYTHON with torch and apache-tvm-ffi; after make cuda)
 	@PYTHONPATH=build/cuda/python $(or $(PYTHON),python3) bench/gpu/compare.py
+
+sweep-gpu: ## Other tiles for FLASH_ATTN on Hopper beside the library's (needs a GPU; after make cuda; SHAPES=names or B,H,Sq,Skv,D[,causal])
+	@cmake --build build/cuda --target ditattn_gpu_sweep
+	@build/cuda/bin/ditattn_gpu_sweep $(SHAPES)
 
 format: ## Format all C++
 	@scripts/setup.sh lint

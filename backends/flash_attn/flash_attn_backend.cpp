@@ -27,6 +27,7 @@ constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
 #ifdef DITATTN_CUDA
 constexpr std::int64_t kLargestGpuHeadSize = 256;
 constexpr std::int64_t kAmpere = 80;
+constexpr std::int64_t kMostAlignment = 16;  // that a problem tells
 
 // The compute capability whose kernels may be used, or what DITATTN_GPU_LEVEL says is the highest.
 int gpu_level() {
@@ -55,6 +56,38 @@ std::string engine_name() {
   return fmt::format("own tiled kernels, {}{}", kernels::cpu::kCpuLevelNames[static_cast<int>(units.level)],
                      widened ? " (bfloat16 in float32, which is faster here)" : "");
 }
+
+#ifdef DITATTN_CUDA
+// Contiguous tensors at an address of the problem's alignment, which nothing reads.
+kernels::AttentionProblem to_kernel_problem(const Problem& problem) {
+  const auto strides_of = [&](std::int64_t tokens, std::int64_t heads) {
+    const std::int64_t sign = problem.alignment == 0 ? -1 : 1;
+    return kernels::Strides{.batch = sign * tokens * heads * problem.head_size,
+                            .token = sign * heads * problem.head_size,
+                            .head = problem.head_size};
+  };
+  const auto* data = reinterpret_cast<const void*>(problem.alignment == 0 ? kMostAlignment : problem.alignment);
+  kernels::AttentionProblem result;
+  result.batch = problem.batch;
+  result.heads = problem.num_heads;
+  result.kv_heads = problem.num_kv_heads;
+  result.rows = problem.seq_q;
+  result.keys = problem.seq_kv;
+  result.head_size = problem.head_size;
+  result.type = result.out_type = element_type(problem.dtype);
+  result.scale = 1;
+  result.causal = problem.causal;
+  result.num_queries = result.num_key_segments = 1;
+  result.queries[0] = {.data = data, .strides = strides_of(problem.seq_q, problem.num_heads)};
+  const kernels::Strides of_keys = strides_of(problem.seq_kv, problem.num_kv_heads);
+  result.key_segments[0] = {
+      .key = data, .value = data, .key_strides = of_keys, .value_strides = of_keys, .keys = problem.seq_kv, .mask = {}};
+  result.out_strides = {.batch = problem.seq_q * problem.num_heads * problem.head_size,
+                        .token = problem.num_heads * problem.head_size,
+                        .head = problem.head_size};
+  return result;
+}
+#endif
 
 Capabilities find_capabilities() {
   Capabilities can = cpu_capabilities(engine_name(), kAlignment);
@@ -119,6 +152,14 @@ class FlashAttentionBackend final : public AttentionBackend {
                       problem.head_size, kLargestGpuHeadSize));
     }
     return verdict;
+  }
+
+  [[nodiscard]] std::string kernel_name(const Problem& problem) const override {
+    const auto& devices = cuda_info().devices;
+    const auto index = static_cast<std::size_t>(problem.device.device_id);
+    if (problem.device.device_type != kDLCUDA || index >= devices.size()) return {};
+    return kernels::cuda::flash_kernel_name(to_kernel_problem(problem),
+                                            static_cast<int>(devices[index].compute_capability), gpu_level());
   }
 #endif
 

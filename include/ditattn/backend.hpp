@@ -145,6 +145,9 @@ class DITATTN_API AttentionBackend : public std::enable_shared_from_this<Attenti
   virtual void validate_available() const {}
   /// Yes, or each reason with its values. By default `check_capabilities`.
   [[nodiscard]] virtual Verdict explain(const Problem& problem) const;
+  /// Which of an engine's kernels would compute a problem that `explain` takes, and, where it is not the fastest, why;
+  /// empty where the engine does not tell. Tensors are taken for contiguous, but for `Problem::alignment`.
+  [[nodiscard]] virtual std::string kernel_name(const Problem& /*problem*/) const { return {}; }
 
   /// Builds an implementation; checks `config` first (ValueError).
   [[nodiscard]] std::unique_ptr<AttentionImpl> make(const ImplConfig& config) const;

@@ -38,6 +38,11 @@ FlashDevice& device_of(int device) {
   return found;
 }
 
+// Hopper's kernel runs there alone: a lower level on a newer GPU leaves the one for 8.0.
+int usable(int compute_capability, int level) {
+  return compute_capability <= level ? compute_capability : std::min(level, kHopper - 1);
+}
+
 // At most one of the kernels; the reason why not Hopper's, or neither.
 struct Choice {
   const FlashSm90Kernel* sm90 = nullptr;
@@ -69,16 +74,14 @@ void flash_attention(const AttentionProblem& problem, const Launch& launch, int 
   if (problem.batch == 0 || problem.heads == 0 || problem.rows == 0) return;
   const OnDevice on_device(launch.device);
   FlashDevice& device = device_of(launch.device);
-  const int own = device.compute_capability;
-  // Hopper's kernel runs there alone: a lower level on a newer GPU leaves the one for 8.0.
-  const Choice choice = choose(problem, own <= level ? own : std::min(level, kHopper - 1), device.multiprocessors);
+  const Choice choice = choose(problem, usable(device.compute_capability, level), device.multiprocessors);
   if (choice.sm90 != nullptr) return launch_flash_sm90(*choice.sm90, problem, device, launch.stream);
   if (choice.sm80 != nullptr) return launch_flash_sm80(*choice.sm80, problem, device, launch.stream);
   sdpa_native(problem, launch);
 }
 
-std::string flash_kernel_name(const AttentionProblem& problem, int compute_capability) {
-  const auto [sm90, sm80, reason] = choose(problem, compute_capability, 0);
+std::string flash_kernel_name(const AttentionProblem& problem, int compute_capability, int level) {
+  const auto [sm90, sm80, reason] = choose(problem, usable(compute_capability, level), 0);
   if (sm90 != nullptr) return "flash_sm90, blocks of " + std::to_string(sm90->tile.keys) + " keys";
   if (sm80 != nullptr) return "flash_sm80, blocks of " + std::to_string(sm80->keys) + " keys, for " + reason;
   return std::string("sdpa_native, for ") + reason;

@@ -151,8 +151,8 @@ FlashSm90Choice choose_flash_sm90(const AttentionProblem& p, int multiprocessors
 void launch_flash_sm90(const FlashSm90Kernel& kernel, const AttentionProblem& p, FlashDevice& device, void* stream) {
   FlashSm90Arguments arguments = arguments_of(p, kernel.tile);
   const bool masked = has_masks(p);
-  const auto index = static_cast<int>(&kernel - built_flash_sm90().data());
-  prepare_flash(kernel.functions[masked], kernel.shared_bytes, 2 * index + (masked ? 1 : 0), device.prepared_sm90);
+  prepare_flash(kernel.functions[masked], kernel.shared_bytes, 2 * kernel.place + (masked ? 1 : 0),
+                device.prepared_sm90);
   const unsigned blocks = std::min(arguments.order.total_tiles, static_cast<unsigned>(device.multiprocessors));
   void* pointers[] = {&arguments};
   // Blocks may start under the end of the kernel before: flash_sm90 waits for its results itself.

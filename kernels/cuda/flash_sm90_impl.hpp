@@ -30,7 +30,8 @@ struct FlashSm90Config {
     return slabs * kGroups * kQueryBytes + 2 * kStages * kStageBytes + 8 * (kBarriers + 1);
   }
   // The output goes by way of shared memory: its own, or, where there is no room, that of Q.
-  static constexpr bool kOutputSlab = shared_bytes(2) <= 227 * 1024;
+  static constexpr int kMostSharedBytes = 227 * 1024;  // of a block
+  static constexpr bool kOutputSlab = shared_bytes(2) <= kMostSharedBytes;
   static constexpr int kSharedBytes = shared_bytes(kOutputSlab ? 2 : 1);
   // Of the 64 K registers of an SM, in multiples of 8 a thread; a block redistributes what it starts with.
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
@@ -38,6 +39,7 @@ struct FlashSm90Config {
   static constexpr int kShare = (kThreads * kStartRegisters - 128 * kProducerRegisters) / (128 * kGroups) / 8 * 8;
   static constexpr int kConsumerRegisters = kShare < 240 ? kShare : 240;
   static_assert(kKeys % 16 == 0);
+  static_assert(kSharedBytes <= kMostSharedBytes);
 };
 
 struct FlashSm90Arguments {

@@ -15,8 +15,8 @@ struct FlashSm90Tile {
 
 /// A row's sums depend on how its keys are cut into blocks: so those follow from the head size, whatever the batch and
 /// the device; rows of a tile may follow from these. Measured against FlashAttention-3, the reasons are in
-/// docs/kernels/flash_sm90.md. Beside each its shared memory, of which a multiprocessor has 227 KiB. CMake reads the
-/// lines: a unit is compiled for each and dtype.
+/// docs/kernels/flash_sm90.md; `make sweep-gpu` times others beside these. Beside each its shared memory, of which a
+/// multiprocessor has 227 KiB. CMake reads the lines: a unit is compiled for each and dtype.
 constexpr FlashSm90Tile kFlashSm90Tiles[] = {
     {64, 3, 128, 3, false},   // 144 KiB
     {64, 1, 128, 3, true},    // 112 KiB

@@ -25,6 +25,7 @@ _supports_piecewise_spans = _native.function("supports_piecewise_spans")
 _validate_available = _native.function("validate_available")
 _capabilities = _native.function("capabilities")
 _explain = _native.function("explain")
+_kernel_name = _native.function("kernel_name")
 _make = _native.function("make")
 _forward = _native.function("forward")
 
@@ -266,6 +267,11 @@ def _class_over(backend: Any, name: str) -> type:
         problem = dataclasses.replace(problem or Problem(), **fields)
         return [str(reason) for reason in _explain(backend, problem.to_native())]
 
+    def kernel_name(problem: Problem | None = None, **fields: Any) -> str:
+        """The kernel that would compute a problem that is taken; empty where the engine does not tell."""
+        problem = dataclasses.replace(problem or Problem(), **fields)
+        return str(_kernel_name(backend, problem.to_native()))
+
     body = {
         "__module__": __name__,
         "__doc__": f"{_get_name(backend)}, in C++.",
@@ -281,6 +287,7 @@ def _class_over(backend: Any, name: str) -> type:
         "validate_available": staticmethod(lambda: _validate_available(backend)),
         "capabilities": staticmethod(lambda: _native.plain(_capabilities(backend))),
         "explain": staticmethod(explain),
+        "kernel_name": staticmethod(kernel_name),
     }
     return type(name, (AttentionBackend,), body)
 

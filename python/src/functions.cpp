@@ -150,6 +150,10 @@ void define_backends() {
            [](const BackendRef& backend, const Dict& problem) {
              return strings(backend->backend->explain(problem_from(problem)).reasons);
            })
+      .def("ditattn.kernel_name",
+           [](const BackendRef& backend, const Dict& problem) {
+             return String(backend->backend->kernel_name(problem_from(problem)));
+           })
       .def("ditattn.make", make)
       .def("ditattn.forward", forward);
 }

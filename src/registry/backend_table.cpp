@@ -58,12 +58,14 @@ Function create_function(const std::string& name, BackendClass backend) {
   });
 }
 
-Function explain_function(const std::string& name, BackendClass backend) {
+// A table function of a problem, from one that gets it whole.
+template <class Body>
+Function problem_function(const std::string& name, Body body) {
   return table_function(name,
-                        [backend = std::move(backend)](
-                            std::int64_t batch, std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t seq_q,
-                            std::int64_t seq_kv, std::int64_t head_size, DLDataType dtype, DLDevice device,
-                            std::int64_t mask, std::int64_t features, std::int64_t alignment) -> Any {
+                        [body = std::move(body)](std::int64_t batch, std::int64_t num_heads, std::int64_t num_kv_heads,
+                                                 std::int64_t seq_q, std::int64_t seq_kv, std::int64_t head_size,
+                                                 DLDataType dtype, DLDevice device, std::int64_t mask,
+                                                 std::int64_t features, std::int64_t alignment) -> Any {
                           Problem problem{.batch = batch,
                                           .num_heads = num_heads,
                                           .num_kv_heads = num_kv_heads,
@@ -75,8 +77,7 @@ Function explain_function(const std::string& name, BackendClass backend) {
                                           .mask = static_cast<MaskKind>(mask),
                                           .alignment = alignment};
                           set_problem_features(problem, features);
-                          const Verdict verdict = backend->explain(problem);
-                          return verdict ? Any() : Any(to_array(verdict.reasons));
+                          return body(problem);
                         });
 }
 
@@ -98,7 +99,14 @@ Any backend_table(FindBackend find, std::string_view class_name, int interface_v
       {"capabilities", table_function(name, [backend] { return capabilities_to_map(backend->capabilities()); })},
       {"validate_available", table_function(name, [backend] { backend->validate_available(); })},
       {"known_kwargs", table_function(name, [backend] { return to_array(BackendAccess::known_kwargs(*backend)); })},
-      {"explain", explain_function(name, backend)},
+      {"explain", problem_function(name,
+                                   [backend](const Problem& problem) {
+                                     const Verdict verdict = backend->explain(problem);
+                                     return verdict ? Any() : Any(to_array(verdict.reasons));
+                                   })},
+      {"kernel_name",
+       problem_function(name,
+                        [backend](const Problem& problem) { return Any(String(backend->kernel_name(problem))); })},
       {"create", create_function(name, backend)},
   };
 }

@@ -55,6 +55,7 @@ class TableBackend final : public AttentionBackend {
       : origin_(std::move(origin)),
         validate_available_(function(table, "validate_available")),
         explain_(function(table, "explain")),
+        kernel_name_(optional_function(table, "kernel_name")),
         create_(function(table, "create")) {
     guard(origin_, [&] {
       name_ = std::string(function(table, "get_name")().cast<String>());
@@ -68,12 +69,15 @@ class TableBackend final : public AttentionBackend {
   void validate_available() const override {
     guard(origin_, [&] { validate_available_(); });
   }
-  [[nodiscard]] Verdict explain(const Problem& p) const override {
+  [[nodiscard]] Verdict explain(const Problem& problem) const override {
     return guard(origin_, [&] {
-      const Any reasons = explain_(p.batch, p.num_heads, p.num_kv_heads, p.seq_q, p.seq_kv, p.head_size, p.dtype,
-                                   p.device, static_cast<std::int64_t>(p.mask), problem_features(p), p.alignment);
+      const Any reasons = ask(explain_, problem);
       return reasons == nullptr ? Verdict{} : Verdict{from_array(reasons.cast<Array<String>>())};
     });
+  }
+  [[nodiscard]] std::string kernel_name(const Problem& problem) const override {
+    if (!kernel_name_) return {};
+    return guard(origin_, [&] { return std::string(ask(*kernel_name_, problem).cast<String>()); });
   }
 
  protected:
@@ -88,9 +92,18 @@ class TableBackend final : public AttentionBackend {
   [[nodiscard]] std::vector<std::string> known_kwargs() const override { return known_kwargs_; }
 
  private:
-  Function function(const Table& table, const char* name) const {
+  static Any ask(const Function& function, const Problem& p) {
+    return function(p.batch, p.num_heads, p.num_kv_heads, p.seq_q, p.seq_kv, p.head_size, p.dtype, p.device,
+                    static_cast<std::int64_t>(p.mask), problem_features(p), p.alignment);
+  }
+
+  static std::optional<Function> optional_function(const Table& table, const char* name) {
     const auto entry = table.Get(String(name));
-    const auto found = entry ? entry->as<Function>() : std::nullopt;
+    return entry ? entry->as<Function>() : std::nullopt;
+  }
+
+  Function function(const Table& table, const char* name) const {
+    const auto found = optional_function(table, name);
     if (!found) throw ImportError(fmt::format("{}: its table has no function '{}'", origin_, name));
     return *found;
   }
@@ -101,6 +114,7 @@ class TableBackend final : public AttentionBackend {
   std::vector<std::string> known_kwargs_;
   Function validate_available_;
   Function explain_;
+  std::optional<Function> kernel_name_;
   Function create_;
 };
 

@@ -69,6 +69,10 @@ TEST_F(BadPlugin, TableWithoutAFunction) {
   }
 }
 
+TEST_F(BadPlugin, TableThatNamesNoKernelIsTaken) {
+  EXPECT_EQ(resolve_class_path("zoo.bad_tables.Without_kernel_name")->kernel_name({}), "");
+}
+
 TEST_F(BadPlugin, TableOfWrongTypes) {
   expect_contains(import_error("zoo.bad_tables.TextForFunction"), {"its table has no function 'create'"});
   expect_contains(import_error("zoo.bad_tables.TextForTable"), {"did not return a table of functions"});

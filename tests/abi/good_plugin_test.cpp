@@ -77,6 +77,11 @@ TEST_F(GoodPlugin, ExplainsWithItsOwnReasons) {
             (std::vector<std::string>{"one key is too few", "and so is one reason"}));
 }
 
+TEST_F(GoodPlugin, NamesItsKernel) {
+  EXPECT_EQ(resolve_class_path("zoo.good.Odd")->kernel_name({.seq_kv = 2}), "odd kernel of 2");
+  EXPECT_EQ(resolve_class_path("zoo.good.Doubler")->kernel_name({.seq_kv = 2}), "");
+}
+
 TEST_F(GoodPlugin, ConfigMaskAndLseReachTheKernel) {
   const BackendClass backend = resolve_class_path("zoo.good.Doubler");
   const auto attention = backend->make({.num_heads = 2, .head_size = 2, .softmax_scale = 0.5});

@@ -26,7 +26,8 @@ using testing::same_bytes;
 class FlashKernelName : public ::testing::Test {
  protected:
   static std::string of(
-      const std::function<void(AttentionProblem&)>& change = [](AttentionProblem&) {}, int compute_capability = 90) {
+      const std::function<void(AttentionProblem&)>& change = [](AttentionProblem&) {}, int compute_capability = 90,
+      int level = 1000) {
     alignas(16) static const char data[16] = {};
     const kernels::Strides of_rows{.batch = 100 * 4 * 128, .token = 4 * 128, .head = 128};
     const kernels::Strides of_keys{.batch = 200 * 2 * 128, .token = 2 * 128, .head = 128};
@@ -44,7 +45,7 @@ class FlashKernelName : public ::testing::Test {
     problem.key_segments[0] = {
         .key = data, .value = data, .key_strides = of_keys, .value_strides = of_keys, .keys = 200, .mask = {}};
     change(problem);
-    return kernels::cuda::flash_kernel_name(problem, compute_capability);
+    return kernels::cuda::flash_kernel_name(problem, compute_capability, level);
   }
 };
 
@@ -67,6 +68,7 @@ TEST_F(FlashKernelName, OfTheKernelForOtherGpus) {
   const std::string other = "flash_sm80, blocks of 64 keys, for ";
   EXPECT_EQ(of([](AttentionProblem&) {}, 80), other + "a GPU of another compute capability than 9.0");
   EXPECT_EQ(of([](AttentionProblem&) {}, 120), other + "a GPU of another compute capability than 9.0");
+  EXPECT_EQ(of([](AttentionProblem&) {}, 90, 80), other + "a GPU of another compute capability than 9.0");
   const std::vector<std::function<void(AttentionProblem&)>> unmapped{
       [](AttentionProblem& p) { p.key_segments[0].key_strides.batch = 0; },
       [](AttentionProblem& p) { p.key_segments[0].value_strides.token *= -1; },

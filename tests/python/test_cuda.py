@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 if not torch.cuda.is_available():
     pytest.skip("skipped: no CUDA device", allow_module_level=True)
 
-from ditattn import AttentionMetadata, attention  # noqa: E402
+from ditattn import AttentionMetadata, Problem, attention  # noqa: E402
 from ditattn import DiffusionAttentionBackendEnum as Enum  # noqa: E402
 
 functional = torch.nn.functional
@@ -96,6 +96,25 @@ def test_cuda_graph(name):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, eager)
+
+
+@pytest.mark.skipif("CUDNN_ATTN" not in names(), reason="skipped: no cuDNN")
+def test_cudnn_times_its_candidates_at_the_first_call():
+    query, key, value = inputs()
+    impl = Enum.CUDNN_ATTN.get_class().get_impl_cls()
+    layer = impl(4, 64, None, False, num_kv_heads=2, backend_kwargs={"autotune": True})
+    first = layer.forward(query, key, value)
+    assert error(first, expected(query, key, value)) < 1e-2
+    assert torch.equal(first, layer.forward(query, key, value))
+
+
+def test_the_kernel_is_named():
+    cls = Enum.FLASH_ATTN.get_class()
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "seq_q": 130, "seq_kv": 300, "head_size": 64}
+    problem = Problem(**sizes, dtype="bfloat16", device="cuda:0")
+    assert cls.kernel_name(problem).startswith(("flash_sm90, blocks of ", "flash_sm80, blocks of "))
+    assert "not multiples of 16 bytes" in cls.kernel_name(problem, alignment=4)
+    assert cls.kernel_name(problem, alignment=0).startswith("flash_sm80"), "a negative stride"
 
 
 def test_auto_takes_a_backend_of_the_device():

@@ -272,6 +272,7 @@ def test_explain():
     (reason,) = cls.explain(ditattn.Problem(dtype="float64"), device="cpu")
     assert "FLASH_ATTN" in reason and "float64" in reason
     assert "cuda" in cls.explain(device="cuda:0")[0]
+    assert cls.kernel_name(head_size=40) == "", "on CPUs the engine says all"
     with pytest.raises(ValueError, match="mask is 'odd'. Valid values are: none, padding, bool, additive"):
         cls.explain(mask="odd")
     with pytest.raises(TypeError):

@@ -30,7 +30,7 @@ struct Timing {
 /// One backend on one case.
 struct BackendResult {
   std::string backend;
-  std::string engine;  ///< empty where the class cannot be imported
+  std::string engine;  ///< its kernel for this case, where it tells; empty where the class cannot be imported
   Status status = Status::ok;
   std::string reason = {};                ///< why not ok, or why not recommendable
   std::optional<Timing> timing = {};      ///< none where it could not be run to the end

@@ -60,6 +60,7 @@ class CaseMeasurement {
       result.reason = verdict.text();
       return;
     }
+    if (std::string kernel = info.backend->kernel_name(problem_); !kernel.empty()) result.engine = std::move(kernel);
     guarded(result, [&] {
       Candidate candidate{.result = &result,
                           .attention = info.backend->make(config_),

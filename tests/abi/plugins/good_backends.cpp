@@ -80,6 +80,9 @@ class Odd final : public Doubler {
     if (problem.seq_kv == 1) verdict.reasons = {"one key is too few", "and so is one reason"};
     return verdict;
   }
+  [[nodiscard]] std::string kernel_name(const Problem& problem) const override {
+    return "odd kernel of " + std::to_string(problem.seq_kv);
+  }
 };
 
 // Not available on this machine, in a way that its name says.

@@ -1,0 +1,42 @@
+#pragma once
+
+/// Tiles of Hopper's flash attention that sweep.cpp times, and their kernels.
+
+#include <span>
+
+#include "kernels/cuda/flash_sm90.hpp"
+
+namespace ditattn::kernels::cuda {
+
+/// Lines as those of kFlashSm90Tiles, which CMake reads in the same way; the candidates of a head size there. The
+/// library's own are among them: their ratios show the noise.
+constexpr FlashSm90Tile kSweepTiles[] = {
+    {64, 3, 128, 3, false},   // 144 KiB
+    {64, 3, 128, 2, false},   // 112 KiB
+    {64, 3, 112, 3, false},   // 132 KiB
+    {64, 3, 96, 4, false},    // 144 KiB
+    {64, 4, 64, 4, false},    // 128 KiB
+    {72, 4, 64, 3, false},    // 224 KiB
+    {72, 3, 64, 4, false},    // 224 KiB
+    {80, 3, 96, 2, false},    // 192 KiB
+    {80, 3, 64, 4, false},    // 224 KiB
+    {96, 2, 176, 2, false},   // 208 KiB
+    {96, 3, 96, 2, false},    // 192 KiB
+    {96, 3, 80, 3, false},    // 216 KiB
+    {96, 3, 64, 4, false},    // 224 KiB
+    {128, 3, 64, 4, false},   // 224 KiB
+    {128, 3, 64, 3, false},   // 192 KiB
+    {128, 3, 80, 3, false},   // 216 KiB
+    {128, 2, 128, 2, false},  // 192 KiB
+    {128, 2, 64, 5, false},   // 224 KiB
+    {192, 2, 112, 2, false},  // 216 KiB
+    {192, 2, 96, 2, false},   // 192 KiB
+    {192, 2, 80, 2, false},   // 216 KiB
+    {256, 2, 80, 2, false},   // 224 KiB
+    {256, 2, 64, 2, false},   // 192 KiB
+};
+
+/// All of kSweepTiles that were compiled, in bfloat16, the same at every call.
+std::span<const FlashSm90Kernel> built_sweep();
+
+}  // namespace ditattn::kernels::cuda
