@@ -124,7 +124,10 @@ def libraries(shape, inputs, chosen):
 
 
 def event_ms(call, count):
+    """After as many calls that are not timed: clocks and power are then its own, not those of who ran before."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(count):
+        call()
     start.record()
     for _ in range(count):
         call()
@@ -172,9 +175,8 @@ def measure(name, dtype, rounds, chosen):
             runs[library] = {"call": call, "work": work, "count": count, "graph": graph_of(call, count),
                              "event": [], "replay": [], "host": []}  # fmt: skip
     order = list(runs)
-    shuffled = random.Random(1)
     for _ in range(rounds):
-        shuffled.shuffle(order)  # who follows a light kernel finds a cool GPU: not always the same
+        random.shuffle(order)  # who follows a light kernel finds a cool GPU: not always the same
         for library in order:
             run = runs[library]
             with context_of(library):
