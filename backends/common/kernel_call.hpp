@@ -66,7 +66,7 @@ inline kernels::KeySegment to_kernel_segment(const KeySegment& segment) {
     result.length_stride = prefix->kv_lengths.size() > 1 ? 1 : 0;
     result.length_offset = segment.length_offset;
   }
-  if (const MaskView& mask = segment.mask; mask.data != nullptr) {
+  if (const MaskView& mask = segment.mask; mask.data != nullptr && mask.rows > 0) {  // of no rows it hides nothing
     result.mask = {.data = mask.data,
                    .type = element_type(mask.dtype),
                    .strides = {.batch = mask.strides[0], .token = mask.strides[2], .head = mask.strides[1]},

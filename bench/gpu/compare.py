@@ -23,9 +23,11 @@ problem of fewer keys, and "full dense" the one that sees all.
 import argparse
 import contextlib
 import functools
+import importlib.metadata
 import json
 import random
 import statistics
+import subprocess
 import time
 
 import torch
@@ -235,6 +237,18 @@ def print_ratios(times, dense):
             print(f"  {member}: {'; '.join(texts)}")
 
 
+def describe_machine():
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    parts = [torch.cuda.get_device_name()]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        parts.append("driver " + subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+    parts += [f"torch {torch.__version__}", f"cuDNN {torch.backends.cudnn.version()}"]
+    for package in ("fa3_fwd", "flashinfer-python"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            parts.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(parts)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="A,B: these, of the shapes and the variants")
@@ -250,7 +264,7 @@ def main():
     for name in names:
         if name not in SHAPES and name not in VARIANTS:
             parser.error(f"unknown shape '{name}'. Shapes: {', '.join([*SHAPES, *VARIANTS])}")
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    machine = describe_machine()
     print(f"{machine}; ditattn {ditattn.__version__}")
     rows = []
     for name in names:

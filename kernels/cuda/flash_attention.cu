@@ -91,8 +91,8 @@ std::string flash_kernels_built() {
   const auto count = [](std::size_t built, std::size_t all) {
     return built == all ? "" : " (" + std::to_string(built) + " of " + std::to_string(all) + " kernels)";
   };
-  constexpr std::size_t sm80_all = 2 * 5;                           // head sizes of two dtypes
-  constexpr std::size_t sm90_all = 2 * std::size(kFlashSm90Tiles);  // tiles of two dtypes
+  constexpr std::size_t sm80_all = 2 * std::size(kFlashSm80HeadSizes);  // of two dtypes
+  constexpr std::size_t sm90_all = 2 * std::size(kFlashSm90Tiles);
   std::string names;
   if (const std::size_t built = built_flash_sm80().size(); built != 0) names += "sm_80" + count(built, sm80_all);
   if (const std::size_t built = built_flash_sm90().size(); built != 0) {

@@ -9,6 +9,9 @@
 
 namespace ditattn::kernels::cuda {
 
+/// What is compiled, each for head sizes above the one before. CMake reads the line.
+constexpr int kFlashSm80HeadSizes[] = {64, 96, 128, 192, 256};
+
 struct FlashSm80Kernel {
   int head_size;  ///< takes those up to this one
   int keys;       ///< of a block

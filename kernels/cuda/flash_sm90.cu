@@ -136,7 +136,9 @@ const FlashSm90Tile* find_tile(const AttentionProblem& p, int multiprocessors) {
 }  // namespace
 
 FlashSm90Choice choose_flash_sm90(const AttentionProblem& p, int multiprocessors) {
-  if (!all_inputs(p, can_map) || !can_map(p.out, {p.batch, p.rows, p.heads}, p.out_strides)) return {.reason = "strides that are not positive, or from 2^40 bytes on"};
+  if (!all_inputs(p, can_map) || !can_map(p.out, {p.batch, p.rows, p.heads}, p.out_strides)) {
+    return {.reason = "strides that are not positive, or from 2^40 bytes on"};
+  }
   const FlashSm90Tile* tile = find_tile(p, multiprocessors);
   for (const FlashSm90Kernel& kernel : built_flash_sm90()) {
     const FlashSm90Tile& its = kernel.tile;
