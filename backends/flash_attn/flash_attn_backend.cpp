@@ -82,9 +82,7 @@ kernels::AttentionProblem to_kernel_problem(const Problem& problem) {
   const kernels::Strides of_keys = strides_of(problem.seq_kv, problem.num_kv_heads);
   result.key_segments[0] = {
       .key = data, .value = data, .key_strides = of_keys, .value_strides = of_keys, .keys = problem.seq_kv, .mask = {}};
-  result.out_strides = {.batch = problem.seq_q * problem.num_heads * problem.head_size,
-                        .token = problem.num_heads * problem.head_size,
-                        .head = problem.head_size};
+  result.out_strides = result.queries[0].strides;
   return result;
 }
 #endif

@@ -181,8 +181,8 @@ class Clock {
 };
 
 struct Gpu {
-  FlashDevice library;
-  FlashDevice sweep;  // of the kernels of built_sweep
+  FlashDevice committed;  // of the library's kernels
+  FlashDevice sweep;      // of the kernels of built_sweep
   Clock clock;
 };
 
@@ -291,7 +291,7 @@ bool sweep(const Shape& shape, Gpu& gpu) {
   Elements out(channels * shape.rows);
   const AttentionProblem problem = problem_of(shape, query, key, value, out);
   FlashSm90Choice choice{.reason = why_not_flash(problem)};
-  if (choice.reason == nullptr) choice = choose_flash_sm90(problem, gpu.library.multiprocessors);
+  if (choice.reason == nullptr) choice = choose_flash_sm90(problem, gpu.committed.multiprocessors);
   if (choice.kernel == nullptr) {
     fmt::print("  not timed: {}\n", choice.reason);
     return false;
@@ -301,7 +301,7 @@ bool sweep(const Shape& shape, Gpu& gpu) {
   value.fill(3);
 
   std::vector<Contender> contenders;
-  contenders.emplace_back(*choice.kernel, gpu.library, problem);
+  contenders.emplace_back(*choice.kernel, gpu.committed, problem);
   for (const FlashSm90Kernel& kernel : built_sweep()) {
     if (kernel.tile.head_size == choice.kernel->tile.head_size) contenders.emplace_back(kernel, gpu.sweep, problem);
   }
@@ -347,7 +347,7 @@ int main(int argc, char** argv) try {
   fmt::print("{}, {} of {} tiles, medians of {} rounds; error: relative L2 distance from the library's output\n",
              properties.name, built_sweep().size(), std::size(kSweepTiles), kRounds);
   Gpu gpu;
-  gpu.library.multiprocessors = gpu.sweep.multiprocessors = properties.multiProcessorCount;
+  gpu.committed.multiprocessors = gpu.sweep.multiprocessors = properties.multiProcessorCount;
   bool all_agree = true;
   for (const Shape& shape : shapes.empty() ? kShapes : shapes) all_agree = sweep(shape, gpu) && all_agree;
   return all_agree ? 0 : 1;

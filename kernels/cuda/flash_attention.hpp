@@ -17,7 +17,8 @@ namespace ditattn::kernels::cuda {
 void flash_attention(const AttentionProblem& problem, const Launch& launch, int level);
 
 /// The kernel that `flash_attention` takes on a GPU of this compute capability, 90 for 9.0, and why:
-/// "flash_sm90, blocks of 64 keys" or "sdpa_native, for a head size above 256". Reads nothing that is pointed to.
+/// "flash_sm90, blocks of 64 keys" or "sdpa_native, for a head size above 256". Reads nothing that is pointed to;
+/// `level` as there.
 std::string flash_kernel_name(const AttentionProblem& problem, int compute_capability, int level);
 
 /// What was compiled, for listings: "sm_80, sm_90a", "sm_80 (1 of 10 kernels)", or "plain".
