@@ -11,4 +11,4 @@ __global__ void empty_kernel(const __grid_constant__ Parameters) {}
 
 }  // namespace
 
-void launch_empty_kernel() { empty_kernel<<<1, 32>>>({}); }
+void launch_empty_kernel(cudaStream_t stream) { empty_kernel<<<1, 32, 0, stream>>>({}); }

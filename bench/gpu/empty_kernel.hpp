@@ -1,4 +1,6 @@
 #pragma once
 
-/// Launches a kernel that does nothing on the default stream: what no call can be faster than.
-void launch_empty_kernel();
+#include <cuda_runtime.h>
+
+/// Launches a kernel that does nothing: what no call can be faster than.
+void launch_empty_kernel(cudaStream_t stream);

@@ -1,34 +1,38 @@
 // The host's time to queue one call of CUDNN_ATTN, beside executing its cuDNN plan alone, and of FLASH_ATTN, beside
-// launching an empty kernel: what checks, look-ups and scratch memory cost. C++ only; compare.py has Python's.
+// launching an empty kernel: what checks, look-ups and scratch memory cost. C++ only; compare.py has Python's. And the
+// GPU's time for it, from a graph of as many calls.
 
-#include <cuda_runtime.h>
 #include <ditattn/ditattn.hpp>
 #include <fmt/format.h>
+#include <tvm/ffi/extra/c_env_api.h>
 
 #include <algorithm>
 #include <bit>
 #include <chrono>
+#include <exception>
 #include <functional>
 #include <string>
 #include <vector>
 
 #include "backends/cudnn_attn/sdpa_graph.hpp"
+#include "bench/gpu/device_clock.hpp"
 #include "bench/gpu/empty_kernel.hpp"
 
 namespace {
 
 using ditattn::Tensor;
+using ditattn::bench::check;
 
 constexpr DLDevice kGpu{kDLCUDA, 0};
 constexpr int kCalls = 100;
 constexpr int kRounds = 31;
 
-double microseconds(const std::function<void()>& call) {
-  cudaDeviceSynchronize();
+double host_microseconds(const std::function<void()>& call) {
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   const auto start = std::chrono::steady_clock::now();
   for (int i = 0; i < kCalls; ++i) call();
   const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
-  cudaDeviceSynchronize();
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   return time.count() / kCalls;
 }
 
@@ -39,19 +43,22 @@ double median(std::vector<double> values) {
 
 }  // namespace
 
-int main() {
+int main() try {
   if (ditattn::cuda_info().devices.empty()) {
     fmt::print(stderr, "no CUDA device: {}\n", ditattn::cuda_info().reason);
     return 1;
   }
   const auto& gpu = ditattn::cuda_info().devices[0];
-  fmt::print("{}, medians of {} rounds of {} calls, microseconds of the host per call\n", gpu.name, kRounds, kCalls);
+  fmt::print("{}, medians of {} rounds of {} calls, microseconds per call\n", gpu.name, kRounds, kCalls);
+  const ditattn::bench::Clock clock;
+  TVMFFIEnvSetStream(kGpu.device_type, kGpu.device_id, clock.stream(), nullptr);
   for (const auto& [batch, heads, rows, head_size] : {std::array<std::int64_t, 4>{1, 8, 128, 64}, {2, 16, 1024, 72}}) {
     const std::array shape{batch, rows, heads, head_size};
     std::vector<Tensor> tensors;
     for (int i = 0; i < 4; ++i) {
       tensors.push_back(ditattn::empty(shape, ditattn::kBFloat16, kGpu));
-      cudaMemset(tensors.back().data_ptr(), 0, tvm::ffi::GetDataSize(*tensors.back().GetDLTensorPtr()));
+      check(cudaMemset(tensors.back().data_ptr(), 0, tvm::ffi::GetDataSize(*tensors.back().GetDLTensorPtr())),
+            "cudaMemset");
     }
     const auto attention = ditattn::DiffusionAttentionBackendEnum::CUDNN_ATTN.get_class()->make(
         {.num_heads = heads, .head_size = head_size});
@@ -82,22 +89,38 @@ int main() {
     const auto forward_of = [&](const auto& impl) {
       return [&] { impl->forward(tensors[0], tensors[1], tensors[2], {}, {.out = tensors[3]}); };
     };
-    const std::array<std::function<void()>, 4> calls{forward_of(attention), [&] { plan->run(pointers, nullptr); },
-                                                     forward_of(flash), launch_empty_kernel};
-    std::array<std::vector<double>, calls.size()> times;
-    for (int round = 0; round < kRounds + 1; ++round) {
+    const std::array<std::function<void()>, 4> calls{forward_of(attention),
+                                                     [&] { plan->run(pointers, clock.stream()); }, forward_of(flash),
+                                                     [&] { launch_empty_kernel(clock.stream()); }};
+    for (const auto& call : calls) call();  // makes what is kept
+    std::array<ditattn::bench::Graph, calls.size()> graphs;
+    for (std::size_t i = 0; i < calls.size(); ++i) {
+      graphs[i] = ditattn::bench::Graph(clock, [&] {
+        for (int call = 0; call < kCalls; ++call) calls[i]();
+      });
+    }
+    std::array<std::vector<double>, calls.size()> host_times;
+    std::array<std::vector<double>, calls.size()> gpu_times;
+    for (int round = 0; round < kRounds; ++round) {
       for (std::size_t i = 0; i < calls.size(); ++i) {
-        const double time = microseconds(calls[i]);
-        if (round != 0) times[i].push_back(time);  // plans were built in the first
+        host_times[i].push_back(host_microseconds(calls[i]));
+        gpu_times[i].push_back(1000 * graphs[i].milliseconds(clock) / kCalls);
       }
     }
-    const std::string label = fmt::format("{},{},{},{},{}", batch, heads, rows, rows, head_size);
-    const auto compare = [&](const char* name, std::size_t ours, const char* other) {
+    fmt::print("  {},{},{},{},{}\n", batch, heads, rows, rows, head_size);
+    const auto compare = [&](const char* what, const auto& times, std::size_t ours, const char* name,
+                             const char* other) {
       const double forward = median(times[ours]);
       const double bare = median(times[ours + 1]);
-      fmt::print("  {}: {} {:.2f}, {} {:.2f}, difference {:.2f}\n", label, name, forward, other, bare, forward - bare);
+      fmt::print("    {}: {} {:.2f}, {} {:.2f}, difference {:.2f}\n", what, name, forward, other, bare, forward - bare);
     };
-    compare("CUDNN_ATTN", 0, "the plan alone");
-    compare("FLASH_ATTN", 2, "an empty kernel");
+    compare("host", host_times, 0, "CUDNN_ATTN", "the plan alone");
+    compare("host", host_times, 2, "FLASH_ATTN", "an empty kernel");
+    compare("GPU, in a graph", gpu_times, 0, "CUDNN_ATTN", "the plan alone");
+    compare("GPU, in a graph", gpu_times, 2, "FLASH_ATTN", "an empty kernel");
   }
+  return 0;
+} catch (const std::exception& error) {
+  fmt::print(stderr, "ditattn_gpu_host_time: {}\n", error.what());
+  return 1;
 }

@@ -6,7 +6,6 @@
 // events, per launch: the median of rounds in which the tiles' order changes. TFLOP/s = 4·B·H·Sq·Skv·D / time (half
 // when causal); a ratio is the time of the library's tile over the tile's, above 1 where that is faster.
 
-#include <cuda_runtime.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -22,9 +21,9 @@
 #include <span>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
 
+#include "bench/gpu/device_clock.hpp"
 #include "bench/gpu/sweep_tiles.hpp"
 #include "kernels/cuda/flash_layout.hpp"
 
@@ -32,6 +31,10 @@ namespace {
 
 using namespace ditattn::kernels;
 using namespace ditattn::kernels::cuda;
+using ditattn::bench::check;
+using ditattn::bench::Clock;
+using ditattn::bench::Graph;
+using ditattn::bench::Owned;
 
 constexpr int kRounds = 15;
 constexpr float kGraphMs = 20;  // if launches took as long in it as one by one; less where the host is the slower
@@ -73,22 +76,6 @@ Shape parse_shape(const std::string& text) {
   const auto number = [&](std::size_t i) { return std::stoll(found[i]); };
   return {"problem", number(1), number(2), number(3), number(4), number(5), found[6].matched};
 }
-
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(
-      fmt::format("{} failed: {} ({})", what, cudaGetErrorString(status), cudaGetErrorName(status)));
-}
-
-struct Destroy {
-  void operator()(void* memory) const { cudaFree(memory); }
-  void operator()(cudaGraph_t graph) const { cudaGraphDestroy(graph); }
-  void operator()(cudaGraphExec_t graph) const { cudaGraphExecDestroy(graph); }
-  void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
-  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
-};
-template <class Handle>
-using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Destroy>;
 
 /// Elements of bfloat16, as bits, in device memory.
 class Elements {
@@ -147,39 +134,6 @@ double relative_error(std::span<const std::uint16_t> got, std::span<const std::u
   return std::sqrt(difference / norm);
 }
 
-/// A stream of the current device and the time that passes in it.
-class Clock {
- public:
-  Clock() {
-    cudaStream_t stream = nullptr;
-    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-    stream_.reset(stream);
-    for (Owned<cudaEvent_t>* owned : {&start_, &end_}) {
-      cudaEvent_t event = nullptr;
-      check(cudaEventCreate(&event), "cudaEventCreate");
-      owned->reset(event);
-    }
-  }
-
-  cudaStream_t stream() const { return stream_.get(); }
-
-  template <class Queue>
-  float milliseconds(const Queue& queue) const {
-    check(cudaEventRecord(start_.get(), stream()), "cudaEventRecord");
-    queue();
-    check(cudaEventRecord(end_.get(), stream()), "cudaEventRecord");
-    check(cudaEventSynchronize(end_.get()), "cudaEventSynchronize after flash_sm90");
-    float time = 0;
-    check(cudaEventElapsedTime(&time, start_.get(), end_.get()), "cudaEventElapsedTime");
-    return time;
-  }
-
- private:
-  Owned<cudaStream_t> stream_;
-  Owned<cudaEvent_t> start_;
-  Owned<cudaEvent_t> end_;
-};
-
 struct Gpu {
   FlashDevice committed;  // of the library's kernels
   FlashDevice sweep;      // of the kernels of built_sweep
@@ -202,21 +156,10 @@ class Contender {
     constexpr int few = 3;
     const float time = clock.milliseconds([&] { launch(clock, few); });
     launches_ = std::max(1, static_cast<int>(std::ceil(kGraphMs * few / time)));
-    check(cudaStreamBeginCapture(clock.stream(), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-    launch(clock, launches_);
-    cudaGraph_t captured = nullptr;
-    check(cudaStreamEndCapture(clock.stream(), &captured), "cudaStreamEndCapture");
-    const Owned<cudaGraph_t> owned(captured);
-    cudaGraphExec_t instance = nullptr;
-    check(cudaGraphInstantiate(&instance, captured, 0), "cudaGraphInstantiate");
-    graph_.reset(instance);
+    graph_ = Graph(clock, [&] { launch(clock, launches_); });
   }
 
-  void measure(const Clock& clock) {
-    const double time =
-        clock.milliseconds([&] { check(cudaGraphLaunch(graph_.get(), clock.stream()), "cudaGraphLaunch"); });
-    times_.push_back(time / launches_);
-  }
+  void measure(const Clock& clock) { times_.push_back(graph_.milliseconds(clock) / launches_); }
 
   bool is_measured() const { return !times_.empty(); }
 
@@ -232,7 +175,7 @@ class Contender {
   FlashDevice* device_;
   const AttentionProblem* problem_;
   int launches_ = 1;  // of the graph
-  Owned<cudaGraphExec_t> graph_;
+  Graph graph_;
   std::vector<double> times_;  // one a round
 };
 
@@ -323,11 +266,11 @@ bool sweep(const Shape& shape, Gpu& gpu) {
   for (std::size_t i = 0; i < contenders.size(); ++i) {
     const Contender& contender = contenders[i];
     const FlashSm90Tile& tile = contender.kernel().tile;
-    fmt::print(
-        "  {:<24} {:4} KiB  error {:.1e}  {}\n",
-        fmt::format("{{{}, {}, {}, {}, {}}}", tile.head_size, tile.warpgroups, tile.keys, tile.stages, tile.few_rows),
-        contender.kernel().shared_bytes / 1024, errors[i],
-        contender.is_measured() ? figures_of(contender, library, shape) : "not timed: the error is too large");
+    fmt::print("  {:<24} {:4} KiB  error {:.1e}  {}\n",
+               fmt::format("{{{}, {}, {}, {}, {}}}", tile.head_size, tile.warpgroups, tile.keys, tile.stages,
+                           tile.row_percent),
+               contender.kernel().shared_bytes / 1024, errors[i],
+               contender.is_measured() ? figures_of(contender, library, shape) : "not timed: the error is too large");
   }
   std::fflush(stdout);
   return order.size() == contenders.size();

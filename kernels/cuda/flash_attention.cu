@@ -81,7 +81,7 @@ void flash_attention(const AttentionProblem& problem, const Launch& launch, int 
 }
 
 std::string flash_kernel_name(const AttentionProblem& problem, int compute_capability, int level) {
-  const auto [sm90, sm80, reason] = choose(problem, usable(compute_capability, level), 0);
+  const auto [sm90, sm80, reason] = choose(problem, usable(compute_capability, level), 1);
   if (sm90 != nullptr) return "flash_sm90, blocks of " + std::to_string(sm90->tile.keys) + " keys";
   if (sm80 != nullptr) return "flash_sm80, blocks of " + std::to_string(sm80->keys) + " keys, for " + reason;
   return std::string("sdpa_native, for ") + reason;

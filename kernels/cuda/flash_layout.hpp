@@ -119,19 +119,22 @@ inline bool hides_keys(const AttentionProblem& p) {
 
 inline std::int64_t divide_up(std::int64_t x, std::int64_t by) { return (x + by - 1) / by; }
 
+inline std::int64_t count_tiles(const AttentionProblem& p, int rows) {
+  std::int64_t tiles = 0;
+  for (int i = 0; i < p.num_queries; ++i) tiles += divide_up(rows_of(p, i), rows);
+  return tiles * p.heads * p.batch;
+}
+
 /// For tiles of so many rows. Throws std::runtime_error where they are too many.
 inline TileOrder order_tiles(const AttentionProblem& p, int rows) {
-  std::int64_t tiles[2] = {};
-  for (int i = 0; i < p.num_queries; ++i) tiles[i] = divide_up(rows_of(p, i), rows);
-  const std::int64_t head_tiles = tiles[0] + tiles[1];
-  const std::int64_t total = head_tiles * p.heads * p.batch;
+  const std::int64_t total = count_tiles(p, rows);
   if (total > kFlashMostTokens) {
     throw std::runtime_error("flash_attention: " + std::to_string(total) + " tiles of " + std::to_string(rows) +
                              " rows; a launch takes at most " + std::to_string(kFlashMostTokens) +
                              ". Split the batch.");
   }
-  return {.first_tiles = static_cast<unsigned>(tiles[0]),
-          .head_tiles = Divisor(static_cast<unsigned>(head_tiles)),
+  return {.first_tiles = static_cast<unsigned>(divide_up(rows_of(p, 0), rows)),
+          .head_tiles = Divisor(static_cast<unsigned>(total / (p.heads * p.batch))),
           .total_tiles = static_cast<unsigned>(total),
           .all_heads = Divisor(static_cast<unsigned>(p.heads * p.batch)),
           .heads = Divisor(static_cast<unsigned>(p.heads)),

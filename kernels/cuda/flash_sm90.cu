@@ -16,7 +16,7 @@
 namespace ditattn::kernels::cuda {
 namespace {
 
-constexpr int kGroupRows = 64;                              // of a warpgroup
+constexpr int kGroupRows = 64;  // of a warpgroup
 constexpr int kWarpRows = 16;
 constexpr std::int64_t kMostBytes = std::int64_t{1} << 40;  // a map's strides are below
 
@@ -121,14 +121,19 @@ FlashSm90Arguments arguments_of(const AttentionProblem& p, const FlashSm90Tile& 
   return a;
 }
 
-// The tile of a problem; null above the largest head size.
+// The tile of a problem; null above the largest head size. Of those of the same blocks, the one that is done first,
+// where blocks are the same whatever rows are in a tile: multiprocessors work through as many tiles each as any of
+// them.
 const FlashSm90Tile* find_tile(const AttentionProblem& p, int multiprocessors) {
-  const bool few = !differ_rows(p) && divide_up(p.rows, kGroupRows) * p.heads * p.batch <= multiprocessors;
+  const auto time = [&](const FlashSm90Tile& tile) {
+    return divide_up(count_tiles(p, kGroupRows * tile.warpgroups), multiprocessors) * tile.warpgroups *
+           tile.row_percent;
+  };
   const FlashSm90Tile* found = nullptr;
   for (const FlashSm90Tile& tile : kFlashSm90Tiles) {
-    if (tile.head_size < p.head_size || (tile.few_rows && !few)) continue;
-    if (found != nullptr && found->head_size < tile.head_size) break;
-    found = &tile;
+    if (tile.head_size < p.head_size) continue;
+    if (found != nullptr && (found->head_size < tile.head_size || differ_rows(p))) break;
+    if (found == nullptr || time(tile) < time(*found)) found = &tile;
   }
   return found;
 }

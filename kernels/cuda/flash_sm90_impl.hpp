@@ -53,7 +53,8 @@ struct FlashSm90Arguments {
   bool differs;  ///< rows of a batch entry see different keys
 };
 
-/// The tiles of one block of threads, one after the other, and what keys they go through. Where the longest come first,
+/// The tiles of one block of threads, one after the other, and what keys they go through: memory is not read before the
+/// first. Where the longest come first,
 /// every second round goes backwards, which evens out the blocks' work.
 template <class Config>
 class FlashSm90Tiles {
@@ -66,10 +67,12 @@ class FlashSm90Tiles {
   __device__ bool next() {
     const bool backwards = a_.order.longest_first && (round_ & 1) != 0;
     const unsigned index = round_ * gridDim.x + (backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    const bool first = round_ == 0;
     ++round_;
     if (index >= a_.order.total_tiles) return false;
     const int batch = tile_.batch;
     tile_ = tile_at<Config::kRows>(a_.problem, a_.order, index);
+    if (first) hopper::wait_for_launch_before();
     if (a_.differs || tile_.batch != batch) blocks_ = KeyBlocks<Config::kKeys>(a_.problem, tile_);
     return true;
   }
@@ -375,9 +378,9 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
       release(memory.query_empty(group));
     }
   }
-  hopper::wait_copied_out();
+  if (!broken) return hopper::wait_read_out();  // the launch's end waits for the writes
   // In a loop of its own: what may diverge in a warp costs the other loop its uniform registers.
-  if (!broken) return;
+  hopper::wait_copied_out();
   __syncwarp();
   FlashSm90Tiles<Config> again(a);
   while (again.next()) mend_rows<T, Config::kHead>(p, again.tile(), warp_row);
@@ -390,6 +393,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory_bytes[];
   const FlashSm90Memory<Config> memory{hopper::address_of(memory_bytes)};
   constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
+  if (threadIdx.x == 32) {
+    hopper::prefetch(&arguments.key[0]);
+    hopper::prefetch(&arguments.query[0]);
+    hopper::prefetch(&arguments.value[0]);
+    hopper::prefetch(&arguments.out[0]);
+  }
   if (threadIdx.x == 0) {
     for (int group = 0; group < Config::kWarpgroups; ++group) {
       hopper::init_barrier(memory.query_full(group), 1);
@@ -402,13 +411,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       hopper::init_barrier(memory.value_empty(stage), kConsumerWarps);
     }
     hopper::fence_barrier_init();
-    hopper::prefetch(&arguments.query[0]);
-    hopper::prefetch(&arguments.key[0]);
-    hopper::prefetch(&arguments.value[0]);
-    hopper::prefetch(&arguments.out[0]);
   }
+  hopper::start_next_launch();
   __syncthreads();
-  hopper::overlap_launches();
   if (threadIdx.x < 128) {
     hopper::give_registers<Config::kProducerRegisters>();
     if (threadIdx.x < 32) produce<Config>(arguments, memory);

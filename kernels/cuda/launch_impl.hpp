@@ -7,13 +7,16 @@
 
 namespace ditattn::kernels::cuda {
 
-/// Makes a device current, with its context, which a thread that did nothing with CUDA yet lacks and cuDNN and the
-/// driver do not make; and the one before it again.
+/// Makes a device current, and the one before it again. A thread's first time makes its context too, which cuDNN and
+/// the driver need and do not make.
 class OnDevice {
  public:
   explicit OnDevice(int device) : device_(device) {
+    static thread_local int last = -1;
     check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ == device && last == device) return;
     check(cudaSetDevice(device), "cudaSetDevice");
+    last = device;
   }
   ~OnDevice() {
     if (before_ != device_) cudaSetDevice(before_);

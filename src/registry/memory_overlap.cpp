@@ -55,6 +55,7 @@ std::vector<Range> row_ranges(const Tensor& tensor) {
 }  // namespace
 
 bool overlaps_itself(const Tensor& tensor) {
+  if (tensor.IsContiguous()) return false;
   std::vector<std::pair<std::int64_t, std::int64_t>> dims;  // stride, size
   for (int i = 0; i < tensor.ndim(); ++i) {
     if (tensor.size(i) == 0) return false;
