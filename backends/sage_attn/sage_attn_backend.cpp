@@ -1,47 +1,88 @@
-// SAGE_ATTN on the CPU: quantized attention after SageAttention 2 (README.md).
+// SAGE_ATTN: quantized attention after SageAttention 2 (README.md).
 
+#include <ditattn/cuda.hpp>
 #include <fmt/format.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <string_view>
 
 #include "backends/common/cpu_level_choice.hpp"
 #include "backends/common/cpu_options.hpp"
 #include "kernels/cpu/sage_attention.hpp"
+#ifdef DITATTN_CUDA
+#include "kernels/cuda/sage_attention.hpp"
+#endif
 
 namespace ditattn {
 namespace {
 
 using kernels::cpu::CpuLevel;
-using kernels::cpu::SageOptions;
 
 constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
 
-// What `backend_kwargs` ask for. Throws ValueError for what is no value of an option.
+// What `backend_kwargs` ask for; what is not said follows from the device. Throws ValueError for what is no value of an
+// option.
 struct Options {
-  SageOptions kernel;
-  bool smooth_key = true;
+  std::optional<std::string> pv;
+  std::optional<std::string> granularity;
+  std::optional<bool> smooth_key;
+  std::optional<bool> smooth_value;
   int threads;
 
   explicit Options(const BackendKwargs& kwargs) : threads(thread_limit("SAGE_ATTN", kwargs)) {
-    for (const auto& [key, value] : kwargs) {
-      if (key == "pv") kernel.wide_values = parse_pv(value);
-      if (key == "smooth_k") smooth_key = parse_smooth(value);
+    for (const auto& [name, value] : kwargs) {
+      const std::string key(name);
+      if (key == "pv") {
+        pv = one_of(key, value, {"fp8", "int8", "fp16"},
+                    "\"fp8\" (a GPU's default), \"int8\" (the CPU's) or \"fp16\" (the CPU's; V keeps 16 bits)");
+      }
+      if (key == "qk") one_of(key, value, {"int8"}, "\"int8\", which alone is built");
+      if (key == "granularity") {
+        granularity = one_of(key, value, {"per_thread", "per_warp"},
+                             "\"per_thread\" (the default; a scale for each row of Q) or \"per_warp\" (for 16)");
+      }
+      if (key == "smooth_k") smooth_key = parse_bool(key, value);
+      if (key == "smooth_v") smooth_value = parse_bool(key, value);
     }
   }
 
- private:
-  static bool parse_pv(const tvm::ffi::Any& value) {
-    const auto text = value.try_cast<tvm::ffi::String>();
-    if (text && *text == "int8") return false;
-    if (text && *text == "fp16") return true;
-    throw ValueError(
-        fmt::format("SAGE_ATTN: backend_kwargs['pv'] is {}. On the CPU it is \"int8\" (the default) or "
-                    "\"fp16\" (V keeps 16 bits).",
-                    option_text(value)));
+  [[nodiscard]] kernels::cpu::SageOptions for_cpu() const {
+    require(!pv || *pv != "fp8", "pv", "\"fp8\"", "the CPU", "\"int8\" or \"fp16\"");
+    require(!granularity || *granularity == "per_thread", "granularity", "\"per_warp\"", "the CPU", "\"per_thread\"");
+    require(!smooth_value.value_or(false), "smooth_v", "true", "the CPU", "false");
+    return {.wide_values = pv && *pv == "fp16"};
   }
-  static bool parse_smooth(const tvm::ffi::Any& value) {
-    if (const auto smooth = value.try_cast<bool>()) return *smooth;
+
+#ifdef DITATTN_CUDA
+  [[nodiscard]] kernels::cuda::SageQuantization for_gpu() const {
+    require(!pv || *pv == "fp8", "pv", fmt::format("\"{}\"", pv.value_or("")), "GPUs", "\"fp8\"");
+    return {.per_thread = !granularity || *granularity == "per_thread",
+            .smooth_key = smooth_key.value_or(true),
+            .smooth_value = smooth_value.value_or(true)};
+  }
+#endif
+
+ private:
+  static std::string one_of(std::string_view key, const tvm::ffi::Any& value,
+                            std::initializer_list<std::string_view> allowed, const char* explained) {
+    const auto text = value.try_cast<tvm::ffi::String>();
+    if (text && std::ranges::find(allowed, std::string_view(text->data(), text->size())) != allowed.end()) {
+      return std::string(*text);
+    }
     throw ValueError(
-        fmt::format("SAGE_ATTN: backend_kwargs['smooth_k'] is {}, not a boolean: true (the default) or false.",
-                    option_text(value)));
+        fmt::format("SAGE_ATTN: backend_kwargs['{}'] is {}. It is {}.", key, option_text(value), explained));
+  }
+  static bool parse_bool(std::string_view key, const tvm::ffi::Any& value) {
+    if (const auto boolean = value.try_cast<bool>()) return *boolean;
+    throw ValueError(
+        fmt::format("SAGE_ATTN: backend_kwargs['{}'] is {}, not a boolean: true or false.", key, option_text(value)));
+  }
+  static void require(bool holds, const char* key, const std::string& value, const char* device, const char* instead) {
+    if (holds) return;
+    throw ValueError(fmt::format("SAGE_ATTN: backend_kwargs['{}'] is {}, which there is not on {}. It is {} there.",
+                                 key, value, device, instead));
   }
 };
 
@@ -55,6 +96,13 @@ Capabilities sage_capabilities() {
   Capabilities can = cpu_capabilities(engine_name(), kAlignment);
   can.head_sizes = {.list = {}, .min = 1, .max = kernels::cpu::kSageMostHeadSize};
   can.masks = {"padding", "spans"};
+#ifdef DITATTN_CUDA
+  if (const std::string built = kernels::cuda::sage_kernels_built(); !built.empty()) {
+    can.engine += "; GPU: " + built + ", int8 and e4m3";
+    can.devices.emplace_back("cuda");
+    can.graph_safe = true;
+  }
+#endif
   return can;
 }
 
@@ -63,9 +111,19 @@ class SageAttentionImpl final : public AttentionImpl {
   explicit SageAttentionImpl(const ImplConfig& config) : AttentionImpl(config), options_(config.backend_kwargs) {}
 
   void run(const AttentionCall& call) const override {
+#ifdef DITATTN_CUDA
+    if (const DLDevice device = call.query.device(); device.device_type == kDLCUDA) {
+      const auto quantization = options_.for_gpu();
+      const KernelCall gpu = to_kernel_call(call, *this, kAlignment);
+      const Scratch scratch(kernels::cuda::sage_scratch_bytes(gpu.problem), device);
+      return kernels::cuda::sage_attention(gpu.problem, quantization, scratch.data(),
+                                           {.device = device.device_id, .stream = current_stream(device)});
+    }
+#endif
+    const auto options = options_.for_cpu();
     KernelCall cpu = to_kernel_call(call, *this, kAlignment);
-    cpu.problem.smooth_key = options_.smooth_key;
-    kernels::cpu::sage_attention(cpu.problem, cpu_executor(options_.threads), cpu_level().level, options_.kernel);
+    cpu.problem.smooth_key = options_.smooth_key.value_or(true);
+    kernels::cpu::sage_attention(cpu.problem, cpu_executor(options_.threads), cpu_level().level, options);
   }
 
  private:
@@ -77,11 +135,44 @@ class SageAttentionBackend final : public AttentionBackend {
   [[nodiscard]] std::string get_name() const override { return "SAGE_ATTN"; }
   [[nodiscard]] const Capabilities& capabilities() const override { return capabilities_; }
 
+#ifdef DITATTN_CUDA
+  // GPUs take less than the CPU, of which the capabilities speak.
+  [[nodiscard]] Verdict explain(const Problem& problem) const override {
+    Verdict verdict = check_capabilities(get_name(), capabilities(), problem);
+    if (problem.device.device_type != kDLCUDA || !verdict) return verdict;
+    const auto& devices = cuda_info().devices;
+    const auto index = static_cast<std::size_t>(problem.device.device_id);
+    if (index < devices.size() && !kernels::cuda::has_sage(devices[index].compute_capability)) {
+      verdict.reasons.push_back(fmt::format(
+          "SAGE_ATTN was explicitly selected but does not provide a kernel for sm_{}. Select a compatible backend.",
+          devices[index].compute_capability));
+    }
+    if (problem.dtype == kFloat32) {
+      verdict.reasons.emplace_back(
+          "SAGE_ATTN does not support dtype=float32 on cuda. Supported dtypes there: float16, bfloat16. Select "
+          "TORCH_SDPA or another backend.");
+    } else if (kernel_name(problem).empty()) {
+      verdict.reasons.push_back(
+          fmt::format("SAGE_ATTN was built without a kernel for head_size={} and dtype={} on cuda. Build with "
+                      "CUDA_SET=full, or select another backend.",
+                      problem.head_size, dtype_name(problem.dtype)));
+    }
+    return verdict;
+  }
+
+  [[nodiscard]] std::string kernel_name(const Problem& problem) const override {
+    if (problem.device.device_type != kDLCUDA) return {};
+    return kernels::cuda::sage_kernel_name(problem.head_size, element_type(problem.dtype));
+  }
+#endif
+
  protected:
   [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
     return std::make_unique<SageAttentionImpl>(config);
   }
-  [[nodiscard]] std::vector<std::string> known_kwargs() const override { return {"pv", "smooth_k", kThreadsOption}; }
+  [[nodiscard]] std::vector<std::string> known_kwargs() const override {
+    return {"granularity", "pv", "qk", "smooth_k", "smooth_v", kThreadsOption};
+  }
 
  private:
   Capabilities capabilities_ = sage_capabilities();

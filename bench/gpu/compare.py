@@ -7,8 +7,8 @@
 Per shape and library: the time of one call by CUDA events over many, by replaying a graph of many, and the host's time to
 queue one; medians of interleaved rounds, TFLOP/s = 4·B·H·Sq·Skv·D / time (half when causal, of seen keys when padded). Inputs
 are standard normals in (B, S, H, D) memory, as models have them, for all. The last lines of a shape are each of ours over the
-best of all peers, and over the best of those it is measured by: its own engine elsewhere, for FLASH_ATTN FlashAttention 3 and
-cuDNN.
+best of all exact peers, and over the best of those it is measured by: its own engine elsewhere, for FLASH_ATTN FlashAttention 3
+and cuDNN, for SAGE_ATTN, which quantizes in the call, FlashAttention 3 in FP8 on inputs that are FP8 already.
 
 Variants, by their names in --shapes or all with --variants, are shapes (inputs.py) where
     -padded   a boolean mask (B, Skv) hides the last 512 keys;
@@ -38,7 +38,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import ditattn
 from ditattn import DiffusionAttentionBackendEnum as Enum
 
-RIVALS = {"FLASH_ATTN": ("fa3", "torch-cudnn"), "CUDNN_ATTN": ("torch-cudnn",), "FLASHINFER_ATTN": ("flashinfer",)}
+RIVALS = {"FLASH_ATTN": ("fa3", "torch-cudnn"), "CUDNN_ATTN": ("torch-cudnn",), "FLASHINFER_ATTN": ("flashinfer",),
+          "SAGE_ATTN": ("fa3-fp8",)}  # fmt: skip
 MOST_MS = 60  # of one library in one round
 
 
@@ -74,6 +75,13 @@ def fa3_call(shape, inputs):
     return call_of(functools.partial(flash_attn_func, causal=shape[-1]), lambda tensor: tensor, inputs)
 
 
+def fa3_fp8_call(shape, inputs):
+    from fa3_fwd_interface import flash_attn_func
+
+    tensors = [tensor.to(torch.float8_e4m3fn) for tensor in inputs.tensors]
+    return functools.partial(flash_attn_func, *tensors, causal=shape[-1])
+
+
 def flashinfer_call(shape, inputs):
     import flashinfer
 
@@ -101,6 +109,8 @@ def libraries(shape, inputs, chosen):
     peers = dict.fromkeys(CONTEXTS, torch_call)
     if inputs.mask is None:
         peers |= {"fa3": fa3_call, "flashinfer": flashinfer_call}
+        if inputs.text is None:
+            peers["fa3-fp8"] = fa3_fp8_call
     calls = {}
     for library, make in peers.items():
         if not chosen or library in chosen:
@@ -217,7 +227,7 @@ def ratio(other, ours, what):
 
 def print_ratios(times, dense):
     members = [member.name for member in Enum]
-    peers = [row for library, row in times.items() if library.split()[0] not in members]
+    peers = [row for library, row in times.items() if library.split()[0] not in members and library != "fa3-fp8"]
     for member in members:
         if member not in times:
             continue
@@ -256,7 +266,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--libraries", default="",
-                        help=f"A,B: these only, of the peers ({', '.join(CONTEXTS)}, fa3, flashinfer) and ours")  # fmt: skip
+                        help=f"A,B: these only, of the peers ({', '.join(CONTEXTS)}, fa3, fa3-fp8, flashinfer) and ours")  # fmt: skip
     parser.add_argument("--json", help="write the figures there too")
     options = parser.parse_args()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]

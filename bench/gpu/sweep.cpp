@@ -143,10 +143,10 @@ struct Gpu {
 /// A kernel on one problem.
 class Contender {
  public:
-  Contender(const FlashSm90Kernel& kernel, FlashDevice& device, const AttentionProblem& problem)
+  Contender(const HopperKernel& kernel, FlashDevice& device, const AttentionProblem& problem)
       : kernel_(&kernel), device_(&device), problem_(&problem) {}
 
-  const FlashSm90Kernel& kernel() const { return *kernel_; }
+  const HopperKernel& kernel() const { return *kernel_; }
 
   void launch(const Clock& clock, int count = 1) const {
     for (int i = 0; i < count; ++i) launch_flash_sm90(*kernel_, *problem_, *device_, clock.stream());
@@ -171,7 +171,7 @@ class Contender {
   }
 
  private:
-  const FlashSm90Kernel* kernel_;
+  const HopperKernel* kernel_;
   FlashDevice* device_;
   const AttentionProblem* problem_;
   int launches_ = 1;  // of the graph
@@ -245,7 +245,7 @@ bool sweep(const Shape& shape, Gpu& gpu) {
 
   std::vector<Contender> contenders;
   contenders.emplace_back(*choice.kernel, gpu.committed, problem);
-  for (const FlashSm90Kernel& kernel : built_sweep()) {
+  for (const HopperKernel& kernel : built_sweep()) {
     if (kernel.tile.head_size == choice.kernel->tile.head_size) contenders.emplace_back(kernel, gpu.sweep, problem);
   }
   const Contender& library = contenders[0];
@@ -265,7 +265,7 @@ bool sweep(const Shape& shape, Gpu& gpu) {
   }
   for (std::size_t i = 0; i < contenders.size(); ++i) {
     const Contender& contender = contenders[i];
-    const FlashSm90Tile& tile = contender.kernel().tile;
+    const HopperTile& tile = contender.kernel().tile;
     fmt::print("  {:<24} {:4} KiB  error {:.1e}  {}\n",
                fmt::format("{{{}, {}, {}, {}, {}}}", tile.head_size, tile.warpgroups, tile.keys, tile.stages,
                            tile.row_percent),

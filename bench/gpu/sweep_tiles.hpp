@@ -10,7 +10,7 @@ namespace ditattn::kernels::cuda {
 
 /// Lines as those of kFlashSm90Tiles, which CMake reads in the same way; the candidates of a head size there. The
 /// library's own are among them: their ratios show the noise.
-constexpr FlashSm90Tile kSweepTiles[] = {
+constexpr HopperTile kSweepTiles[] = {
     {64, 3, 128, 3, 100},   // 144 KiB
     {64, 2, 128, 3, 122},   // 128 KiB
     {64, 1, 128, 3, 175},   // 112 KiB
@@ -41,6 +41,6 @@ constexpr FlashSm90Tile kSweepTiles[] = {
 };
 
 /// All of kSweepTiles that were compiled, in bfloat16, the same at every call.
-std::span<const FlashSm90Kernel> built_sweep();
+std::span<const HopperKernel> built_sweep();
 
 }  // namespace ditattn::kernels::cuda

@@ -1,14 +1,14 @@
 // Chooses the kernel of a call.
 
-#include "kernels/cuda/flash_attention.hpp"
-
 #include <algorithm>
 #include <iterator>
 #include <vector>
 
+#include "kernels/cuda/flash_attention.hpp"
 #include "kernels/cuda/flash_layout.hpp"
 #include "kernels/cuda/flash_sm80.hpp"
 #include "kernels/cuda/flash_sm90.hpp"
+#include "kernels/cuda/flash_sm90_tiles.hpp"
 #include "kernels/cuda/launch_impl.hpp"
 #include "kernels/cuda/sdpa_native.hpp"
 
@@ -18,7 +18,31 @@ namespace {
 constexpr int kAmpere = 80;
 constexpr int kHopper = 90;
 
-FlashDevice& device_of(int device) {
+// Hopper's kernel runs there alone: a lower level on a newer GPU leaves the one for 8.0.
+int usable(int compute_capability, int level) {
+  return compute_capability <= level ? compute_capability : std::min(level, kHopper - 1);
+}
+
+// At most one of the kernels; the reason why not Hopper's, or neither.
+struct Choice {
+  const HopperKernel* sm90 = nullptr;
+  const FlashSm80Kernel* sm80 = nullptr;
+  const char* reason = nullptr;
+};
+
+Choice choose(const AttentionProblem& problem, int compute_capability, int multiprocessors) {
+  if (const char* reason = why_not_flash(problem)) return {.reason = reason};
+  FlashSm90Choice hopper{.reason = "a GPU of another compute capability than 9.0"};
+  if (compute_capability == kHopper) hopper = choose_flash_sm90(problem, multiprocessors);
+  if (hopper.kernel != nullptr) return {.sm90 = hopper.kernel};
+  if (compute_capability < kAmpere) return {.reason = "a GPU of a compute capability below 8.0"};
+  if (const FlashSm80Kernel* kernel = find_flash_sm80(problem)) return {.sm80 = kernel, .reason = hopper.reason};
+  return {.reason = "a head size and dtype that were not compiled"};
+}
+
+}  // namespace
+
+FlashDevice& flash_device(int device) {
   static std::vector<FlashDevice> devices = [] {
     int count = 0;
     check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
@@ -38,30 +62,6 @@ FlashDevice& device_of(int device) {
   return found;
 }
 
-// Hopper's kernel runs there alone: a lower level on a newer GPU leaves the one for 8.0.
-int usable(int compute_capability, int level) {
-  return compute_capability <= level ? compute_capability : std::min(level, kHopper - 1);
-}
-
-// At most one of the kernels; the reason why not Hopper's, or neither.
-struct Choice {
-  const FlashSm90Kernel* sm90 = nullptr;
-  const FlashSm80Kernel* sm80 = nullptr;
-  const char* reason = nullptr;
-};
-
-Choice choose(const AttentionProblem& problem, int compute_capability, int multiprocessors) {
-  if (const char* reason = why_not_flash(problem)) return {.reason = reason};
-  FlashSm90Choice hopper{.reason = "a GPU of another compute capability than 9.0"};
-  if (compute_capability == kHopper) hopper = choose_flash_sm90(problem, multiprocessors);
-  if (hopper.kernel != nullptr) return {.sm90 = hopper.kernel};
-  if (compute_capability < kAmpere) return {.reason = "a GPU of a compute capability below 8.0"};
-  if (const FlashSm80Kernel* kernel = find_flash_sm80(problem)) return {.sm80 = kernel, .reason = hopper.reason};
-  return {.reason = "a head size and dtype that were not compiled"};
-}
-
-}  // namespace
-
 void prepare_flash(const void* function, int shared_bytes, int bit, std::atomic<std::uint64_t>& prepared) {
   const std::uint64_t mask = std::uint64_t{1} << bit;
   if ((prepared & mask) != 0) return;
@@ -73,7 +73,7 @@ void prepare_flash(const void* function, int shared_bytes, int bit, std::atomic<
 void flash_attention(const AttentionProblem& problem, const Launch& launch, int level) {
   if (problem.batch == 0 || problem.heads == 0 || problem.rows == 0) return;
   const OnDevice on_device(launch.device);
-  FlashDevice& device = device_of(launch.device);
+  FlashDevice& device = flash_device(launch.device);
   const Choice choice = choose(problem, usable(device.compute_capability, level), device.multiprocessors);
   if (choice.sm90 != nullptr) return launch_flash_sm90(*choice.sm90, problem, device, launch.stream);
   if (choice.sm80 != nullptr) return launch_flash_sm80(*choice.sm80, problem, device, launch.stream);

@@ -65,7 +65,7 @@ inline bool has_aligned_strides(const Extents& extents, const Strides& strides) 
          is_multiple(extents.heads, strides.head);
 }
 
-inline std::int64_t rows_of(const AttentionProblem& p, int segment) {
+__host__ __device__ inline std::int64_t rows_of(const AttentionProblem& p, int segment) {
   const bool last = segment + 1 == p.num_queries;
   return (last ? p.rows : p.queries[segment + 1].first_row) - p.queries[segment].first_row;
 }

@@ -18,7 +18,8 @@ __device__ __forceinline__ std::uint32_t pack(float a, float b, __nv_bfloat16) {
 
 /// What a row's output has to be multiplied with; NaN where the row has to be computed again: its sum is beyond what
 /// can be divided by, or its logits are so large that a reference is off by more than a few powers of two.
-__device__ __forceinline__ float factor_of(const Softmax& softmax, int i) {
+template <class Limits>
+__device__ __forceinline__ float factor_of(const BasicSoftmax<Limits>& softmax, int i) {
   constexpr float most_sum = 8.5e37F;           // 2¹²⁶, above which __fdividef gives 0
   constexpr float most_reference = 16777216.F;  // 2²⁴, where float32's steps are 2
   const float size = fabsf(softmax.reference[i]);
@@ -191,16 +192,19 @@ __device__ __forceinline__ void store_gathered(const AttentionProblem& p, const 
   }
 }
 
-/// Writes the log-sum-exp of a warp's 16 rows.
+/// Writes the log-sum-exp of a warp's 16 rows; `adds`: adds it to what stands there.
+template <class Limits>
 __device__ __forceinline__ void store_lse(const AttentionProblem& p, const Tile& tile, int warp_row,
-                                          const Softmax& softmax) {
+                                          const BasicSoftmax<Limits>& softmax, bool adds = false) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (p.lse == nullptr || lane % 4 != 0) return;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = warp_row + lane / 4 + 8 * i;
     if (row >= tile.rows) continue;
-    *lse_of(p, tile, row) = softmax.sum[i] == 0 ? -INFINITY : (softmax.reference[i] + __log2f(softmax.sum[i])) * kLn2;
+    float* lse = lse_of(p, tile, row);
+    const float offset = adds ? *lse : 0;
+    *lse = softmax.sum[i] == 0 ? -INFINITY : (softmax.reference[i] + __log2f(softmax.sum[i])) * kLn2 + offset;
   }
 }
 

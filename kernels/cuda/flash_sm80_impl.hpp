@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(Config::kThreads) flash_sm80(const __grid_cons
   const AttentionProblem& p = arguments.problem;
   const auto head_size = static_cast<int>(p.head_size);
   const int warp_row = static_cast<int>(threadIdx.x / 32) * 16;
-  const float scale = p.scale * kLog2E;
+  const float scale[2] = {p.scale * kLog2E, p.scale * kLog2E};
   const Tile tile = tile_at<Config::kRows>(p, arguments.order, blockIdx.x);
   const KeyBlocks<Config::kKeys> blocks(p, tile);
   if (blocks.total() == 0) return store_nothing<T>(p, tile, warp_row);

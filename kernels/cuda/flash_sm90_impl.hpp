@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/flash_rows_impl.hpp"
-#include "kernels/cuda/hopper_impl.hpp"
+#include "kernels/cuda/hopper_pipeline_impl.hpp"
 #include "kernels/cuda/wgmma.hpp"
 
 namespace ditattn::kernels::cuda {
@@ -53,50 +53,6 @@ struct FlashSm90Arguments {
   bool differs;  ///< rows of a batch entry see different keys
 };
 
-/// The tiles of one block of threads, one after the other, and what keys they go through: memory is not read before the
-/// first. Where the longest come first,
-/// every second round goes backwards, which evens out the blocks' work.
-template <class Config>
-class FlashSm90Tiles {
- public:
-  __device__ explicit FlashSm90Tiles(const FlashSm90Arguments& arguments) : a_(arguments) {}
-
-  __device__ const Tile& tile() const { return tile_; }
-  __device__ const KeyBlocks<Config::kKeys>& blocks() const { return blocks_; }
-
-  __device__ bool next() {
-    const bool backwards = a_.order.longest_first && (round_ & 1) != 0;
-    const unsigned index = round_ * gridDim.x + (backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    const bool first = round_ == 0;
-    ++round_;
-    if (index >= a_.order.total_tiles) return false;
-    const int batch = tile_.batch;
-    tile_ = tile_at<Config::kRows>(a_.problem, a_.order, index);
-    if (first) hopper::wait_for_launch_before();
-    if (a_.differs || tile_.batch != batch) blocks_ = KeyBlocks<Config::kKeys>(a_.problem, tile_);
-    return true;
-  }
-
- private:
-  const FlashSm90Arguments& a_;
-  Tile tile_{.batch = -1};
-  KeyBlocks<Config::kKeys> blocks_;
-  unsigned round_ = 0;
-};
-
-/// A ring of stages: which one is next, and the parity of its phase.
-template <int kStages>
-struct RingPlace {
-  int stage = 0;
-  int parity = 0;
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 /// Where tiles and barriers are in shared memory. Each warpgroup has its own rows of Q.
 template <class Config>
 struct FlashSm90Memory {
@@ -132,7 +88,7 @@ __device__ __forceinline__ void copy_rows(hopper::Address to, const CUtensorMap*
 
 template <class Config>
 __device__ __forceinline__ void produce(const FlashSm90Arguments& a, const FlashSm90Memory<Config>& memory) {
-  FlashSm90Tiles<Config> tiles(a);
+  TileWalk<Config, FlashSm90Arguments> tiles(a);
   const bool leader = threadIdx.x % 32 == 0;
   RingPlace<Config::kStages> key_place;
   RingPlace<Config::kStages> value_place;
@@ -167,11 +123,6 @@ __device__ __forceinline__ void produce(const FlashSm90Arguments& a, const Flash
   }
 }
 
-// A warp has read what a stage holds.
-__device__ __forceinline__ void release(hopper::Address empty) {
-  if (threadIdx.x % 32 == 0) hopper::arrive(empty);
-}
-
 template <class Config>
 __device__ __forceinline__ void multiply_keys(float (&logits)[Config::kKeys / 2], hopper::Address query,
                                               hopper::Address key, bool accumulate) {
@@ -203,10 +154,10 @@ template <class Config, bool kMasked>
 __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const FlashSm90Memory<Config>& memory) {
   using T = typename Config::T;
   const AttentionProblem& p = a.problem;
-  FlashSm90Tiles<Config> tiles(a);
+  TileWalk<Config, FlashSm90Arguments> tiles(a);
   const int group = static_cast<int>(__shfl_sync(kWarp, threadIdx.x / 128, 0)) - 1;
   const int warp_row = static_cast<int>(threadIdx.x / 32 - 4) * 16;
-  const float scale = p.scale * kLog2E;
+  const float scale[2] = {p.scale * kLog2E, p.scale * kLog2E};
   RingPlace<Config::kStages> key_place;
   RingPlace<Config::kStages> value_place;
   int query_parity = 0;
@@ -382,7 +333,7 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
   // In a loop of its own: what may diverge in a warp costs the other loop its uniform registers.
   hopper::wait_copied_out();
   __syncwarp();
-  FlashSm90Tiles<Config> again(a);
+  TileWalk<Config, FlashSm90Arguments> again(a);
   while (again.next()) mend_rows<T, Config::kHead>(p, again.tile(), warp_row);
 }
 

@@ -1,24 +1,16 @@
 #pragma once
 
-/// How Hopper's kernel is cut for each head size.
+/// How Hopper's exact kernel is cut for each head size.
+
+#include "kernels/cuda/hopper_kernel.hpp"
 
 namespace ditattn::kernels::cuda {
-
-/// FlashSm90Config's numbers: warpgroups of 64 rows each, keys of a block, blocks in flight.
-struct FlashSm90Tile {
-  int head_size;  ///< takes head sizes above the tile's before, up to this one
-  int warpgroups;
-  int keys;
-  int stages;
-  int row_percent;  ///< time of a row where all multiprocessors have as many tiles, of that in the tile of the same
-                    ///< blocks that is first
-};
 
 /// A row's sums depend on how its keys are cut into blocks: so those follow from the head size, whatever the batch and
 /// the device; rows of a tile may follow from these. Measured against FlashAttention-3, the reasons are in
 /// docs/kernels/flash_sm90.md; `make sweep-gpu` times others beside these. Beside each its shared memory, of which a
 /// multiprocessor has 227 KiB. CMake reads the lines: a unit is compiled for each and dtype.
-constexpr FlashSm90Tile kFlashSm90Tiles[] = {
+constexpr HopperTile kFlashSm90Tiles[] = {
     {64, 3, 128, 3, 100},   // 144 KiB
     {64, 2, 128, 3, 122},   // 128 KiB
     {64, 1, 128, 3, 175},   // 112 KiB

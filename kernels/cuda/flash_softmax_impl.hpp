@@ -15,16 +15,21 @@ __device__ __forceinline__ float exp2_unit(float x) {
 /// The online softmax of a thread's two rows, to the base 2. Logits are taken relative to a reference that only has to
 /// be near the maximum, and moves where it is not, so that most blocks leave the sums as they are, and, once there is
 /// one, no maximum has to be known before the exponentials: too large sums tell of a reference that is too small.
-struct Softmax {
-  static constexpr float kSlack = 8;       ///< exact steps move a reference that is further below the maximum
-  static constexpr float kLargest = 4096;  ///< of a thread's sum over a block, in other steps
+/// `Limits`: kSlack, how far above 1 exact steps let the largest probability be, as a power of two; kTop, what it is
+/// after a reference has moved; kLargest, of a thread's sum over a block, in other steps; kOrigin, what logits have for
+/// 0.
+template <class Limits>
+struct BasicSoftmax {
+  static constexpr float kLargest = Limits::kLargest;
+  static constexpr float kOrigin = Limits::kOrigin;
 
   float reference[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0, 0};  ///< this thread's columns
 
   /// Moves the references to the maxima where they are far below; leaves what sums so far have to be multiplied with.
   template <int kCount>
-  __device__ __forceinline__ void find_reference(const float (&logits)[kCount], float scale, float (&rescale)[2]) {
+  __device__ __forceinline__ void find_reference(const float (&logits)[kCount], const float (&scale)[2],
+                                                 float (&rescale)[2]) {
     float top[2][4];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
@@ -33,10 +38,11 @@ struct Softmax {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float x = fmaxf(fmaxf(top[i][0], top[i][1]), fmaxf(top[i][2], top[i][3]));
+      float x = (fmaxf(fmaxf(top[i][0], top[i][1]), fmaxf(top[i][2], top[i][3])) - Limits::kOrigin) * scale[i];
       x = fmaxf(x, __shfl_xor_sync(kWarp, x, 1));
-      x = fmaxf(x, __shfl_xor_sync(kWarp, x, 2)) * scale;
-      const bool moves = x - reference[i] > kSlack;
+      x = fmaxf(x, __shfl_xor_sync(kWarp, x, 2));
+      const bool moves = x - reference[i] > Limits::kSlack;
+      x -= Limits::kTop;
       rescale[i] = moves ? exp2_unit(reference[i] - x) : 1;
       reference[i] = moves ? x : reference[i];
     }
@@ -44,11 +50,14 @@ struct Softmax {
 
   /// Turns logits into probabilities, times 2^reference; a row that sees nothing has none.
   template <int kCount>
-  __device__ __forceinline__ void exponentiate(float (&logits)[kCount], float scale) const {
-    const float subtract[2] = {reference[0] == -INFINITY ? 0 : reference[0],
-                               reference[1] == -INFINITY ? 0 : reference[1]};
+  __device__ __forceinline__ void exponentiate(float (&logits)[kCount], const float (&scale)[2]) const {
+    float subtract[2] = {reference[0] == -INFINITY ? 0 : reference[0], reference[1] == -INFINITY ? 0 : reference[1]};
+    if constexpr (Limits::kOrigin != 0) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) logits[k] = exp2_unit(fmaf(logits[k], scale, -subtract[k / 2 % 2]));
+      for (int i = 0; i < 2; ++i) subtract[i] = fmaf(Limits::kOrigin, scale[i], subtract[i]);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) logits[k] = exp2_unit(fmaf(logits[k], scale[k / 2 % 2], -subtract[k / 2 % 2]));
   }
 
   template <int kCount>
@@ -72,7 +81,7 @@ struct Softmax {
       float x = total[i];
       x = fmaxf(x, __shfl_xor_sync(kWarp, x, 1));
       x = fmaxf(x, __shfl_xor_sync(kWarp, x, 2));
-      const int exponent = (__float_as_int(x) >> 23) - 127;
+      const int exponent = (__float_as_int(x) >> 23) - 127 - static_cast<int>(Limits::kTop);
       const bool moves = x > kLargest && exponent < 127;
       rescale[i] = moves ? __int_as_float((127 - exponent) << 23) : 1;
       reference[i] += moves ? static_cast<float>(exponent) : 0;
@@ -85,7 +94,7 @@ struct Softmax {
   /// Whether logits differ so much that a reference found in one block might be exceeded by more than float32 holds in
   /// another: a sample of them, a row at a time.
   template <int kCount>
-  __device__ __forceinline__ static bool are_wild(const float (&logits)[kCount], float scale) {
+  __device__ __forceinline__ static bool are_wild(const float (&logits)[kCount], const float (&scale)[2]) {
     constexpr float wild = 20;
     float high[2] = {-INFINITY, -INFINITY};
     float low[2] = {INFINITY, INFINITY};
@@ -96,7 +105,7 @@ struct Softmax {
       high[i] = fmaxf(high[i], logits[k]);
       low[i] = logits[k] == -INFINITY ? low[i] : fminf(low[i], logits[k]);  // not what is hidden
     }
-    return fmaxf(high[0] - low[0], high[1] - low[1]) * scale > wild;
+    return fmaxf((high[0] - low[0]) * scale[0], (high[1] - low[1]) * scale[1]) > wild;
   }
 
   /// Joins the four threads of a row.
@@ -108,5 +117,14 @@ struct Softmax {
     }
   }
 };
+
+/// For probabilities of 16 bits and more.
+struct WideLimits {
+  static constexpr float kSlack = 8;
+  static constexpr float kTop = 0;
+  static constexpr float kLargest = 4096;
+  static constexpr float kOrigin = 0;
+};
+using Softmax = BasicSoftmax<WideLimits>;
 
 }  // namespace ditattn::kernels::cuda

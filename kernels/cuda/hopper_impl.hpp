@@ -51,6 +51,13 @@ __device__ __forceinline__ void copy_box(Address to, const CUtensorMap* map, Add
       : "memory");
 }
 
+/// Contiguous bytes to shared memory; both addresses and the count are multiples of 16.
+__device__ __forceinline__ void copy_bytes(Address to, const void* from, int bytes, Address barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 /// A box of shared memory to a (channel, token, head, batch) tensor, but for positions outside it, by the threads that
 /// have `copies`: no branch, for consumers' loops.
 __device__ __forceinline__ void copy_box_out(bool copies, const CUtensorMap* map, Address from, int channel, int token,
@@ -120,6 +127,12 @@ __device__ __forceinline__ std::uint64_t describe(Address address, int panel_byt
   constexpr std::uint64_t eight_rows = 1024 / 16;
   return (swizzle_128 | eight_rows << 32 | static_cast<std::uint64_t>(panel_bytes / 16) << 16) +
          (address & 0x3FFFF) / 16;
+}
+
+/// A matrix operand of rows of 32, 64 or 128 bytes with the reduction contiguous, swizzled as sage_place has them.
+__device__ __forceinline__ std::uint64_t describe_bytes(Address address, int row_bytes) {
+  const std::uint64_t swizzle = (row_bytes == 128 ? 1ULL : row_bytes == 64 ? 2ULL : 3ULL) << 62;
+  return (swizzle | static_cast<std::uint64_t>(8 * row_bytes / 16) << 32) + (address & 0x3FFFF) / 16;
 }
 
 __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

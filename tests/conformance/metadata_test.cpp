@@ -237,7 +237,7 @@ TEST_P(Metadata, RandomProblemsMatchTheOracle) {
     return !backend->explain({.head_size = 64, .dtype = dtype, .device = device});
   });
   const conformance::NamedBackend named{.member = GetParam(), .backend = backend};
-  const double quantized = conformance::quantization(named);
+  const conformance::Quantization quantized = conformance::quantization(named, device);
   const bool takes_all = can.packed && can.joint && can.has_mask("spans") && can.has_mask("additive");
   double worst = 0;
   double worst_lse = 0;

@@ -95,9 +95,10 @@ std::vector<NamedBackend> backends_on(DLDevice device) {
   return backends;
 }
 
-double quantization(const NamedBackend& named) {
-  if (named.member != "SAGE_ATTN") return 0;
-  return named.backend->capabilities().engine.find("7 and 8 bits") == std::string::npos ? 1 : 2;
+Quantization quantization(const NamedBackend& named, DLDevice device) {
+  if (named.member != "SAGE_ATTN") return {};
+  if (device.device_type == kDLCUDA) return {.bytes = 1, .in_e4m3 = true};
+  return {.bytes = named.backend->capabilities().engine.find("7 and 8 bits") == std::string::npos ? 1. : 2.};
 }
 
 double own_lse_bound(const NamedBackend& named, DLDataType dtype) {
@@ -105,13 +106,15 @@ double own_lse_bound(const NamedBackend& named, DLDataType dtype) {
   return dtype == kBFloat16 ? 0x1p-9 : 0x1p-12;
 }
 
-double quantized_error_bound(double quantization, double logits) {
-  return quantization * std::min(5e-3 + 6e-4 * logits, 1.0);
+double quantized_error_bound(const Quantization& quantization, double logits) {
+  return quantization.bytes * std::min(5e-3 + 6e-4 * logits, 1.0) + (quantization.in_e4m3 ? 4.5e-2 : 0);
 }
-double quantized_lse_bound(double quantization, double logits) { return quantization * (1e-4 + 3e-3 * logits); }
+double quantized_lse_bound(const Quantization& quantization, double logits) {
+  return quantization.bytes * (1e-4 + 3e-3 * logits);
+}
 
 Measured compare(const Case& c, const Inputs& inputs, const reference::Result& expected, const Tensor& out,
-                 const Tensor& lse, double quantization) {
+                 const Tensor& lse, const Quantization& quantization) {
   Measured measured;
   const double logits = largest_norm(inputs.query) * largest_norm(inputs.key) * std::abs(c.softmax_scale());
   const double logit_factor = std::max(1., logits / 32);
@@ -229,7 +232,7 @@ Tally::Outcome run_on(const Case& c, const NamedBackend& named, DLDevice device,
   if (c.out_given) outputs.out = copy_to(outputs.out, kCpu);
   measured =
       compare(c, oracle.inputs, oracle.result, c.out_given ? outputs.out.views.back() : ditattn::copy_to(out, kCpu),
-              outputs.given.lse, quantization(named));
+              outputs.given.lse, quantization(named, device));
   measured.lse_bound += own_lse_bound(named, c.dtype);
   if (!c.out_given) return Tally::Outcome::measured;
   if (!is_given) measured.wrong = "forward did not return the given out";

@@ -35,14 +35,18 @@ struct Measured {
   [[nodiscard]] bool ok() const { return wrong.empty() && error <= bound && lse_error <= lse_bound; }
 };
 
-/// 0 for an exact backend; for quantized ones the error of their numbers against 8 bits': 1, or 2 where some have 7.
-double quantization(const NamedBackend& named);
+/// How a backend rounds its numbers.
+struct Quantization {
+  double bytes = 0;      ///< error of Q's and K's against 8 bits': 0 for an exact backend, 1, or 2 where some have 7
+  bool in_e4m3 = false;  ///< P and V: three bits after the first, where 8-bit ones have seven
+};
+Quantization quantization(const NamedBackend& named, DLDevice device);
 
 /// Bounds for quantized backends where no logit is larger than `logits`. Rounding Q and K moves a logit by its row's
 /// and key's size, not by its own; a moved logit moves weight from key to key, of all of it at most. Rounding P and V
-/// alone costs up to 5e-3 where keys are few.
-double quantized_error_bound(double quantization, double logits);
-double quantized_lse_bound(double quantization, double logits);
+/// alone costs up to 5e-3 where keys are few, and in e4m3 a sixteenth of each number at most, of all that is summed.
+double quantized_error_bound(const Quantization& quantization, double logits);
+double quantized_lse_bound(const Quantization& quantization, double logits);
 
 /// What an engine's LSE may be off beside float32's rounding: FlashInfer sums probabilities that are rounded to 16
 /// bits.
@@ -50,7 +54,7 @@ double own_lse_bound(const NamedBackend& named, DLDataType dtype);
 
 /// Measures `out` and `lse` (null: not compared) against the oracle's rows.
 Measured compare(const Case& c, const Inputs& inputs, const reference::Result& expected, const Tensor& out,
-                 const Tensor& lse, double quantization = 0);
+                 const Tensor& lse, const Quantization& quantization = {});
 
 /// Totals per backend and dtype.
 class Tally {

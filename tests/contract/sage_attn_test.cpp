@@ -1,4 +1,4 @@
-// SAGE_ATTN on the CPU: its options, what it refuses, and that more bits are nearer to FLASH_ATTN.
+// SAGE_ATTN: its options, on the CPU what it refuses, and that more bits are nearer to FLASH_ATTN.
 
 #include <gtest/gtest.h>
 
@@ -51,14 +51,30 @@ double relative_difference(const Tensor& a, const Tensor& b) {
 }
 
 TEST(ContractSageAttn, BadOptionsAreValueErrorsThatSayWhatIsAllowed) {
-  expect_contains(bad_options({{"pv", tvm::ffi::String("fp8")}}),
-                  {"SAGE_ATTN: backend_kwargs['pv'] is 'fp8'", "\"int8\"", "\"fp16\""});
+  expect_contains(bad_options({{"pv", tvm::ffi::String("fp4")}}),
+                  {"SAGE_ATTN: backend_kwargs['pv'] is 'fp4'", "\"fp8\"", "\"int8\"", "\"fp16\""});
   expect_contains(bad_options({{"pv", 8}}), {"backend_kwargs['pv'] is 8.", "\"int8\"", "\"fp16\""});
   expect_contains(bad_options({{"pv", true}}), {"backend_kwargs['pv'] is true."});
   expect_contains(bad_options({{"pv", 0.5}}), {"backend_kwargs['pv'] is 0.5."});
   expect_contains(bad_options({{"pv", nullptr}}), {"backend_kwargs['pv'] is None."});
   expect_contains(bad_options({{"smooth_k", tvm::ffi::String("yes")}}),
                   {"SAGE_ATTN: backend_kwargs['smooth_k'] is 'yes', not a boolean", "true", "false"});
+  expect_contains(bad_options({{"smooth_v", tvm::ffi::String("on")}}),
+                  {"backend_kwargs['smooth_v'] is 'on', not a boolean"});
+  expect_contains(bad_options({{"qk", tvm::ffi::String("fp8")}}), {"backend_kwargs['qk'] is 'fp8'", "\"int8\""});
+  expect_contains(bad_options({{"granularity", tvm::ffi::String("per_block")}}),
+                  {"backend_kwargs['granularity'] is 'per_block'", "\"per_thread\"", "\"per_warp\""});
+}
+
+TEST(ContractSageAttn, OptionsOfGpusAreRefusedOnTheCpu) {
+  const auto refused = [](const BackendKwargs& kwargs) {
+    return error_text<ValueError>([&] { forward(Enum::SAGE_ATTN, kwargs); });
+  };
+  EXPECT_EQ(
+      refused({{"pv", tvm::ffi::String("fp8")}}),
+      "SAGE_ATTN: backend_kwargs['pv'] is \"fp8\", which there is not on the CPU. It is \"int8\" or \"fp16\" there.");
+  expect_contains(refused({{"granularity", tvm::ffi::String("per_warp")}}), {"['granularity']", "on the CPU"});
+  expect_contains(refused({{"smooth_v", true}}), {"['smooth_v']", "on the CPU"});
 }
 
 TEST(ContractSageAttn, UnknownOptionsAreWarnedAboutOnce) {

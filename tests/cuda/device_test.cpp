@@ -110,6 +110,9 @@ std::vector<BackendClass> gpu_backends() {
   return backends;
 }
 
+// Largest relative error: of quantized backends that of their numbers.
+double bound_of(const BackendClass& backend) { return backend->get_name() == "SAGE_ATTN" ? 5e-2 : 2e-3; }
+
 class Cuda : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -164,7 +167,7 @@ TEST_F(Cuda, CallsAreQueuedInTheCallersStream) {
     EXPECT_EQ(cudaStreamQuery(stream.get()), cudaErrorNotReady);
     must(cudaStreamSynchronize(stream.get()));
     EXPECT_FALSE(same_bytes(out, before)) << backend->get_name();
-    EXPECT_LT(call.error(out), 2e-3) << backend->get_name();
+    EXPECT_LT(call.error(out), bound_of(backend)) << backend->get_name();
   }
 }
 
@@ -185,7 +188,7 @@ TEST_F(Cuda, FiftyCallsReplayFromAGraph) {
       std::vector<Tensor> outs;
       for (int i = 0; i < 50; ++i) outs.push_back(copy_to(call.expected, kGpu));
       const Tensor eager = attention->forward(call.query, call.key, call.value, metadata);
-      EXPECT_LT(call.error(eager), 2e-3) << backend->get_name();
+      EXPECT_LT(call.error(eager), bound_of(backend)) << backend->get_name();
 
       cudaGraph_t graph = nullptr;
       cudaGraphExec_t executable = nullptr;
@@ -233,7 +236,7 @@ TEST_F(Cuda, PackedSequencesLieAnyhow) {
   const Tensor expected = run(DiffusionAttentionBackendEnum::TORCH_SDPA.get_class(), kCpu);
   for (const BackendClass& backend : gpu_backends()) {
     if (!backend->capabilities().packed) continue;
-    EXPECT_LT(relative_error(run(backend, kGpu), expected), 2e-3) << backend->get_name();
+    EXPECT_LT(relative_error(run(backend, kGpu), expected), bound_of(backend)) << backend->get_name();
   }
 }
 
@@ -270,7 +273,7 @@ TEST_F(Cuda, EightThreadsOnEightStreams) {
       });
     }
     for (std::thread& thread : threads) thread.join();
-    for (const double error : worst) EXPECT_LT(error, 2e-3) << backend->get_name();
+    for (const double error : worst) EXPECT_LT(error, bound_of(backend)) << backend->get_name();
     fmt::print("{}: worst error {:.1e}\n", backend->get_name(), *std::ranges::max_element(worst));
   }
 }
@@ -302,7 +305,7 @@ TEST_F(Cuda, EightThreadsOnOneStream) {
     }
     for (std::thread& thread : threads) thread.join();
     for (std::size_t t = 0; t < error.size(); ++t) {
-      EXPECT_LT(error[t], 2e-3) << backend->get_name();
+      EXPECT_LT(error[t], bound_of(backend)) << backend->get_name();
       EXPECT_EQ(different[t], 0) << "of " << calls << " calls of thread " << t << ", " << backend->get_name();
     }
   }

@@ -1,9 +1,9 @@
-# Adds Hopper's flash attention for a table of tiles to a library: a generated unit per line of the table and dtype, for
-# sm_90a alone, and LIST, the function that gives their kernels, which a header declares.
-#   ditattn_add_flash_sm90(ditattn_flash_sm90 TABLE kernels/cuda/flash_sm90_tiles.hpp LIST built_flash_sm90
-#                          DTYPES float16 bfloat16)
-function(ditattn_add_flash_sm90 target)
-  cmake_parse_arguments(ARG "" "TABLE;LIST" "DTYPES" ${ARGN})
+# Adds a kernel for Hopper to a library, for a table of tiles: a unit generated from <KERNEL>_unit.cu.in per line of the
+# table and dtype, for sm_90a alone, and LIST, the function that gives their kernels, which a header declares.
+#   ditattn_add_hopper(ditattn_flash_sm90 KERNEL flash_sm90 TABLE kernels/cuda/flash_sm90_tiles.hpp LIST built_flash_sm90
+#                      DTYPES float16 bfloat16)
+function(ditattn_add_hopper target)
+  cmake_parse_arguments(ARG "" "KERNEL;TABLE;LIST" "DTYPES" ${ARGN})
   set(element_float16 __half)
   set(element_bfloat16 __nv_bfloat16)
   set(table ${PROJECT_SOURCE_DIR}/${ARG_TABLE})
@@ -28,14 +28,14 @@ function(ditattn_add_flash_sm90 target)
     foreach(dtype IN LISTS ARG_DTYPES)
       set(element ${element_${dtype}})
       set(unit ${ARG_LIST}_${numbers}_${dtype})
-      configure_file(${CMAKE_CURRENT_FUNCTION_LIST_DIR}/flash_sm90_unit.cu.in ${folder}/${unit}.cu)
+      configure_file(${CMAKE_CURRENT_FUNCTION_LIST_DIR}/${ARG_KERNEL}_unit.cu.in ${folder}/${unit}.cu)
       list(APPEND units ${folder}/${unit}.cu)
-      string(APPEND declarations "FlashSm90Kernel ${unit}(int place);\n")
+      string(APPEND declarations "HopperKernel ${unit}(int place);\n")
       string(APPEND kernels "      ${unit}(${count}),\n")
       math(EXPR count "${count} + 1")
     endforeach()
   endforeach()
-  configure_file(${CMAKE_CURRENT_FUNCTION_LIST_DIR}/built_flash_sm90.cpp.in ${folder}/${ARG_LIST}.cpp)
+  configure_file(${CMAKE_CURRENT_FUNCTION_LIST_DIR}/built_hopper.cpp.in ${folder}/${ARG_LIST}.cpp)
 
   list(REMOVE_DUPLICATES product_sizes)
   execute_process(COMMAND ${CMAKE_COMMAND} -DOUTPUT=${folder}/wgmma.new "-DSIZES=${product_sizes}" -P ${wgmma}

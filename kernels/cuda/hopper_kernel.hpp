@@ -1,0 +1,56 @@
+#pragma once
+
+/// Kernels for Hopper as their units (hopper_units.cmake), one per tile and dtype, give them to launchers, and what
+/// those have in common.
+
+#include <cuda.h>
+
+#include <span>
+
+#include "kernels/attention_problem.hpp"
+#include "kernels/cuda/flash_device.hpp"
+
+namespace ditattn::kernels::cuda {
+
+/// How a kernel is cut for a head size.
+struct HopperTile {
+  int head_size;    ///< takes head sizes above the tile's before, up to this one
+  int warpgroups;   ///< of 64 rows each
+  int keys;         ///< of a block
+  int stages;       ///< blocks in flight
+  int row_percent;  ///< time of a row where all multiprocessors have as many tiles, of that in the tile of the same
+                    ///< blocks that is first
+};
+
+struct HopperKernel {
+  HopperTile tile;
+  ElementType type;
+  int place;  ///< among the kernels of its list: `prepared` has two bits for each
+  int threads;
+  int shared_bytes;
+  const void* functions[2];  ///< __global__, of one argument: without and with masks; the same where there are none
+};
+
+/// The kernel of a list for a problem, as a table of tiles has it: of tiles of the same blocks the one that is done
+/// first. Null where there is none.
+const HopperKernel* find_hopper_kernel(std::span<const HopperKernel> built, std::span<const HopperTile> tiles,
+                                       const AttentionProblem& problem, int multiprocessors);
+
+/// Whether there can be maps of a tensor.
+bool can_map(const void* data, std::int64_t batch, std::int64_t tokens, std::int64_t heads, const Strides& strides);
+
+/// The map of a (batch, tokens, heads, head_size) tensor of the problem's dtype that has tokens: in boxes of 64
+/// channels of `box_tokens`, swizzled, zeros past the ends. A thread's last ones are kept. Throws std::runtime_error
+/// with the driver's reason.
+void find_map(CUtensorMap& map, const AttentionProblem& problem, const void* data, std::int64_t batch,
+              std::int64_t tokens, std::int64_t heads, const Strides& strides, int box_tokens);
+
+/// The output's maps, one for each segment of queries, in boxes of a warp's 16 rows.
+void find_output_maps(CUtensorMap (&maps)[2], const AttentionProblem& problem);
+
+/// One launch in a stream, which may start under the end of the one before: the kernel waits itself. `arguments` points
+/// to the kernel's argument, `name` is for errors.
+void launch_hopper(const HopperKernel& kernel, bool masked, void* arguments, unsigned tiles, int multiprocessors,
+                   std::atomic<std::uint64_t>& prepared, void* stream, const char* name);
+
+}  // namespace ditattn::kernels::cuda

@@ -1,0 +1,36 @@
+// Launches Hopper's quantized kernel.
+
+#include "kernels/cuda/flash_layout.hpp"
+#include "kernels/cuda/sage_sm90.hpp"
+#include "kernels/cuda/sage_sm90_impl.hpp"
+#include "kernels/cuda/sage_sm90_tiles.hpp"
+
+namespace ditattn::kernels::cuda {
+
+const HopperKernel* choose_sage_sm90(const AttentionProblem& problem, int multiprocessors) {
+  return find_hopper_kernel(built_sage_sm90(), kSageSm90Tiles, problem, multiprocessors);
+}
+
+SageShape shape_of(const HopperKernel& kernel) {
+  const int head = kernel.tile.head_size;
+  return {.head = head, .channels = head <= 64 ? 64 : head <= 128 ? 128 : 256, .keys = kernel.tile.keys};
+}
+
+void launch_sage_sm90(const HopperKernel& kernel, const AttentionProblem& p, const SageImages& images, bool smooth_key,
+                      FlashDevice& device, void* stream) {
+  SageSm90Arguments a{};
+  const Extents extents{p.batch, p.rows, p.heads};
+  a.maps_output = p.head_size * kFlashElementBytes % kFlashAlignment == 0 && is_aligned(p.out) &&
+                  has_aligned_strides(extents, p.out_strides) &&
+                  can_map(p.out, p.batch, p.rows, p.heads, p.out_strides);
+  if (a.maps_output) find_output_maps(a.out, p);
+  a.problem = p;
+  a.images = images;
+  a.order = order_tiles(p, kSageQueryRows * kernel.tile.warpgroups);
+  a.differs = differ_rows(p);
+  a.has_offsets = smooth_key && p.lse != nullptr && images.key_blocks[0] + images.key_blocks[1] != 0;
+  launch_hopper(kernel, false, &a, a.order.total_tiles, device.multiprocessors, device.prepared_sage_sm90, stream,
+                "sage_sm90");
+}
+
+}  // namespace ditattn::kernels::cuda
