@@ -36,12 +36,12 @@ struct Options {
       const std::string key(name);
       if (key == "pv") {
         pv = one_of(key, value, {"fp8", "int8", "fp16"},
-                    "\"fp8\" (a GPU's default), \"int8\" (the CPU's) or \"fp16\" (the CPU's; V keeps 16 bits)");
+                    R"("fp8" (a GPU's default), "int8" (the CPU's) or "fp16" (the CPU's; V keeps 16 bits))");
       }
       if (key == "qk") one_of(key, value, {"int8"}, "\"int8\", which alone is built");
       if (key == "granularity") {
         granularity = one_of(key, value, {"per_thread", "per_warp"},
-                             "\"per_thread\" (the default; a scale for each row of Q) or \"per_warp\" (for 16)");
+                             R"("per_thread" (the default; a scale for each row of Q) or "per_warp" (for 16))");
       }
       if (key == "smooth_k") smooth_key = parse_bool(key, value);
       if (key == "smooth_v") smooth_value = parse_bool(key, value);
@@ -49,7 +49,7 @@ struct Options {
   }
 
   [[nodiscard]] kernels::cpu::SageOptions for_cpu() const {
-    require(!pv || *pv != "fp8", "pv", "\"fp8\"", "the CPU", "\"int8\" or \"fp16\"");
+    require(!pv || *pv != "fp8", "pv", "\"fp8\"", "the CPU", R"("int8" or "fp16")");
     require(!granularity || *granularity == "per_thread", "granularity", "\"per_warp\"", "the CPU", "\"per_thread\"");
     require(!smooth_value.value_or(false), "smooth_v", "true", "the CPU", "false");
     return {.wide_values = pv && *pv == "fp16"};

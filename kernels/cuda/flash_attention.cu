@@ -1,10 +1,11 @@
 // Chooses the kernel of a call.
 
+#include "kernels/cuda/flash_attention.hpp"
+
 #include <algorithm>
 #include <iterator>
 #include <vector>
 
-#include "kernels/cuda/flash_attention.hpp"
 #include "kernels/cuda/flash_layout.hpp"
 #include "kernels/cuda/flash_sm80.hpp"
 #include "kernels/cuda/flash_sm90.hpp"

@@ -1,7 +1,8 @@
 // Launches Hopper's exact kernel.
 
-#include "kernels/cuda/flash_layout.hpp"
 #include "kernels/cuda/flash_sm90.hpp"
+
+#include "kernels/cuda/flash_layout.hpp"
 #include "kernels/cuda/flash_sm90_impl.hpp"
 #include "kernels/cuda/flash_sm90_tiles.hpp"
 

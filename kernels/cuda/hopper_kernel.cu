@@ -2,6 +2,8 @@
 // description (a map) of each tensor, 0.1 µs of the driver's. Approach: each thread keeps the last ones, as allocators
 // give layers the same addresses again; they say nothing but where a tensor lies. Rejected: one store for all threads.
 
+#include "kernels/cuda/hopper_kernel.hpp"
+
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -10,7 +12,6 @@
 
 #include "kernels/cuda/check_impl.hpp"
 #include "kernels/cuda/flash_layout.hpp"
-#include "kernels/cuda/hopper_kernel.hpp"
 
 namespace ditattn::kernels::cuda {
 namespace {

@@ -1,8 +1,9 @@
 // Quantized attention: fills the images of Q, K and V and launches the kernel that reads them.
 
+#include "kernels/cuda/sage_attention.hpp"
+
 #include "kernels/cuda/flash_device.hpp"
 #include "kernels/cuda/launch_impl.hpp"
-#include "kernels/cuda/sage_attention.hpp"
 #include "kernels/cuda/sage_sm90.hpp"
 
 namespace ditattn::kernels::cuda {

@@ -1,7 +1,8 @@
 // Launches Hopper's quantized kernel.
 
-#include "kernels/cuda/flash_layout.hpp"
 #include "kernels/cuda/sage_sm90.hpp"
+
+#include "kernels/cuda/flash_layout.hpp"
 #include "kernels/cuda/sage_sm90_impl.hpp"
 #include "kernels/cuda/sage_sm90_tiles.hpp"
 
