@@ -33,11 +33,8 @@ struct FlashSm90Config {
   static constexpr int kMostSharedBytes = 227 * 1024;  // of a block
   static constexpr bool kOutputSlab = shared_bytes(2) <= kMostSharedBytes;
   static constexpr int kSharedBytes = shared_bytes(kOutputSlab ? 2 : 1);
-  // Of the 64 K registers of an SM, in multiples of 8 a thread; a block redistributes what it starts with.
-  static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kGroups > 3 ? 24 : kGroups < 3 ? 40 : 32;
-  static constexpr int kShare = (kThreads * kStartRegisters - 128 * kProducerRegisters) / (128 * kGroups) / 8 * 8;
-  static constexpr int kConsumerRegisters = kShare < 240 ? kShare : 240;
+  static constexpr int kProducerRegisters = WarpgroupRegisters<kGroups>::kProducer;
+  static constexpr int kConsumerRegisters = WarpgroupRegisters<kGroups>::kConsumer;
   static_assert(kKeys % 16 == 0);
   static_assert(kSharedBytes <= kMostSharedBytes);
 };

@@ -10,8 +10,8 @@
 #include <array>
 #include <stdexcept>
 
-#include "kernels/cuda/check_impl.hpp"
 #include "kernels/cuda/flash_layout.hpp"
+#include "kernels/cuda/launch_impl.hpp"
 
 namespace ditattn::kernels::cuda {
 namespace {
@@ -136,17 +136,9 @@ void find_output_maps(CUtensorMap (&maps)[2], const AttentionProblem& p) {
 void launch_hopper(const HopperKernel& kernel, bool masked, void* arguments, unsigned tiles, int multiprocessors,
                    std::atomic<std::uint64_t>& prepared, void* stream, const char* name) {
   prepare_flash(kernel.functions[masked], kernel.shared_bytes, 2 * kernel.place + (masked ? 1 : 0), prepared);
-  cudaLaunchAttribute overlaps{};
-  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(tiles, static_cast<unsigned>(multiprocessors)));
-  config.blockDim = dim3(static_cast<unsigned>(kernel.threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(kernel.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &overlaps;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelExC(&config, kernel.functions[masked], &arguments), name);
+  const OverlappingLaunch launch(std::min<std::int64_t>(tiles, multiprocessors), kernel.threads, kernel.shared_bytes,
+                                 stream);
+  check(cudaLaunchKernelExC(launch.config(), kernel.functions[masked], &arguments), name);
 }
 
 }  // namespace ditattn::kernels::cuda

@@ -7,6 +7,17 @@
 
 namespace ditattn::kernels::cuda {
 
+/// Registers of a thread of the producer's warpgroup and of `kGroups` others: of the 64 K of a multiprocessor, in
+/// multiples of 8; a block redistributes what it starts with.
+template <int kGroups>
+struct WarpgroupRegisters {
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kStart = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducer = kGroups > 3 ? 24 : kGroups < 3 ? 40 : 32;
+  static constexpr int kShare = (kThreads * kStart - 128 * kProducer) / (128 * kGroups) / 8 * 8;
+  static constexpr int kConsumer = kShare < 240 ? kShare : 240;
+};
+
 /// The tiles of one block of threads, one after the other, and what keys they go through; the launch before is waited
 /// for at the first. Where the longest come first, every second round goes backwards, which evens out the blocks' work.
 /// `Arguments` have a problem, its order of tiles, and `differs`: whether rows of a batch entry see different keys.

@@ -2,6 +2,8 @@
 
 /// What every unit's launchers share. Included by .cu files alone.
 
+#include <cstdint>
+
 #include "kernels/cuda/check_impl.hpp"
 #include "kernels/cuda/launch.hpp"
 
@@ -27,6 +29,28 @@ class OnDevice {
  private:
   int device_;
   int before_ = 0;
+};
+
+/// How a kernel is launched that may start under the end of the one before in its stream: it waits itself.
+class OverlappingLaunch {
+ public:
+  OverlappingLaunch(std::int64_t blocks, int threads, int shared_bytes, void* stream) {
+    overlaps_.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlaps_.val.programmaticStreamSerializationAllowed = 1;
+    config_.gridDim = dim3(static_cast<unsigned>(blocks));
+    config_.blockDim = dim3(static_cast<unsigned>(threads));
+    config_.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+    config_.stream = static_cast<cudaStream_t>(stream);
+    config_.attrs = &overlaps_;
+    config_.numAttrs = 1;
+  }
+  OverlappingLaunch(const OverlappingLaunch&) = delete;
+  OverlappingLaunch& operator=(const OverlappingLaunch&) = delete;
+  const cudaLaunchConfig_t* config() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute overlaps_{};
+  cudaLaunchConfig_t config_{};
 };
 
 }  // namespace ditattn::kernels::cuda

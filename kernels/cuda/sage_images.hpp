@@ -18,6 +18,9 @@ struct SageShape {
   int keys;      ///< of a block
 };
 
+/// Channels of Q's and K's rows for a kernel of so many.
+constexpr int sage_channels(int head) { return head <= 64 ? 64 : head <= 128 ? 128 : 256; }
+
 constexpr int kSageQueryRows = 64;  // of a tile of Q
 constexpr int kSageKeyGroups = 4;   // scales of a block of keys: key k has that of (k mod 8) / 2
 

@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/check_impl.hpp"
 #include "kernels/cuda/flash_layout.hpp"
+#include "kernels/cuda/launch_impl.hpp"
 #include "kernels/cuda/sage_quantize_impl.hpp"
 
 namespace ditattn::kernels::cuda {
@@ -17,25 +17,15 @@ namespace {
 constexpr int kMostChunks = 64;  // of a segment
 constexpr int kLeastChunk = 256;
 
-// A launch that may start under the end of the one before.
 template <class... Parameters, class... Given>
-void queue(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+void queue(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes, void* stream,
            const Given&... arguments) {
-  cudaLaunchAttribute overlaps{};
-  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &overlaps;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), "quantize_sage");
+  const OverlappingLaunch launch(blocks, threads, shared_bytes, stream);
+  check(cudaLaunchKernelEx(launch.config(), kernel, arguments...), "quantize_sage");
 }
 
 template <class T, int kLanes, bool kAligned>
-void quantize(const Arguments& a, cudaStream_t stream) {
+void quantize(const Arguments& a, void* stream) {
   const AttentionProblem& p = a.problem;
   const SageImages& images = a.images;
   const std::int64_t query_tiles = (images.query_tiles[0] + images.query_tiles[1]) * p.heads * p.batch;
@@ -58,7 +48,7 @@ void quantize(const Arguments& a, cudaStream_t stream) {
 }
 
 template <class T, bool kAligned>
-void quantize(const Arguments& a, cudaStream_t stream) {
+void quantize(const Arguments& a, void* stream) {
   switch (a.images.shape.channels) {
     case 64:
       return quantize<T, 8, kAligned>(a, stream);
@@ -70,7 +60,7 @@ void quantize(const Arguments& a, cudaStream_t stream) {
 }
 
 template <class T>
-void quantize(const Arguments& a, cudaStream_t stream) {
+void quantize(const Arguments& a, void* stream) {
   const auto aligned = [](const void* data, const Extents& extents, const Strides& strides) {
     return extents.tokens == 0 || (is_aligned(data) && has_aligned_strides(extents, strides));
   };
@@ -120,12 +110,9 @@ SageImages place_sage_images(const AttentionProblem& p, const SageShape& shape, 
 void quantize_sage(const AttentionProblem& problem, const SageQuantization& quantization, const SageImages& images,
                    const Launch& launch) {
   const Arguments arguments{.problem = problem, .quantization = quantization, .images = images};
-  const auto stream = static_cast<cudaStream_t>(launch.stream);
-  if (problem.ranges != nullptr) {
-    queue(find_seen, problem.batch, 256, 0, stream, arguments);
-  }
-  if (problem.type == ElementType::bfloat16) return quantize<__nv_bfloat16>(arguments, stream);
-  quantize<__half>(arguments, stream);
+  if (problem.ranges != nullptr) queue(find_seen, problem.batch, 256, 0, launch.stream, arguments);
+  if (problem.type == ElementType::bfloat16) return quantize<__nv_bfloat16>(arguments, launch.stream);
+  quantize<__half>(arguments, launch.stream);
 }
 
 }  // namespace ditattn::kernels::cuda

@@ -14,7 +14,7 @@ const HopperKernel* choose_sage_sm90(const AttentionProblem& problem, int multip
 
 SageShape shape_of(const HopperKernel& kernel) {
   const int head = kernel.tile.head_size;
-  return {.head = head, .channels = head <= 64 ? 64 : head <= 128 ? 128 : 256, .keys = kernel.tile.keys};
+  return {.head = head, .channels = sage_channels(head), .keys = kernel.tile.keys};
 }
 
 void launch_sage_sm90(const HopperKernel& kernel, const AttentionProblem& p, const SageImages& images, bool smooth_key,

@@ -4,7 +4,7 @@
 /// alone.
 
 #include "kernels/cuda/flash_softmax_impl.hpp"
-#include "kernels/cuda/hopper_impl.hpp"
+#include "kernels/cuda/hopper_pipeline_impl.hpp"
 #include "kernels/cuda/sage_images.hpp"
 
 namespace ditattn::kernels::cuda {
@@ -14,7 +14,7 @@ template <class Element, int kHeadSize, int kGroups, int kBlockKeys, int kDepth>
 struct SageSm90Config {
   using T = Element;
   static constexpr int kHead = kHeadSize;
-  static constexpr int kChannels = kHead <= 64 ? 64 : kHead <= 128 ? 128 : 256;  // of rows of Q and K, zeros at the end
+  static constexpr int kChannels = sage_channels(kHead);  // of rows of Q and K, zeros at the end
   static constexpr int kWarpgroups = kGroups;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kKeys = kBlockKeys;
@@ -34,11 +34,8 @@ struct SageSm90Config {
   static constexpr int kFlushBlocks = 1024 / kKeys;  // whose products are added up by tensor cores alone
   static constexpr int kSharedBytes = kGroups * (kQueryBytes + kOutputBytes + kScaleBytes) +
                                       kStages * (kKeyBytes + kValueBytes + 4 * kSageKeyGroups) + 8 * kBarriers;
-  // Of the 64 K registers of an SM, in multiples of 8 a thread; a block redistributes what it starts with.
-  static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kGroups > 3 ? 24 : kGroups < 3 ? 40 : 32;
-  static constexpr int kShare = (kThreads * kStartRegisters - 128 * kProducerRegisters) / (128 * kGroups) / 8 * 8;
-  static constexpr int kConsumerRegisters = kShare < 240 ? kShare : 240;
+  static constexpr int kProducerRegisters = WarpgroupRegisters<kGroups>::kProducer;
+  static constexpr int kConsumerRegisters = WarpgroupRegisters<kGroups>::kConsumer;
   static_assert(kHead % 16 == 0);
   static_assert(kKeys % kSagePanelKeys == 0 && kKeys <= 128);
   static_assert(kSharedBytes <= 227 * 1024);
@@ -55,7 +52,7 @@ struct SageSm90Arguments {
 };
 
 /// e4m3 has 448 at most. Sums of products start at the bits of 1.5 · 2²³: as whole numbers below 2²², they are then, as
-/// floats, that much above their value, without a conversion, which would take longer than the exponential.
+/// floats, that much above their value, without a conversion, which took a fifth of the kernel's time.
 struct ByteLimits {
   static constexpr float kSlack = 8;
   static constexpr float kTop = 4;

@@ -27,13 +27,13 @@ inline Tensor random_tensor(std::initializer_list<std::int64_t> shape, DLDataTyp
   return tensor;
 }
 
-/// Of two float16 tensors with the same strides, on the host: ‖got − expected‖ / ‖expected‖.
+/// Of two tensors of a dtype with the same strides, on the host: ‖got − expected‖ / ‖expected‖.
 inline double relative_error(const Tensor& got, const Tensor& expected) {
   double difference = 0;
   double norm = 0;
   for (std::int64_t i = 0; i < expected.numel(); ++i) {
-    const double e = load_element(expected.data_ptr(), i, kFloat16);
-    difference += std::pow(load_element(got.data_ptr(), i, kFloat16) - e, 2);
+    const double e = load_element(expected.data_ptr(), i, expected.dtype());
+    difference += std::pow(load_element(got.data_ptr(), i, got.dtype()) - e, 2);
     norm += e * e;
   }
   return std::sqrt(difference / norm);

@@ -24,6 +24,7 @@ namespace {
 using Enum = DiffusionAttentionBackendEnum;
 using testing::kGpu;
 using testing::random_tensor;
+using testing::relative_error;
 using testing::same_bytes;
 using Row = std::vector<double>;
 
@@ -222,7 +223,7 @@ TEST_P(CudaSageArithmetic, IsThatOfTheReference) {
   fmt::print("head size {}: relative L2 {:.2e}, LSE {:.1e}\n", size, error, lse_error);
   // Tensor cores add e4m3 products up to about 14 bits; the output is rounded to its dtype.
   EXPECT_LT(error, dtype == kFloat16 ? 2e-3 : 4e-3);
-  EXPECT_LT(lse_error, 1e-3);  // a number of K that float32's mean makes fall the other way
+  EXPECT_LT(lse_error, 5e-4);  // a number of K that float32's mean makes fall the other way
 }
 
 std::string arithmetic_name(const ::testing::TestParamInfo<CudaSageArithmetic::ParamType>& info) {
@@ -234,18 +235,6 @@ INSTANTIATE_TEST_SUITE_P(, CudaSageArithmetic,
                          ::testing::Combine(::testing::Values(40, 64, 72, 96, 128, 160, 256),
                                             ::testing::Values(kFloat16, kBFloat16), ::testing::Values(0, 1, 2, 3)),
                          arithmetic_name);
-
-// ‖a − b‖ / ‖b‖ of bfloat16 on the host.
-double distance(const Tensor& a, const Tensor& b) {
-  double difference = 0;
-  double norm = 0;
-  for (std::int64_t i = 0; i < a.numel(); ++i) {
-    const double x = load_element(b.data_ptr(), i, kBFloat16);
-    difference += std::pow(load_element(a.data_ptr(), i, kBFloat16) - x, 2);
-    norm += x * x;
-  }
-  return std::sqrt(difference / norm);
-}
 
 Tensor forward(Enum member, const Tensor& query, const Tensor& key, const Tensor& value,
                const BackendKwargs& kwargs = {}) {
@@ -265,7 +254,7 @@ TEST_F(CudaSage, ErrorIsWithinItsBounds) {
         store_element(key.data_ptr(), i, kBFloat16, load_element(key.data_ptr(), i, kBFloat16) + offset);
       }
       const double error =
-          distance(forward(Enum::SAGE_ATTN, query, key, value), forward(Enum::FLASH_ATTN, query, key, value));
+          relative_error(forward(Enum::SAGE_ATTN, query, key, value), forward(Enum::FLASH_ATTN, query, key, value));
       fmt::print("head size {}, offset {}: relative L2 {:.4f}\n", size, offset, error);
       EXPECT_LT(error, offset == 0 ? 4e-2 : 5e-2) << "head size " << size;
       EXPECT_GT(error, 1e-2) << "nothing was quantized";
@@ -288,7 +277,6 @@ TEST_F(CudaSage, OptionsOfTheCpuAreRefused) {
   }
 }
 
-// 16 heads of 10 and 12 batch entries: tiles of all heights, alone of the smallest.
 TEST_F(CudaSage, BitsDependOnNeitherTheRunNorTheBatch) {
   for (const std::int64_t size : {64, 96, 128, 256}) {
     const std::int64_t batch = 10;
