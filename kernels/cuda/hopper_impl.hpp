@@ -41,6 +41,20 @@ __device__ __forceinline__ void wait(Address barrier, int parity) {
       : "memory");
 }
 
+/// Clusters of blocks of threads, all of which arrive and wait: what was written before is seen after.
+__device__ __forceinline__ void arrive_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+/// Where a block of the cluster has what stands here in this one's shared memory.
+template <class T>
+__device__ __forceinline__ const T* of_rank(const T* shared, unsigned rank) {
+  std::uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(shared), "r"(rank));
+  return reinterpret_cast<const T*>(address);
+}
+
 /// A box of a (channel, token, head, batch) tensor to shared memory; positions outside it become zeros.
 __device__ __forceinline__ void copy_box(Address to, const CUtensorMap* map, Address barrier, int channel, int token,
                                          int head, int batch) {

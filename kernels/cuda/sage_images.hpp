@@ -30,8 +30,6 @@ struct SageImages {
   SageShape shape{};
   int query_tiles[2] = {};  ///< of a segment
   int key_blocks[2] = {};
-  int chunk_keys = 0;  ///< keys are added up in chunks, the first segment's, then the second's
-  int chunks[2] = {};
 
   std::int8_t* query = nullptr;       ///< 64 rows: tiles of (64, channels)
   float* query_scale = nullptr;       ///< [64] of a tile: softmax scale · log₂e in it
@@ -42,9 +40,6 @@ struct SageImages {
   float* value_scale = nullptr;       ///< [channels] of a head
   float* value_mean = nullptr;        ///< [channels] of a head: zeros where V is not smoothed
   float* key_mean = nullptr;          ///< [channels] of a head: zeros where K is not smoothed
-  float* key_sums = nullptr;          ///< [channels] of a chunk
-  int* key_counts = nullptr;          ///< of a chunk
-  float* value_sums = nullptr;        ///< [3, channels] of a chunk: sums, maxima, minima
   std::int64_t* seen = nullptr;       ///< [batch, 2]: what some row sees, lengths aside, where ranges say it
   std::int64_t bytes = 0;             ///< of all
 };

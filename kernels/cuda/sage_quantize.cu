@@ -1,12 +1,15 @@
 // Q, K and V to 8 bits. Background: K's means and V's largest numbers are over all keys, so K and V are read twice, Q
-// once. Approach: a launch that adds up chunks of K and V, one that quantizes Q while some of its blocks add up the
-// chunks, and one that quantizes K and V; sums in a fixed order that follows from the lengths. Rejected: atomic sums,
-// which differ from run to run; chunks added up by each block of keys, which waits for them longer than for its keys.
+// once. Approach: one launch; a cluster of blocks of threads has K or V of a head, adds it up, and quantizes it when all
+// of them have; those that have Q fill what they leave. Sums are of stretches of keys, in an order that follows from the
+// lengths alone. Rejected: atomic sums, which differ from run to run; three launches, for sums, sums of those, and
+// numbers, which leave the device idle between them; Q in a launch beside (4 to 10 % slower).
 
 #include "kernels/cuda/sage_quantize.hpp"
 
 #include <algorithm>
+#include <bit>
 
+#include "kernels/cuda/flash_device.hpp"
 #include "kernels/cuda/flash_layout.hpp"
 #include "kernels/cuda/launch_impl.hpp"
 #include "kernels/cuda/sage_quantize_impl.hpp"
@@ -14,78 +17,68 @@
 namespace ditattn::kernels::cuda {
 namespace {
 
-constexpr int kMostChunks = 64;  // of a segment
-constexpr int kLeastChunk = 256;
+constexpr int kMostRanks = 8;  // of a cluster, on any GPU
 
-template <class... Parameters, class... Given>
-void queue(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes, void* stream,
-           const Given&... arguments) {
-  const OverlappingLaunch launch(blocks, threads, shared_bytes, stream);
-  check(cudaLaunchKernelEx(launch.config(), kernel, arguments...), "quantize_sage");
+void queue(void (*kernel)(Arguments), const OverlappingLaunch& launch, const Arguments& arguments) {
+  check(cudaLaunchKernelEx(launch.config(), kernel, arguments), "quantize_sage");
 }
 
-template <class T, int kLanes, bool kAligned>
-void quantize(const Arguments& a, void* stream) {
+template <class T, int kLanes, int kKeys, bool kAligned>
+void quantize(Arguments a, int multiprocessors, void* stream) {
   const AttentionProblem& p = a.problem;
   const SageImages& images = a.images;
-  const std::int64_t query_tiles = (images.query_tiles[0] + images.query_tiles[1]) * p.heads * p.batch;
-  const std::int64_t chunks = (images.chunks[0] + images.chunks[1]) * p.kv_heads * p.batch;
-  const std::int64_t blocks = (images.key_blocks[0] + images.key_blocks[1]) * p.kv_heads * p.batch;
-  if (std::max({query_tiles + p.kv_heads * p.batch, 2 * chunks, 2 * blocks}) > kFlashMostTokens) {
+  const std::int64_t key_blocks = images.key_blocks[0] + images.key_blocks[1];
+  const std::int64_t heads = key_blocks == 0 ? 0 : p.kv_heads * p.batch;
+  a.heads = static_cast<unsigned>(heads);
+  a.stretches = a.ranks = static_cast<unsigned>(std::bit_floor(std::clamp<std::uint64_t>(key_blocks, 1, kMostRanks)));
+  // Where those of K and V would fill the device, Q's find no place among them: half as many do better.
+  const std::int64_t places = std::int64_t{multiprocessors} * kBlocksAtOnce<kLanes, kKeys>;
+  if (a.ranks == kMostRanks && 2 * heads * a.ranks * 10 > 9 * places) a.ranks /= kMostStretches;
+  constexpr int threads = kBlockThreads<kLanes>;
+  constexpr int shared_bytes = threads / 2 * kLanes * static_cast<int>(sizeof(Eight<T>));  // 16 tokens a warp
+  const std::int64_t tiles = (images.query_tiles[0] + images.query_tiles[1]) * p.heads * p.batch;
+  const std::int64_t clusters = 2 * heads + divide_up(tiles, threads / kThreads * std::int64_t{a.ranks});
+  if (clusters * a.ranks > kFlashMostTokens) {
     throw std::runtime_error("sage_attention: more tiles than a launch takes. Split the batch.");
   }
-  if (chunks != 0) {
-    queue(add_up_chunks<T, kLanes, kAligned>, 2 * chunks, kThreads, 0, stream, a, static_cast<unsigned>(chunks));
-  }
-  const std::int64_t heads = p.kv_heads * p.batch;
-  queue(quantize_queries<T, kLanes, kAligned>, heads + query_tiles, kThreads, 0, stream, a,
-        static_cast<unsigned>(heads));
-  if (blocks == 0) return;
-  queue(quantize_keys<T, kLanes, kAligned>, 2 * blocks, images.shape.keys / kWarpRows * 32,
-        images.shape.keys * kLanes * static_cast<int>(sizeof(Eight<T>)), stream, a, static_cast<unsigned>(blocks));
-  if (p.lse == nullptr || !a.quantization.smooth_key) return;
-  queue(offset_lse<T>, divide_up(p.batch * p.heads * p.rows, kWarps), kThreads, 0, stream, a);
+  queue(quantize_all<T, kLanes, kKeys, kAligned>, {clusters * a.ranks, threads, shared_bytes, stream, a.ranks}, a);
+  if (p.lse == nullptr || !a.quantization.smooth_key || heads == 0) return;
+  queue(offset_lse<T>, {divide_up(p.batch * p.heads * p.rows, kThreads / 32), kThreads, 0, stream}, a);
 }
 
 template <class T, bool kAligned>
-void quantize(const Arguments& a, void* stream) {
-  switch (a.images.shape.channels) {
-    case 64:
-      return quantize<T, 8, kAligned>(a, stream);
-    case 128:
-      return quantize<T, 16, kAligned>(a, stream);
-    case 256:
-      return quantize<T, 32, kAligned>(a, stream);
-  }
+void quantize(const Arguments& a, int multiprocessors, void* stream) {
+  const auto is = [&](int channels, int keys) {
+    return a.images.shape.channels == channels && a.images.shape.keys == keys;
+  };
+  if (is(64, 128)) return quantize<T, 8, 128, kAligned>(a, multiprocessors, stream);
+  if (is(128, 128)) return quantize<T, 16, 128, kAligned>(a, multiprocessors, stream);
+  if (is(128, 64)) return quantize<T, 16, 64, kAligned>(a, multiprocessors, stream);
+  if (is(256, 64)) return quantize<T, 32, 64, kAligned>(a, multiprocessors, stream);
+  throw std::logic_error("quantize_sage: a kernel's blocks are of another size than any here.");
 }
 
 template <class T>
-void quantize(const Arguments& a, void* stream) {
+void quantize(const Arguments& a, int multiprocessors, void* stream) {
   const auto aligned = [](const void* data, const Extents& extents, const Strides& strides) {
     return extents.tokens == 0 || (is_aligned(data) && has_aligned_strides(extents, strides));
   };
-  if (a.problem.head_size % 8 == 0 && all_inputs(a.problem, aligned)) return quantize<T, true>(a, stream);
-  quantize<T, false>(a, stream);
+  if (a.problem.head_size % 8 == 0 && all_inputs(a.problem, aligned)) return quantize<T, true>(a, multiprocessors, stream);
+  quantize<T, false>(a, multiprocessors, stream);
 }
 
 }  // namespace
 
 SageImages place_sage_images(const AttentionProblem& p, const SageShape& shape, char* memory) {
   SageImages images{.shape = shape};
-  std::int64_t chunk = kLeastChunk;
-  for (int i = 0; i < p.num_key_segments; ++i)
-    chunk = std::max(chunk, divide_up(divide_up(p.key_segments[i].keys, kMostChunks), 128) * 128);
-  images.chunk_keys = static_cast<int>(chunk);
   for (int i = 0; i < p.num_queries; ++i)
     images.query_tiles[i] = static_cast<int>(divide_up(rows_of(p, i), kSageQueryRows));
   for (int i = 0; i < p.num_key_segments; ++i) {
     images.key_blocks[i] = static_cast<int>(divide_up(p.key_segments[i].keys, shape.keys));
-    images.chunks[i] = static_cast<int>(divide_up(p.key_segments[i].keys, chunk));
   }
   const std::int64_t tiles = (images.query_tiles[0] + images.query_tiles[1]) * p.heads * p.batch;
   const std::int64_t kv = p.kv_heads * p.batch;
   const std::int64_t blocks = (images.key_blocks[0] + images.key_blocks[1]) * kv;
-  const std::int64_t chunks = (images.chunks[0] + images.chunks[1]) * kv;
   const auto place = [&]<class E>(E*& part, std::int64_t count) {
     part = memory == nullptr ? nullptr : reinterpret_cast<E*>(memory + images.bytes);
     images.bytes += divide_up(count * static_cast<std::int64_t>(sizeof(E)), 1024) * 1024;
@@ -100,9 +93,6 @@ SageImages place_sage_images(const AttentionProblem& p, const SageShape& shape, 
   place(images.value_scale, kv * shape.channels);
   place(images.value_mean, kv * shape.channels);
   place(images.key_mean, kv * shape.channels);
-  place(images.key_sums, chunks * shape.channels);
-  place(images.key_counts, chunks);
-  place(images.value_sums, chunks * 3 * shape.channels);
   place(images.seen, p.ranges != nullptr ? 2 * p.batch : 0);
   return images;
 }
@@ -110,9 +100,10 @@ SageImages place_sage_images(const AttentionProblem& p, const SageShape& shape, 
 void quantize_sage(const AttentionProblem& problem, const SageQuantization& quantization, const SageImages& images,
                    const Launch& launch) {
   const Arguments arguments{.problem = problem, .quantization = quantization, .images = images};
-  if (problem.ranges != nullptr) queue(find_seen, problem.batch, 256, 0, launch.stream, arguments);
-  if (problem.type == ElementType::bfloat16) return quantize<__nv_bfloat16>(arguments, launch.stream);
-  quantize<__half>(arguments, launch.stream);
+  if (problem.ranges != nullptr) queue(find_seen, {problem.batch, 256, 0, launch.stream}, arguments);
+  const int multiprocessors = flash_device(launch.device).multiprocessors;
+  if (problem.type == ElementType::bfloat16) return quantize<__nv_bfloat16>(arguments, multiprocessors, launch.stream);
+  quantize<__half>(arguments, multiprocessors, launch.stream);
 }
 
 }  // namespace ditattn::kernels::cuda

@@ -12,9 +12,8 @@ struct SageQuantization {
   bool smooth_value = true;  ///< V less its channels' means, which the output gets back
 };
 
-/// Fills `images` and, where the log-sum-exp is wanted and K is smoothed, problem.lse with scale · Q · mean, in two to
-/// four launches in order. Keys that no row sees
-/// take no part; numbers that cannot be scaled, as they are not finite, make their scales NaN.
+/// Fills `images` and, where the log-sum-exp is wanted and K is smoothed, problem.lse with scale · Q · mean, in one
+/// to three launches in order. Keys that no row sees take no part; numbers that cannot be scaled, as they are not finite, make their scales NaN.
 /// Throws std::runtime_error with CUDA's reason.
 ///
 /// Q: whole numbers to ±127 and a scale per row, scale · log₂e · x = number · scale, where scales are not negative; K

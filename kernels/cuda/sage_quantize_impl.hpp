@@ -2,152 +2,35 @@
 
 /// The kernels of sage_quantize.cu, which alone includes this.
 
-#include <cuda_fp8.h>
+#include <type_traits>
 
-#include "kernels/cuda/flash_tile_impl.hpp"
 #include "kernels/cuda/hopper_impl.hpp"
+#include "kernels/cuda/sage_numbers_impl.hpp"
 #include "kernels/cuda/sage_quantize.hpp"
 
 namespace ditattn::kernels::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
-constexpr int kWarpRows = 16;
-constexpr int kMostThreads = 256;  // of a block of 128 keys
-constexpr float kMostByte = 127;
-constexpr float kMostFp8 = 448;
-constexpr float kLeast = 2e-36F;  // below, and above the next, 1 / x cannot be had: such rows are left to exact steps
-constexpr float kMost = 8e37F;
+constexpr int kThreads = 128;  // of a tile of Q
+// Of a block of threads: each has eight pieces of Q, K or V in registers, or 16.
+template <int kLanes>
+constexpr int kBlockThreads = kLanes == 32 ? 128 : 256;
+
+constexpr int kMostStretches = 2;  // of a rank
+
+// How many blocks of threads a multiprocessor has at a time, as measured to be best: of registers against how much is
+// under way.
+template <int kLanes, int kKeys>
+constexpr int kBlocksAtOnce = kLanes == 8 ? 4 : kLanes == 16 && kKeys == 64 ? 2 : 3;
 
 struct Arguments {
   AttentionProblem problem;
   SageQuantization quantization;
   SageImages images;
+  unsigned heads;  // of K, then as many of V; the blocks after theirs have Q
+  unsigned stretches;  // of keys, whose sums are added up in order: by the lengths alone
+  unsigned ranks;      // blocks of threads that have K or V of a head together, one stretch or two each
 };
-
-// Item `index` of those of all heads: heads are the fastest, as tokens lie in memory, where neighbours are read
-// together.
-struct OfHead {
-  int batch;
-  int head;
-  int item;
-  std::size_t head_index;
-  std::size_t place;  // in the images, where a head's items lie together
-
-  __device__ OfHead(unsigned index, std::int64_t all_heads, int items) {
-    const auto heads = static_cast<unsigned>(all_heads);
-    const unsigned row = index / heads;
-    head = static_cast<int>(index - row * heads);
-    batch = static_cast<int>(row / items);
-    item = static_cast<int>(row) - batch * items;
-    head_index = static_cast<std::size_t>(batch) * heads + head;
-    place = head_index * items + item;
-  }
-};
-
-// Eight channels of a token.
-template <class T>
-struct alignas(16) Eight {
-  T x[8];
-};
-
-template <class T, bool kAligned>
-__device__ Eight<T> load_eight(const T* row, int channel, int head_size) {
-  if constexpr (kAligned) {
-    return *reinterpret_cast<const Eight<T>*>(row + channel);
-  } else {
-    Eight<T> eight{};
-    for (int i = 0; i < 8 && channel + i < head_size; ++i) eight.x[i] = row[channel + i];
-    return eight;
-  }
-}
-
-// A warp's 16 of a tile's tokens: `kLanes` neighbouring threads have one, eight channels each. Tokens outside [begin,
-// end) are the nearest of those, channels past the tensor's the first: no product sees them.
-template <class T, int kLanes, bool kAligned>
-struct WarpTokens {
-  static constexpr int kCount = kLanes / 2;  // of a thread
-  Eight<T> eights[kCount];
-  bool has_channels;
-
-  __device__ static int lane() { return static_cast<int>(threadIdx.x % kLanes); }
-  __device__ static int token(int i) {
-    return kWarpRows * static_cast<int>(threadIdx.x / 32) + 32 / kLanes * i +
-           static_cast<int>(threadIdx.x % 32) / kLanes;
-  }
-
-  __device__ WarpTokens(const T* data, std::int64_t stride, int first, int begin, int end, int head_size)
-      : has_channels(8 * lane() < head_size) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int at = min(max(first + token(i), begin), end - 1);
-      eights[i] = load_eight<T, kAligned>(data + at * stride, has_channels ? 8 * lane() : 0, head_size);
-    }
-  }
-};
-
-// The larger size; NaN if one is.
-__device__ float larger(float largest, float x) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(largest), "f"(fabsf(x)));
-  return y;
-}
-
-// Two numbers of 16 bits in the order of their sizes, NaN the largest.
-__device__ std::uint32_t size_of(std::uint32_t pair) { return pair & 0x7FFF7FFF; }
-
-template <class T>
-__device__ std::uint32_t sizes_of(const Eight<T>& eight) {
-  const auto& words = reinterpret_cast<const uint4&>(eight);
-  return __vmaxu2(__vmaxu2(size_of(words.x), size_of(words.y)), __vmaxu2(size_of(words.z), size_of(words.w)));
-}
-
-// The largest of `kLanes` neighbouring threads.
-template <int kLanes>
-__device__ std::uint32_t largest_of_lanes(std::uint32_t sizes) {
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    sizes = __vmaxu2(sizes, __shfl_xor_sync(kWarp, sizes, distance));
-  }
-  return sizes;
-}
-template <int kLanes>
-__device__ float largest_of_lanes(float largest) {
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    largest = larger(largest, __shfl_xor_sync(kWarp, largest, distance));
-  }
-  return largest;
-}
-
-template <class T>
-__device__ float to_number(std::uint32_t sizes) {
-  const auto bits = static_cast<std::uint16_t>(__vmaxu2(sizes, sizes >> 16));
-  return widen(reinterpret_cast<const T&>(bits));
-}
-
-// What numbers of this size are multiplied with, for the largest to become `most`; 0 where that cannot be.
-__device__ float inverse_of(float largest, float most) {
-  return largest > kLeast && largest < kMost ? most * __frcp_rn(largest) : 0;
-}
-// And by what they get their size again: NaN, which makes rows be computed again, where they cannot.
-__device__ float scale_of(float largest, float most) {
-  return largest == 0 || (largest > kLeast && largest < kMost) ? largest * (1 / most) : NAN;
-}
-
-// Whole numbers nearest to eight, as bytes: what is added moves them to the lowest bits.
-template <class Number>
-__device__ uint2 to_bytes(const Number& number) {
-  constexpr float kMove = 12582912;  // 1.5 · 2²³
-  std::uint32_t x[8];
-#pragma unroll
-  for (int c = 0; c < 8; ++c) x[c] = __float_as_uint(number(c) + kMove);
-  const auto join = [&](int c) {
-    return __byte_perm(__byte_perm(x[c], x[c + 1], 0x0040), __byte_perm(x[c + 2], x[c + 3], 0x0040), 0x5410);
-  };
-  return make_uint2(join(0), join(4));
-}
 
 // Keys of a segment that some row of a batch entry sees.
 __device__ int2 seen_keys(const Arguments& a, int s, int batch) {
@@ -202,315 +85,449 @@ __global__ void find_seen(const __grid_constant__ Arguments a) {
     a.images.seen[2 * blockIdx.x + threadIdx.x] = static_cast<std::int64_t>(min(ends[threadIdx.x], 1ULL << 62));
 }
 
+// 64 rows of Q.
 template <class T, int kLanes, bool kAligned>
 __device__ void quantize_query(const Arguments& a, unsigned index) {
   using Tokens = WarpTokens<T, kLanes, kAligned>;
   constexpr int kChannels = 8 * kLanes;
   const AttentionProblem& p = a.problem;
-  const OfHead of(index, p.heads, a.images.query_tiles[0] + a.images.query_tiles[1]);
-  const int s = of.item >= a.images.query_tiles[0] ? 1 : 0;
-  const int first_row = kSageQueryRows * (of.item - (s == 1 ? a.images.query_tiles[0] : 0));
+  const int tiles = a.images.query_tiles[0] + a.images.query_tiles[1];
+  // Heads are the fastest, as tokens lie in memory, where neighbours are read together.
+  const auto heads = static_cast<unsigned>(p.heads);
+  const unsigned row_of_heads = index / heads;
+  const int batch = static_cast<int>(row_of_heads / tiles);
+  if (batch >= p.batch) return;
+  const int head = static_cast<int>(index % heads);
+  const int tile = static_cast<int>(row_of_heads % tiles);
+  const std::size_t place = (static_cast<std::size_t>(batch) * p.heads + head) * tiles + tile;
+  const int s = tile >= a.images.query_tiles[0] ? 1 : 0;
+  const int first_row = kSageQueryRows * (tile - (s == 1 ? a.images.query_tiles[0] : 0));
   const QuerySegment& segment = p.queries[s];
   const T* data =
-      static_cast<const T*>(segment.data) + of.batch * segment.strides.batch + of.head * segment.strides.head;
-  const Tokens tokens(data, segment.strides.token, first_row, 0, static_cast<int>(rows_of(p, s)),
-                      static_cast<int>(p.head_size));
-  std::uint32_t sizes[Tokens::kCount];
+      static_cast<const T*>(segment.data) + batch * segment.strides.batch + head * segment.strides.head;
+  const int group = static_cast<int>(threadIdx.x) / kThreads;  // tokens are counted from the first of the block
+  const Tokens tokens(data, segment.strides.token, first_row - kSageQueryRows * group, 0,
+                      static_cast<int>(rows_of(p, s)), static_cast<int>(p.head_size));
+  // One of the threads that have a row finds its scale for all.
+  std::uint32_t size = 0;
   std::uint32_t most = 0;
 #pragma unroll
   for (int i = 0; i < Tokens::kCount; ++i) {
-    sizes[i] = largest_of_lanes<kLanes>(tokens.has_channels ? sizes_of(tokens.eights[i]) : 0);
-    most = __vmaxu2(most, sizes[i]);
+    const std::uint32_t of_row = largest_of_lanes<kLanes>(tokens.has_channels ? sizes_of(tokens.eights[i]) : 0);
+    if (Tokens::lane() == i) size = of_row;
+    most = __vmaxu2(most, of_row);
   }
-  if (!a.quantization.per_thread) most = largest_of_lanes<32>(most);
-  std::int8_t* image = a.images.query + of.place * kSageQueryRows * kChannels;
+  if (!a.quantization.per_thread) size = largest_of_lanes<32>(most);
+  const float largest = to_number<T>(size);
+  const float inverse = copysignf(inverse_of(largest, kMostByte), p.scale);
+  if (Tokens::lane() < Tokens::kCount) {
+    a.images.query_scale[place * kSageQueryRows + Tokens::token(Tokens::lane()) % kSageQueryRows] =
+        scale_of(largest, kMostByte) * fabsf(p.scale) * kLog2E;
+  }
+  std::int8_t* image = a.images.query + place * kSageQueryRows * kChannels;
 #pragma unroll
   for (int i = 0; i < Tokens::kCount; ++i) {
-    const float largest = to_number<T>(a.quantization.per_thread ? sizes[i] : most);
-    const float inverse = tokens.has_channels ? copysignf(inverse_of(largest, kMostByte), p.scale) : 0;
-    const int row = Tokens::token(i);
+    const float of_row = __shfl_sync(kWarp, inverse, i, kLanes);
+    const float factor = tokens.has_channels ? of_row : 0;
+    const int row = Tokens::token(i) % kSageQueryRows;
     *reinterpret_cast<uint2*>(image + sage_place(kSageQueryRows, sage_row_bytes(kChannels), row, 8 * Tokens::lane())) =
-        to_bytes([&](int c) { return widen(tokens.eights[i].x[c]) * inverse; });
-    if (Tokens::lane() != 0) continue;
-    a.images.query_scale[of.place * kSageQueryRows + row] = scale_of(largest, kMostByte) * fabsf(p.scale) * kLog2E;
+        to_bytes([&](int c) { return widen(tokens.eights[i].x[c]) * factor; });
   }
 }
 
-// Sums over a chunk of keys: of K, or of V with the largest and least.
-template <class T, int kLanes, bool kAligned, bool kExtremes>
-__device__ void add_up(const Arguments& a, unsigned index) {
-  constexpr int kChannels = 8 * kLanes;
-  constexpr int kAtOnce = kThreads / kLanes;
-  constexpr int kKinds = kExtremes ? 3 : 1;
-  __shared__ float shared[kKinds][kAtOnce][kChannels];
-  const AttentionProblem& p = a.problem;
-  const OfHead of(index, p.kv_heads, a.images.chunks[0] + a.images.chunks[1]);
-  const int s = of.item >= a.images.chunks[0] ? 1 : 0;
-  const KeySegment& segment = p.key_segments[s];
-  const Strides& strides = kExtremes ? segment.value_strides : segment.key_strides;
-  const T* data = static_cast<const T*>(kExtremes ? segment.value : segment.key) + of.batch * strides.batch +
-                  of.head * strides.head;
-  const int2 seen = seen_keys(a, s, of.batch);
-  const int first = a.images.chunk_keys * (of.item - (s == 1 ? a.images.chunks[0] : 0));
-  const int begin = max(first, seen.x);
-  const int end = min(first + a.images.chunk_keys, seen.y);
-  const int lane = static_cast<int>(threadIdx.x % kLanes);
-  const int group = static_cast<int>(threadIdx.x / kLanes);
-  const bool has_channels = 8 * lane < p.head_size;  // else they are the first ones
+// What a rank has of K or V of a head: a stretch of its blocks of keys, or two.
+struct Part {
+  int batch;
+  int head;
+  std::size_t head_index;
+  int first_stretch;
+  int stretches;
+  int first;  // block
+  int last;   // past it
 
-  float sum[8] = {};
-  float high[8];
-  float low[8];
-#pragma unroll
-  for (int c = 0; c < 8; ++c) high[c] = -INFINITY, low[c] = INFINITY;
-  // Keys by their place in the chunk: their order is the same whatever is seen.
-  const int skipped = max(begin - first - group + kAtOnce - 1, 0) / kAtOnce;
-  const KeyMask mask(segment, of.batch);
-  int count = 0;
-  const auto add = [&](int key) {
-    const Eight<T> eight =
-        load_eight<T, kAligned>(data + key * strides.token, has_channels ? 8 * lane : 0, static_cast<int>(p.head_size));
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      const float x = widen(eight.x[c]);
-      sum[c] += x;
-      if constexpr (kExtremes) high[c] = fmaxf(high[c], x), low[c] = fminf(low[c], x);
-    }
-    ++count;
-  };
-  const int start = first + group + skipped * kAtOnce;
-  if (mask.exists()) {
-    for (int key = start; key < end; key += kAtOnce) {
-      if (!mask.hides(key)) add(key);
-    }
-  } else {
-#pragma unroll 8
-    for (int key = start; key < end; key += kAtOnce) add(key);
-  }
-  if constexpr (!kExtremes) {
-    __shared__ int counts;
-    if (threadIdx.x == 0) counts = 0;
-    __syncthreads();
-    if (lane == 0) atomicAdd(&counts, count);
-    __syncthreads();
-    if (threadIdx.x == 0) a.images.key_counts[of.place] = counts;
-  }
-#pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    shared[0][group][8 * lane + c] = sum[c];
-    if constexpr (kExtremes) shared[1][group][8 * lane + c] = high[c], shared[2][group][8 * lane + c] = low[c];
-  }
-  __syncthreads();
-  float* sums = (kExtremes ? a.images.value_sums : a.images.key_sums) + of.place * kKinds * kChannels;
-  for (int c = static_cast<int>(threadIdx.x); c < kChannels; c += kThreads) {
-    float total = 0;
-    float highest = -INFINITY;
-    float lowest = INFINITY;
-    for (int g = 0; g < kAtOnce; ++g) {
-      total += shared[0][g][c];
-      if constexpr (kExtremes) highest = fmaxf(highest, shared[1][g][c]), lowest = fminf(lowest, shared[2][g][c]);
-    }
-    const bool is_channel = c < p.head_size;
-    sums[c] = is_channel ? total : 0;
-    if constexpr (kExtremes) {
-      sums[kChannels + c] = is_channel ? highest : 0;
-      sums[2 * kChannels + c] = is_channel ? lowest : 0;
-    }
-  }
-}
+  int2 seen[2];  // of a segment's keys, by some row
 
-template <class T, int kLanes, bool kAligned>
-__global__ void __launch_bounds__(kThreads) add_up_chunks(const __grid_constant__ Arguments a, unsigned chunks) {
-  hopper::wait_for_launch_before();
-  hopper::start_next_launch();
-  if (blockIdx.x < chunks) return add_up<T, kLanes, kAligned, false>(a, blockIdx.x);
-  add_up<T, kLanes, kAligned, true>(a, blockIdx.x - chunks);
-}
-
-// A block of keys; some row sees [begin, end) of it.
-struct Block : OfHead {
-  int s;
-  int first;
-  int begin;
-  int end;
-
-  __device__ Block(const Arguments& a, unsigned index)
-      : OfHead(index, a.problem.kv_heads, a.images.key_blocks[0] + a.images.key_blocks[1]) {
-    s = item >= a.images.key_blocks[0] ? 1 : 0;
-    first = a.images.shape.keys * (item - (s == 1 ? a.images.key_blocks[0] : 0));
-    const int2 seen = seen_keys(a, s, batch);
-    begin = max(first, seen.x);
-    end = min(first + a.images.shape.keys, seen.y);
+  __device__ Part(const Arguments& a, unsigned index, unsigned rank) {
+    const auto heads = static_cast<unsigned>(a.problem.kv_heads);
+    batch = static_cast<int>(index / heads);
+    head = static_cast<int>(index % heads);
+    head_index = index;
+    stretches = a.stretches / a.ranks;
+    first_stretch = static_cast<int>(rank) * stretches;
+    first = begin_of(a, first_stretch);
+    last = begin_of(a, first_stretch + stretches);
+    for (int s = 0; s < 2; ++s) seen[s] = a.images.key_blocks[s] != 0 ? seen_keys(a, s, batch) : make_int2(0, 0);
   }
-
-  template <class T>
-  __device__ const T* at(const void* data, const Strides& strides) const {
-    return static_cast<const T*>(data) + batch * strides.batch + head * strides.head;
+  __device__ static int begin_of(const Arguments& a, int stretch) {
+    const unsigned blocks = a.images.key_blocks[0] + a.images.key_blocks[1];
+    return static_cast<int>(stretch * blocks / a.stretches);
   }
 };
 
-// Adds up a channel's chunks, in order: K's and V's means and V's scale.
-__device__ void add_chunks(const Arguments& a, std::size_t head_index, int c) {
-  const SageImages& images = a.images;
-  const int chunks = images.chunks[0] + images.chunks[1];
-  const int channels = images.shape.channels;
-  const float* key_sums = images.key_sums + head_index * chunks * channels + c;
-  const float* value_sums = images.value_sums + head_index * chunks * 3 * channels + c;
-  float key_sum = 0;
-  float value_sum = 0;
-  float high = -INFINITY;
-  float low = INFINITY;
-#pragma unroll 8
-  for (int i = 0; i < chunks; ++i) {
-    key_sum += key_sums[i * channels];
-    value_sum += value_sums[3 * i * channels];
-    high = fmaxf(high, value_sums[(3 * i + 1) * channels]);
-    low = fminf(low, value_sums[(3 * i + 2) * channels]);
+// A block of keys, of which a block of threads has one or two at a time; some row sees [begin, end) of it.
+template <int kKeys>
+struct Block {
+  static constexpr int kThreads = kKeys / kSageWarpRows * 32;
+  const KeySegment* segment;
+  int batch;
+  int head;
+  int first;
+  int begin;
+  int end;
+  std::size_t place;  // in the images
+  bool is_seen;
+  bool is_whole;  // all keys, for all that is known here
+
+  // Which of those that the block of threads has is this thread's.
+  __device__ static int index() { return static_cast<int>(threadIdx.x) / kThreads; }
+  __device__ static int thread() { return static_cast<int>(threadIdx.x) % kThreads; }
+  __device__ static int at_once() { return static_cast<int>(blockDim.x) / kThreads; }
+
+  // Of those from `item` on, before `last`.
+  __device__ Block(const Arguments& a, const Part& part, int item, int last) : batch(part.batch), head(part.head) {
+    item += index();
+    const int* blocks = a.images.key_blocks;
+    const int s = item >= blocks[0] ? 1 : 0;
+    segment = &a.problem.key_segments[s];
+    first = kKeys * (item - (s == 1 ? blocks[0] : 0));
+    const int2 seen = s == 1 ? part.seen[1] : part.seen[0];
+    begin = max(first, seen.x);
+    end = min(first + kKeys, seen.y);
+    place = part.head_index * (blocks[0] + blocks[1]) + item;
+    is_seen = item < last && begin < end;
+    is_whole = end - begin == kKeys && segment->mask.data == nullptr;
   }
-  int count = 0;
-  for (int i = 0; i < chunks; ++i) count += images.key_counts[head_index * chunks + i];
-  const float keys = static_cast<float>(max(count, 1));
-  const float mean = a.quantization.smooth_value ? value_sum / keys : 0;
-  float largest = fmaxf(high - mean, mean - low);
-  if (high < low) largest = 0;                        // nothing is seen
-  if (!(fabsf(value_sum) < INFINITY)) largest = NAN;  // which comparisons do not find
-  images.key_mean[head_index * channels + c] = a.quantization.smooth_key ? key_sum / keys : 0;
-  images.value_mean[head_index * channels + c] = mean;
-  images.value_scale[head_index * channels + c] = scale_of(largest, kMostFp8);
+  __device__ int key(int token) const { return first + token % kKeys; }
+  __device__ bool sees(int key) const { return key >= begin && key < end; }
+};
+
+// A part of a block of K or V, of `kParts`.
+template <class Tokens, bool kIsKey, int kKeys>
+__device__ Tokens read_block(const Arguments& a, const Block<kKeys>& block, int part = 0) {
+  const KeySegment& segment = *block.segment;
+  const Strides& strides = kIsKey ? segment.key_strides : segment.value_strides;
+  const auto* data = static_cast<const typename Tokens::Element*>(kIsKey ? segment.key : segment.value) +
+                     block.batch * strides.batch + block.head * strides.head;
+  // Tokens are counted from the first of the block of threads.
+  const int first = block.first - kKeys * block.index();
+  return {data, strides.token, first, block.begin, block.end, static_cast<int>(a.problem.head_size), part};
 }
 
-template <class T, int kLanes, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kLanes == 32 ? 4 : 6)
-    quantize_queries(const __grid_constant__ Arguments a, unsigned heads) {
-  hopper::wait_for_launch_before();
-  hopper::start_next_launch();
-  if (blockIdx.x >= heads) return quantize_query<T, kLanes, kAligned>(a, blockIdx.x - heads);
-  for (int c = static_cast<int>(threadIdx.x); c < 8 * kLanes; c += kThreads) add_chunks(a, blockIdx.x, c);
-}
-
-template <class T, int kLanes, bool kAligned>
-__device__ void quantize_key(const Arguments& a, const Block& block) {
-  using Tokens = WarpTokens<T, kLanes, kAligned>;
-  constexpr int kChannels = 8 * kLanes;
-  const KeySegment& segment = a.problem.key_segments[block.s];
-  __shared__ int largest[kSageKeyGroups];  // floats that are not negative are ordered as their bits; NaN is the largest
-  const Tokens tokens(block.at<T>(segment.key, segment.key_strides), segment.key_strides.token, block.first,
-                      block.begin, block.end, static_cast<int>(a.problem.head_size));
-  float mean[8];
-#pragma unroll
-  for (int c = 0; c < 8; ++c) mean[c] = a.images.key_mean[block.head_index * kChannels + 8 * Tokens::lane() + c];
-  const KeyMask mask(segment, block.batch);
-  const int keys = a.images.shape.keys;
-  if (mask.exists() && threadIdx.x < keys) {
-    const int key = block.first + static_cast<int>(threadIdx.x);
-    const std::uint32_t bits = __ballot_sync(kWarp, key < block.end && !mask.hides(key));
-    if (threadIdx.x % 32 == 0) a.images.key_bits[block.place * (keys / 32) + threadIdx.x / 32] = bits;
+// A channel over all keys that are seen; of K the sum alone.
+struct Total {
+  float sum;
+  float high;
+  float low;
+  __device__ static Total none() { return {0, -INFINITY, INFINITY}; }
+  __device__ void add(const Total& other) {
+    sum += other.sum;
+    high = fmaxf(high, other.high);
+    low = fminf(low, other.low);
   }
-  if (threadIdx.x < kSageKeyGroups) largest[threadIdx.x] = 0;
-  __syncthreads();
-  const auto group_of = [&](int i) { return a.quantization.per_thread ? Tokens::token(i) % 8 / 2 : 0; };
+};
+
+// Eight channels of a thread's tokens. The extremes of pairs of numbers are found at once.
+template <class T, bool kIsKey>
+struct EightTotals {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  float sum[8] = {};
+  Pair high[4];
+  Pair low[4];
+
+  __device__ EightTotals() {
 #pragma unroll
-  for (int i = 0; i < Tokens::kCount; ++i) {
-    float of_key = 0;
+    for (int c = 0; c < 4; ++c) high[c] = pair_of(-INFINITY), low[c] = pair_of(INFINITY);
+  }
+  __device__ void add(const Eight<T>& eight) {
 #pragma unroll
-    for (int c = 0; c < 8; ++c) of_key = larger(of_key, widen(tokens.eights[i].x[c]) - mean[c]);
-    of_key = largest_of_lanes<kLanes>(tokens.has_channels ? of_key : 0);
-    const int key = block.first + Tokens::token(i);
-    if (Tokens::lane() == 0 && key >= block.begin && key < block.end && !mask.hides(key)) {
-      atomicMax(&largest[group_of(i)], __float_as_int(of_key));
+    for (int c = 0; c < 8; ++c) sum[c] += widen(eight.x[c]);
+    if constexpr (!kIsKey) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) find_extremes(c, reinterpret_cast<const Pair*>(&eight)[c], reinterpret_cast<const Pair*>(&eight)[c]);
     }
   }
+  __device__ Total of(int c) const {
+    return {sum[c], widen(c % 2 == 0 ? high[c / 2].x : high[c / 2].y), widen(c % 2 == 0 ? low[c / 2].x : low[c / 2].y)};
+  }
+  // With those of the thread `distance` away.
+  __device__ void join(int distance) {
+#pragma unroll
+    for (int c = 0; c < 8; ++c) sum[c] += __shfl_xor_sync(kWarp, sum[c], distance);
+    if constexpr (!kIsKey) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        find_extremes(c, __shfl_xor_sync(kWarp, high[c], distance), __shfl_xor_sync(kWarp, low[c], distance));
+      }
+    }
+  }
+
+ private:
+  __device__ void find_extremes(int c, const Pair& of_high, const Pair& of_low) {
+    high[c] = __hmax2(high[c], of_high);
+    low[c] = __hmin2(low[c], of_low);
+  }
+  __device__ static Pair pair_of(float x) {
+    if constexpr (std::is_same_v<T, __half>) {
+      return __float2half2_rn(x);
+    } else {
+      return __float2bfloat162_rn(x);
+    }
+  }
+};
+
+// Adds up a stretch of K or V: what a thread has, the threads of a warp, warps, each in order. Gives each channel's
+// total to `use`; returns how many of the keys this thread had.
+template <class T, int kLanes, int kKeys, bool kAligned, bool kIsKey, class Use>
+__device__ int add_up_stretch(const Arguments& a, const Part& part, int stretch, unsigned char* memory,
+                              const Use& use) {
+  constexpr int kParts = kLanes == 32 ? 2 : 1;
+  using Tokens = WarpTokens<T, kLanes, kAligned, kParts>;
+  constexpr unsigned kChannels = 8 * kLanes;
+  EightTotals<T, kIsKey> totals;
+  int keys = 0;
+  const int last = Part::begin_of(a, stretch + 1);
+  for (int item = Part::begin_of(a, stretch); item < last; item += Block<kKeys>::at_once()) {
+    const Block<kKeys> block(a, part, item, last);
+    if (!block.is_seen) continue;
+    const KeyMask mask(*block.segment, block.batch);
+#pragma unroll 1
+    for (int some = 0; some < kParts; ++some) {
+      const Tokens tokens = read_block<Tokens, kIsKey>(a, block, some);
+      if (block.is_whole) {
+        keys += Tokens::kCount;
+#pragma unroll
+        for (const Eight<T>& eight : tokens.eights) totals.add(eight);
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < Tokens::kCount; ++i) {
+        const int key = block.key(Tokens::token(i, some));
+        if (!block.sees(key) || mask.hides(key)) continue;
+        ++keys;
+        totals.add(tokens.eights[i]);
+      }
+    }
+  }
+  auto* of_warps = reinterpret_cast<Total*>(memory);  // [warps][channels]
+#pragma unroll
+  for (int distance = kLanes; distance < 32; distance *= 2) totals.join(distance);
+  __syncthreads();  // those of the stretch before are read
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    if (threadIdx.x % 32 < kLanes) of_warps[threadIdx.x / 32 * kChannels + 8 * Tokens::lane() + c] = totals.of(c);
+  }
   __syncthreads();
-  std::int8_t* image = a.images.key + block.place * keys * kChannels;
-#pragma unroll
-  for (int i = 0; i < Tokens::kCount; ++i) {
-    const float inverse = inverse_of(__int_as_float(largest[group_of(i)]), kMostByte);
-    *reinterpret_cast<uint2*>(image +
-                              sage_place(keys, sage_row_bytes(kChannels), Tokens::token(i), 8 * Tokens::lane())) =
-        to_bytes([&](int c) { return (widen(tokens.eights[i].x[c]) - mean[c]) * inverse; });
+  for (unsigned c = threadIdx.x; c < kChannels; c += blockDim.x) {
+    Total total = Total::none();
+#pragma unroll 1
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total.add(of_warps[warp * kChannels + c]);
+    use(c, total);
   }
-  if (threadIdx.x < kSageKeyGroups) {
-    a.images.key_scale[block.place * kSageKeyGroups + threadIdx.x] =
-        scale_of(__int_as_float(largest[a.quantization.per_thread ? threadIdx.x : 0]), kMostByte);
+  return Tokens::lane() == 0 ? keys : 0;
+}
+
+// Adds up a head's K or V: stretches, in order. Gives each channel's total and how many keys there are to `use`.
+template <class T, int kLanes, int kKeys, bool kAligned, bool kIsKey, class Use>
+__device__ void add_up(const Arguments& a, const Part& part, unsigned char* memory, const Use& use) {
+  constexpr unsigned kChannels = 8 * kLanes;
+  __shared__ Total of_stretches[kMostStretches][kChannels];
+  __shared__ int keys_of_rank;
+  if (threadIdx.x == 0) keys_of_rank = 0;
+  int keys = 0;
+  for (int i = 0; i < part.stretches; ++i) {
+    keys += add_up_stretch<T, kLanes, kKeys, kAligned, kIsKey>(
+        a, part, part.first_stretch + i, memory, [&](unsigned c, const Total& total) { of_stretches[i][c] = total; });
+  }
+  if (keys != 0) atomicAdd(&keys_of_rank, keys);
+  hopper::arrive_cluster();
+  hopper::wait_cluster();
+  keys = 0;
+#pragma unroll 1
+  for (unsigned rank = 0; rank < a.ranks; ++rank) keys += *hopper::of_rank(&keys_of_rank, rank);
+  for (unsigned c = threadIdx.x; c < kChannels; c += blockDim.x) {
+    Total total = Total::none();
+#pragma unroll 1
+    for (unsigned rank = 0; rank < a.ranks; ++rank) {
+      for (int i = 0; i < part.stretches; ++i) total.add(*hopper::of_rank(&of_stretches[i][c], rank));
+    }
+    const bool is_channel = c < a.problem.head_size && keys != 0;
+    use(c, is_channel ? total : Total{0, 0, 0}, static_cast<float>(max(keys, 1)));
+  }
+  hopper::arrive_cluster();  // the others' sums are read; who ends waits
+  __syncthreads();
+}
+
+template <class T, int kLanes, int kKeys, bool kAligned>
+__device__ void quantize_key(const Arguments& a, const Part& part, bool is_first, unsigned char* memory) {
+  using Tokens = WarpTokens<T, kLanes, kAligned>;
+  constexpr int kChannels = 8 * kLanes;
+  __shared__ float means[kChannels];
+  // Floats that are not negative are ordered as their bits, NaN above all. Three in turn: one is zeroed while the one
+  // before may still be read.
+  __shared__ int largest_of[3][2][kSageKeyGroups];
+  if (threadIdx.x < sizeof(largest_of) / sizeof(int)) largest_of[0][0][threadIdx.x] = 0;
+  add_up<T, kLanes, kKeys, kAligned, true>(a, part, memory, [&](unsigned c, const Total& total, float keys) {
+    means[c] = a.quantization.smooth_key ? total.sum / keys : 0;
+    if (is_first) a.images.key_mean[part.head_index * kChannels + c] = means[c];
+  });
+  float mean[8];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) mean[c] = means[8 * Tokens::lane() + c];
+  // Every kSlots-th of a thread's tokens, or pairs of them, are of the same group.
+  constexpr int kSlots = kLanes == 8 ? 2 : kSageKeyGroups;
+  const auto slot_of = [](int i) { return kLanes == 32 ? i % 8 / 2 : i % kSlots; };
+  const int offset = kLanes == 8 ? static_cast<int>(threadIdx.x % 32) / 16 : 0;
+  const auto group_of = [&](int slot) {
+    return a.quantization.per_thread ? slot * (kSageKeyGroups / kSlots) + offset : 0;
+  };
+  const int thread = Block<kKeys>::thread();
+  for (int item = part.first, turn = 0; item < part.last; item += Block<kKeys>::at_once(), turn = turn == 2 ? 0 : turn + 1) {
+    const Block<kKeys> block(a, part, item, part.last);  // what no row sees stays as it is
+    int* largest = largest_of[turn][Block<kKeys>::index()];
+    if (thread < kSageKeyGroups) largest_of[turn == 2 ? 0 : turn + 1][Block<kKeys>::index()][thread] = 0;
+    Tokens tokens;
+    if (block.is_seen) {
+      tokens = read_block<Tokens, true>(a, block);
+      const KeyMask mask(*block.segment, block.batch);
+      if (mask.exists() && thread < kKeys) {
+        const int key = block.first + thread;
+        const std::uint32_t bits = __ballot_sync(kWarp, key < block.end && !mask.hides(key));
+        if (thread % 32 == 0) a.images.key_bits[block.place * (kKeys / 32) + thread / 32] = bits;
+      }
+      float most[kSlots] = {};
+#pragma unroll
+      for (int i = 0; i < Tokens::kCount; ++i) {
+        float of_key = 0;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) of_key = larger(of_key, widen(tokens.eights[i].x[c]) - mean[c]);
+        if (!block.is_whole) {
+          const int key = block.key(Tokens::token(i));
+          if (!block.sees(key) || mask.hides(key)) of_key = 0;
+        }
+        most[slot_of(i)] = larger(most[slot_of(i)], of_key);
+      }
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        const float of_warp = largest_of_lanes<kLanes>(tokens.has_channels ? most[slot] : 0);
+        if (Tokens::lane() == 0) atomicMax(&largest[group_of(slot)], __float_as_int(of_warp));
+      }
+    }
+    __syncthreads();
+    if (!block.is_seen) continue;
+    tokens.stay_narrow();
+    // One of four threads finds a group's scale for all.
+    const int group = thread % kSageKeyGroups;
+    const float largest_of_group = __int_as_float(largest[a.quantization.per_thread ? group : 0]);
+    const float inverse = inverse_of(largest_of_group, kMostByte);
+    if (thread < kSageKeyGroups) {
+      a.images.key_scale[block.place * kSageKeyGroups + group] = scale_of(largest_of_group, kMostByte);
+    }
+    float inverses[kSlots];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) inverses[slot] = __shfl_sync(kWarp, inverse, group_of(slot));
+    std::int8_t* image = a.images.key + block.place * kKeys * kChannels;
+#pragma unroll
+    for (int i = 0; i < Tokens::kCount; ++i) {
+      const int row = Tokens::token(i) % kKeys;
+      *reinterpret_cast<uint2*>(image + sage_place(kKeys, sage_row_bytes(kChannels), row, 8 * Tokens::lane())) =
+          to_bytes([&](int c) { return (widen(tokens.eights[i].x[c]) - mean[c]) * inverses[slot_of(i)]; });
+    }
   }
 }
 
-// Sixteen positions of a channel, as e4m3.
-template <class Number>
-__device__ uint4 to_e4m3(const Number& number) {
-  std::uint32_t words[4];
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    const auto pair = [&](int at) {
-      return static_cast<std::uint32_t>(
-          __nv_cvt_float2_to_fp8x2(make_float2(number(at), number(at + 1)), __NV_SATFINITE, __NV_E4M3));
-    };
-    words[w] = pair(4 * w) | pair(4 * w + 2) << 16;
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-template <class T, int kLanes, bool kAligned>
-__device__ void quantize_value(const Arguments& a, const Block& block) {
+template <class T, int kLanes, int kKeys, bool kAligned>
+__device__ void quantize_value(const Arguments& a, const Part& part, bool is_first, unsigned char* memory) {
   using Tokens = WarpTokens<T, kLanes, kAligned>;
   struct alignas(4) Two {
     T x[2];
   };
   constexpr int kChannels = 8 * kLanes;
-  extern __shared__ __align__(16) unsigned char memory[];
-  const KeySegment& segment = a.problem.key_segments[block.s];
-  {
-    Tokens tokens(block.at<T>(segment.value, segment.value_strides), segment.value_strides.token, block.first,
-                  block.begin, block.end, static_cast<int>(a.problem.head_size));
-    auto* values = reinterpret_cast<Eight<T>*>(memory);             // [keys][kLanes]
-    if (const KeyMask mask(segment, block.batch); mask.exists()) {  // what it hides may be anything, and 0 times it
+  __shared__ float4 of_pairs[kChannels / 2];  // (x − mean) / scale = x · (x, y) + (z, w)
+  add_up<T, kLanes, kKeys, kAligned, false>(a, part, memory, [&](unsigned c, const Total& total, float keys) {
+    const float mean = a.quantization.smooth_value ? total.sum / keys : 0;
+    float largest = fmaxf(total.high - mean, mean - total.low);
+    if (!(fabsf(total.sum) < INFINITY)) largest = NAN;  // which comparisons do not find
+    const float scale = scale_of(largest, kMostFp8);
+    const float inverse = inverse_of(scale, 1);
+    auto* of_pair = reinterpret_cast<float*>(&of_pairs[c / 2]);
+    of_pair[c % 2] = inverse;
+    of_pair[2 + c % 2] = -mean * inverse;
+    if (!is_first) return;
+    a.images.value_mean[part.head_index * kChannels + c] = mean;
+    a.images.value_scale[part.head_index * kChannels + c] = scale;
+  });
+  const int head = a.images.shape.head;
+  const int thread = Block<kKeys>::thread();
+  const auto* pairs_of_block = reinterpret_cast<const Two*>(memory) + Block<kKeys>::index() * kKeys * (kChannels / 2);
+  auto* values = reinterpret_cast<Eight<T>*>(memory);  // [blocks, keys][kLanes]
+  for (int item = part.first; item < part.last; item += Block<kKeys>::at_once()) {
+    const Block<kKeys> block(a, part, item, part.last);
+    Tokens tokens;
+    if (block.is_seen) {
+      tokens = read_block<Tokens, false>(a, block);
+      if (const KeyMask mask(*block.segment, block.batch); mask.exists()) {
+        // What it hides may be anything, and 0 times it.
 #pragma unroll
-      for (int i = 0; i < Tokens::kCount; ++i) {
-        if (mask.hides(min(max(block.first + Tokens::token(i), block.begin), block.end - 1))) tokens.eights[i] = {};
+        for (int i = 0; i < Tokens::kCount; ++i) {
+          if (mask.hides(min(max(block.key(Tokens::token(i)), block.begin), block.end - 1))) {
+            reinterpret_cast<uint4&>(tokens.eights[i]) = {};
+          }
+        }
       }
     }
+    __syncthreads();  // the block before is read
+    if (block.is_seen) {
 #pragma unroll
-    for (int i = 0; i < Tokens::kCount; ++i) values[Tokens::token(i) * kLanes + Tokens::lane()] = tokens.eights[i];
-  }
-  __syncthreads();
-  // A thread has 16 positions of two neighbouring channels, a warp those of 64.
-  const int head = a.images.shape.head;
-  const int keys = a.images.shape.keys;
-  std::uint8_t* image = a.images.value + block.place * head * keys;
-  for (int i = static_cast<int>(threadIdx.x); i < head / 2 * (keys / 16); i += static_cast<int>(blockDim.x)) {
-    const int piece = i / (head / 2);
-    const int channel = i % (head / 2) * 2;
-    const std::size_t of_head = block.head_index * kChannels + channel;
-    const float2 mean = *reinterpret_cast<const float2*>(a.images.value_mean + of_head);
-    const float2 scale = *reinterpret_cast<const float2*>(a.images.value_scale + of_head);
-    const float2 inverse = make_float2(inverse_of(scale.x, 1), inverse_of(scale.y, 1));
-    const auto* pairs =
-        reinterpret_cast<const Two*>(memory) + (piece / 2 * 32 + piece % 2 * 16) * (kChannels / 2) + channel / 2;
-    float x[2][16];
-#pragma unroll
-    for (int at = 0; at < 16; ++at) {
-      const Two pair = pairs[sage_key_at(at) * (kChannels / 2)];
-      x[0][at] = (widen(pair.x[0]) - mean.x) * inverse.x;
-      x[1][at] = (widen(pair.x[1]) - mean.y) * inverse.y;
+      for (int i = 0; i < Tokens::kCount; ++i) values[Tokens::token(i) * kLanes + Tokens::lane()] = tokens.eights[i];
     }
+    __syncthreads();
+    if (!block.is_seen) continue;
+    // A thread has 16 positions of two neighbouring channels, a warp those of 64.
+    std::uint8_t* image = a.images.value + block.place * head * kKeys;
+#pragma unroll 1
+    for (int i = thread; i < head / 2 * (kKeys / 16); i += Block<kKeys>::kThreads) {
+      const int piece = i / (head / 2);
+      const int pair = i % (head / 2);
+      const float4 of_pair = of_pairs[pair];
+      const Two* pairs = pairs_of_block + (piece / 2 * 32 + piece % 2 * 16) * (kChannels / 2) + pair;
+      float x[2][16];
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      *reinterpret_cast<uint4*>(image + sage_place(head, kSagePanelKeys, channel + c, 16 * piece)) =
-          to_e4m3([&](int at) { return x[c][at]; });
+      for (int at = 0; at < 16; ++at) {
+        const Two two = pairs[sage_key_at(at) * (kChannels / 2)];
+        x[0][at] = fmaf(widen(two.x[0]), of_pair.x, of_pair.z);
+        x[1][at] = fmaf(widen(two.x[1]), of_pair.y, of_pair.w);
+      }
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        *reinterpret_cast<uint4*>(image + sage_place(head, kSagePanelKeys, 2 * pair + c, 16 * piece)) =
+            to_e4m3([&](int at) { return x[c][at]; });
+      }
     }
   }
 }
 
-template <class T, int kLanes, bool kAligned>
-__global__ void __launch_bounds__(kMostThreads, kLanes == 32 ? 2 : 3)
-    quantize_keys(const __grid_constant__ Arguments a, unsigned blocks) {
+// Blocks that have Q come last: they fill what clusters, which wait for each other, leave.
+template <class T, int kLanes, int kKeys, bool kAligned>
+__global__ void __launch_bounds__(kBlockThreads<kLanes>, (kBlocksAtOnce<kLanes, kKeys>))
+    quantize_all(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(16) unsigned char memory[];
   hopper::wait_for_launch_before();
   hopper::start_next_launch();
-  const bool is_key = blockIdx.x < blocks;
-  const Block block(a, is_key ? blockIdx.x : blockIdx.x - blocks);
-  if (block.begin >= block.end) return;  // no row looks at it
-  if (is_key) return quantize_key<T, kLanes, kAligned>(a, block);
-  quantize_value<T, kLanes, kAligned>(a, block);
+  const unsigned cluster = blockIdx.x / a.ranks;
+  const unsigned rank = blockIdx.x % a.ranks;
+  if (cluster >= 2 * a.heads) {
+    const unsigned index = blockIdx.x - 2 * a.heads * a.ranks;
+    constexpr int kTiles = kBlockThreads<kLanes> / kThreads;
+    return quantize_query<T, kLanes, kAligned>(a, index * kTiles + threadIdx.x / kThreads);
+  }
+  const bool is_key = cluster < a.heads;
+  const Part part(a, is_key ? cluster : cluster - a.heads, rank);
+  if (is_key) {
+    quantize_key<T, kLanes, kKeys, kAligned>(a, part, rank == 0, memory);
+  } else {
+    quantize_value<T, kLanes, kKeys, kAligned>(a, part, rank == 0, memory);
+  }
+  hopper::wait_cluster();
 }
 
 // A row's product with K's mean, which smoothing takes off its logits: a warp a row.
@@ -520,7 +537,7 @@ __global__ void __launch_bounds__(kThreads) offset_lse(const __grid_constant__ A
   hopper::start_next_launch();
   const AttentionProblem& p = a.problem;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const std::int64_t index = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const std::int64_t index = std::int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
   if (index >= p.batch * p.heads * p.rows) return;
   const std::int64_t row = index % p.rows;
   const std::int64_t head = index / p.rows % p.heads;

@@ -146,6 +146,26 @@ __device__ __forceinline__ float load_shared(hopper::Address address) {
   return x;
 }
 
+__device__ __forceinline__ float4 load_four_shared(hopper::Address address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
+// One of four numbers that a warp's first thread has.
+__device__ __forceinline__ float pick_of_first(const float4& numbers, int which) {
+  const float x = __shfl_sync(kWarp, numbers.x, 0);
+  const float y = __shfl_sync(kWarp, numbers.y, 0);
+  const float z = __shfl_sync(kWarp, numbers.z, 0);
+  const float w = __shfl_sync(kWarp, numbers.w, 0);
+  const float low = which == 0 ? x : y;
+  const float high = which == 2 ? z : w;
+  return which < 2 ? low : high;
+}
+
 // A warp's rows, gathered in shared memory, element by element.
 template <class T>
 __device__ void store_elements(const AttentionProblem& p, const Tile& tile, int warp_row, hopper::Address scratch) {
@@ -200,16 +220,20 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     int products[Config::kKeys / 2];
     float logits[Config::kKeys / 2];
     float query_scale[2];
+    float4 of_groups{};
     float scale[2];
     float total[2];
     float rescale[2];
     std::uint32_t probabilities[Config::kKeys / 8];
     int added = 0;  // blocks in `out`
+    // The thread that gives the stage back for its warp reads what it has; the others get it under the products.
+    const auto read_scale = [&] {
+      if (lane == 0) of_groups = load_four_shared(memory.key_scale(key_place.stage));
+    };
     const auto find_scale = [&] {
-      const float of_keys = load_shared(memory.key_scale(key_place.stage) + lane % 4 * 4);
+      const float of_keys = pick_of_first(of_groups, lane % 4);
 #pragma unroll
       for (int i = 0; i < 2; ++i) scale[i] = above_zero(query_scale[i] * of_keys);
-      __syncwarp();  // one thread gives the stage back for all
     };
     const auto start_products = [&] {
 #pragma unroll
@@ -258,12 +282,9 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     for (int i = 0; i < 2; ++i) {
       query_scale[i] = load_shared(memory.query_scale(group) + (warp_row % 64 + lane / 4 + 8 * i) * 4);
     }
-    if constexpr (Config::kHoldsQuery) {
-      __syncwarp();
-      release(memory.query_empty(group));
-    }
+    if constexpr (Config::kHoldsQuery) hopper::arrive(memory.query_empty(group));
     hopper::wait(memory.key_full(key_place.stage), key_place.parity);
-    find_scale();
+    read_scale();
     start_products();
     take_turn();
     hopper::pin(products);
@@ -272,6 +293,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     multiply_bytes<Config>(products, query, memory.query(group), memory.key(key_place.stage));
     hopper::commit_products();
     pass_turn();
+    find_scale();
     hopper::wait_products<0>();
     hopper::pin(products);
     release(memory.key_empty(key_place.stage));
@@ -287,7 +309,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     // would wait for them there.
     const auto step = [&](int i, auto exact) {
       hopper::wait(memory.key_full(key_place.stage), key_place.parity);
-      find_scale();
+      read_scale();
       start_products();
       take_turn();
       hopper::pin(products);
@@ -302,6 +324,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
       multiply_values<Config>(out, probabilities, memory.value(value_place.stage), added);
       hopper::commit_products();
       pass_turn();
+      find_scale();
       hopper::wait_products<1>();
       hopper::pin(products);
       release(memory.key_empty(key_place.stage));
@@ -351,10 +374,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
 #pragma unroll 1
       for (; i < end; ++i) step(i, std::false_type{});
     }
-    if constexpr (!Config::kHoldsQuery) {
-      __syncwarp();
-      release(memory.query_empty(group));
-    }
+    if constexpr (!Config::kHoldsQuery) hopper::arrive(memory.query_empty(group));
     hopper::wait(memory.value_full(value_place.stage), value_place.parity);
     hopper::pin(out);
     hopper::pin(probabilities);
@@ -418,7 +438,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) sage_sm90(const __grid_co
   if (threadIdx.x == 0) {
     for (int group = 0; group < Config::kWarpgroups; ++group) {
       hopper::init_barrier(memory.query_full(group), 1);
-      hopper::init_barrier(memory.query_empty(group), 4);
+      hopper::init_barrier(memory.query_empty(group), 128);
     }
     for (int stage = 0; stage < Config::kStages; ++stage) {
       hopper::init_barrier(memory.key_full(stage), 1);

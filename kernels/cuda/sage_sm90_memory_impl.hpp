@@ -37,7 +37,7 @@ struct SageSm90Config {
   static constexpr int kProducerRegisters = WarpgroupRegisters<kGroups>::kProducer;
   static constexpr int kConsumerRegisters = WarpgroupRegisters<kGroups>::kConsumer;
   static_assert(kHead % 16 == 0);
-  static_assert(kKeys % kSagePanelKeys == 0 && kKeys <= 128);
+  static_assert(kKeys % kSagePanelKeys == 0 && kKeys * kChannels <= 128 * 128);  // what quantizing has room for
   static_assert(kSharedBytes <= 227 * 1024);
 };
 
