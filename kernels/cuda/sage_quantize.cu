@@ -31,9 +31,9 @@ void quantize(Arguments a, int multiprocessors, void* stream) {
   const std::int64_t heads = key_blocks == 0 ? 0 : p.kv_heads * p.batch;
   a.heads = static_cast<unsigned>(heads);
   a.stretches = a.ranks = static_cast<unsigned>(std::bit_floor(std::clamp<std::uint64_t>(key_blocks, 1, kMostRanks)));
-  // Where those of K and V would fill the device, Q's find no place among them: half as many do better.
+  // Where those of K and V are many, Q's find no place among them: half as many do better.
   const std::int64_t places = std::int64_t{multiprocessors} * kBlocksAtOnce<kLanes, kKeys>;
-  if (a.ranks == kMostRanks && 2 * heads * a.ranks * 10 > 9 * places) a.ranks /= kMostStretches;
+  if (a.ranks == kMostRanks && 2 * heads * a.ranks * 5 > 6 * places) a.ranks /= kMostStretches;
   constexpr int threads = kBlockThreads<kLanes>;
   constexpr int shared_bytes = threads / 2 * kLanes * static_cast<int>(sizeof(Eight<T>));  // 16 tokens a warp
   const std::int64_t tiles = (images.query_tiles[0] + images.query_tiles[1]) * p.heads * p.batch;

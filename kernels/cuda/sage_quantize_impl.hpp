@@ -280,7 +280,7 @@ struct EightTotals {
 template <class T, int kLanes, int kKeys, bool kAligned, bool kIsKey, class Use>
 __device__ int add_up_stretch(const Arguments& a, const Part& part, int stretch, unsigned char* memory,
                               const Use& use) {
-  constexpr int kParts = kLanes == 32 ? 2 : 1;
+  constexpr int kParts = kLanes == 32 || (kLanes == 16 && kKeys == 128) ? 2 : 1;  // where registers are few
   using Tokens = WarpTokens<T, kLanes, kAligned, kParts>;
   constexpr unsigned kChannels = 8 * kLanes;
   EightTotals<T, kIsKey> totals;

@@ -146,26 +146,6 @@ __device__ __forceinline__ float load_shared(hopper::Address address) {
   return x;
 }
 
-__device__ __forceinline__ float4 load_four_shared(hopper::Address address) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
-}
-
-// One of four numbers that a warp's first thread has.
-__device__ __forceinline__ float pick_of_first(const float4& numbers, int which) {
-  const float x = __shfl_sync(kWarp, numbers.x, 0);
-  const float y = __shfl_sync(kWarp, numbers.y, 0);
-  const float z = __shfl_sync(kWarp, numbers.z, 0);
-  const float w = __shfl_sync(kWarp, numbers.w, 0);
-  const float low = which == 0 ? x : y;
-  const float high = which == 2 ? z : w;
-  return which < 2 ? low : high;
-}
-
 // A warp's rows, gathered in shared memory, element by element.
 template <class T>
 __device__ void store_elements(const AttentionProblem& p, const Tile& tile, int warp_row, hopper::Address scratch) {
@@ -220,18 +200,21 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     int products[Config::kKeys / 2];
     float logits[Config::kKeys / 2];
     float query_scale[2];
-    float4 of_groups{};
+    float of_group = 0;
     float scale[2];
     float total[2];
     float rescale[2];
     std::uint32_t probabilities[Config::kKeys / 8];
     int added = 0;  // blocks in `out`
-    // The thread that gives the stage back for its warp reads what it has; the others get it under the products.
+    // The threads that give a stage of K back read its scales; the others get them under the products.
     const auto read_scale = [&] {
-      if (lane == 0) of_groups = load_four_shared(memory.key_scale(key_place.stage));
+      if (lane < kSageKeyGroups) of_group = load_shared(memory.key_scale(key_place.stage) + lane * 4);
+    };
+    const auto release_key = [&] {
+      if (lane < kSageKeyGroups) hopper::arrive(memory.key_empty(key_place.stage));
     };
     const auto find_scale = [&] {
-      const float of_keys = pick_of_first(of_groups, lane % 4);
+      const float of_keys = __shfl_sync(kWarp, of_group, lane % kSageKeyGroups);
 #pragma unroll
       for (int i = 0; i < 2; ++i) scale[i] = above_zero(query_scale[i] * of_keys);
     };
@@ -296,7 +279,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     find_scale();
     hopper::wait_products<0>();
     hopper::pin(products);
-    release(memory.key_empty(key_place.stage));
+    release_key();
     key_place.advance();
     to_logits();
     if (blocks.hides(0)) hide_keys(0);
@@ -327,7 +310,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
       find_scale();
       hopper::wait_products<1>();
       hopper::pin(products);
-      release(memory.key_empty(key_place.stage));
+      release_key();
       key_place.advance();
       to_logits();
       if constexpr (decltype(exact)::value) {
@@ -443,7 +426,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) sage_sm90(const __grid_co
     for (int stage = 0; stage < Config::kStages; ++stage) {
       hopper::init_barrier(memory.key_full(stage), 1);
       hopper::init_barrier(memory.value_full(stage), 1);
-      hopper::init_barrier(memory.key_empty(stage), kConsumerWarps);
+      hopper::init_barrier(memory.key_empty(stage), kSageKeyGroups * kConsumerWarps);
       hopper::init_barrier(memory.value_empty(stage), kConsumerWarps);
     }
     hopper::fence_barrier_init();
