@@ -1,8 +1,8 @@
 // Q, K and V to 8 bits. Background: K's means and V's largest numbers are over all keys, so K and V are read twice, Q
-// once. Approach: one launch; a cluster of blocks of threads has K or V of a head, adds it up, and quantizes it when all
-// of them have; those that have Q fill what they leave. Sums are of stretches of keys, in an order that follows from the
-// lengths alone. Rejected: atomic sums, which differ from run to run; three launches, for sums, sums of those, and
-// numbers, which leave the device idle between them; Q in a launch beside (4 to 10 % slower).
+// once. Approach: one launch; a cluster of blocks of threads has K or V of a head, adds it up, and quantizes it when
+// all of them have; those that have Q fill what they leave. Sums are of stretches of keys, in an order that follows
+// from the lengths alone. Rejected: atomic sums, which differ from run to run; three launches, for sums, sums of those,
+// and numbers, which leave the device idle between them; Q in a launch beside (4 to 10 % slower).
 
 #include "kernels/cuda/sage_quantize.hpp"
 
@@ -63,8 +63,8 @@ void quantize(const Arguments& a, int multiprocessors, void* stream) {
   const auto aligned = [](const void* data, const Extents& extents, const Strides& strides) {
     return extents.tokens == 0 || (is_aligned(data) && has_aligned_strides(extents, strides));
   };
-  if (a.problem.head_size % 8 == 0 && all_inputs(a.problem, aligned)) return quantize<T, true>(a, multiprocessors, stream);
-  quantize<T, false>(a, multiprocessors, stream);
+  const bool all_aligned = a.problem.head_size % 8 == 0 && all_inputs(a.problem, aligned);
+  all_aligned ? quantize<T, true>(a, multiprocessors, stream) : quantize<T, false>(a, multiprocessors, stream);
 }
 
 }  // namespace

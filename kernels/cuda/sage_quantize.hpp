@@ -13,8 +13,8 @@ struct SageQuantization {
 };
 
 /// Fills `images` and, where the log-sum-exp is wanted and K is smoothed, problem.lse with scale · Q · mean, in one
-/// to three launches in order. Keys that no row sees take no part; numbers that cannot be scaled, as they are not finite, make their scales NaN.
-/// Throws std::runtime_error with CUDA's reason.
+/// to three launches in order. Keys that no row sees take no part; numbers that cannot be scaled, as they are not
+/// finite, make their scales NaN. Throws std::runtime_error with CUDA's reason.
 ///
 /// Q: whole numbers to ±127 and a scale per row, scale · log₂e · x = number · scale, where scales are not negative; K
 /// the same, less its mean, x − mean = number · scale. V: e4m3, a scale per channel over the batch entry's keys: the

@@ -1,0 +1,297 @@
+#pragma once
+
+/// K and V of a head, as a cluster of blocks of threads has them: which blocks of keys, and their sums. Included by
+/// sage_quantize_impl.hpp alone.
+
+#include <type_traits>
+
+#include "kernels/cuda/hopper_impl.hpp"
+#include "kernels/cuda/sage_numbers_impl.hpp"
+#include "kernels/cuda/sage_quantize.hpp"
+
+namespace ditattn::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 128;  // of a tile of Q
+// Of a block of threads: each has eight pieces of Q, K or V in registers, or 16.
+template <int kLanes>
+constexpr int kBlockThreads = kLanes == 32 ? 128 : 256;
+
+constexpr int kMostStretches = 2;  // of a rank
+
+// How many blocks of threads a multiprocessor has at a time, as measured to be best: of registers against how much is
+// under way.
+template <int kLanes, int kKeys>
+constexpr int kBlocksAtOnce = kLanes == 8                   ? 4
+                              : kLanes == 16 && kKeys == 64 ? 2
+                                                            : 3;
+
+struct Arguments {
+  AttentionProblem problem;
+  SageQuantization quantization;
+  SageImages images;
+  unsigned heads;      // of K, then as many of V; the blocks after theirs have Q
+  unsigned stretches;  // of keys, whose sums are added up in order: by the lengths alone
+  unsigned ranks;      // blocks of threads that have K or V of a head together, one stretch or two each
+};
+
+// Keys of a segment that some row of a batch entry sees.
+__device__ int2 seen_keys(const Arguments& a, int s, int batch) {
+  const AttentionProblem& p = a.problem;
+  const KeySegment& segment = p.key_segments[s];
+  std::int64_t begin = 0;
+  std::int64_t end = segment.keys;
+  if (segment.lengths != nullptr) {
+    end = clamp(segment.lengths[batch * segment.length_stride] - segment.length_offset, 0, end);
+  }
+  if (p.ranges != nullptr) {
+    begin = clamp(a.images.seen[2 * batch] - segment.first_key, 0, end);
+    end = clamp(a.images.seen[2 * batch + 1] - segment.first_key, begin, end);
+  } else if (p.causal) {
+    end = clamp(p.rows + p.causal_offset - segment.first_key, 0, end);
+  }
+  return make_int2(static_cast<int>(begin), static_cast<int>(end));
+}
+
+// Which keys of a segment a mask over keys hides, for all rows of a batch entry.
+class KeyMask {
+ public:
+  __device__ KeyMask(const KeySegment& segment, int batch) : stride_(segment.mask.key_stride) {
+    if (segment.mask.data != nullptr) {
+      data_ = static_cast<const unsigned char*>(segment.mask.data) + batch * segment.mask.strides.batch;
+    }
+  }
+  __device__ bool exists() const { return data_ != nullptr; }
+  __device__ bool hides(int key) const { return data_ != nullptr && data_[key * stride_] == 0; }
+
+ private:
+  const unsigned char* data_ = nullptr;
+  std::int64_t stride_;
+};
+
+// What a rank has of K or V of a head: a stretch of its blocks of keys, or two.
+struct Part {
+  int batch;
+  int head;
+  std::size_t head_index;
+  int first_stretch;
+  int stretches;
+  int first;     // block
+  int last;      // past it
+  int2 seen[2];  // of a segment's keys, by some row
+
+  __device__ Part(const Arguments& a, unsigned index, unsigned rank) {
+    const auto heads = static_cast<unsigned>(a.problem.kv_heads);
+    batch = static_cast<int>(index / heads);
+    head = static_cast<int>(index % heads);
+    head_index = index;
+    stretches = a.stretches / a.ranks;
+    first_stretch = static_cast<int>(rank) * stretches;
+    first = begin_of(a, first_stretch);
+    last = begin_of(a, first_stretch + stretches);
+    for (int s = 0; s < 2; ++s) seen[s] = a.images.key_blocks[s] != 0 ? seen_keys(a, s, batch) : make_int2(0, 0);
+  }
+  __device__ static int begin_of(const Arguments& a, int stretch) {
+    const unsigned blocks = a.images.key_blocks[0] + a.images.key_blocks[1];
+    return static_cast<int>(stretch * blocks / a.stretches);
+  }
+};
+
+// A block of keys, of which a block of threads has one or two at a time; some row sees [begin, end) of it.
+template <int kKeys>
+struct Block {
+  static constexpr int kThreads = kKeys / kSageWarpRows * 32;
+  const KeySegment* segment;
+  int batch;
+  int head;
+  int first;
+  int begin;
+  int end;
+  std::size_t place;  // in the images
+  bool is_seen;
+  bool is_whole;  // all keys, for all that is known here
+
+  // Which of those that the block of threads has is this thread's.
+  __device__ static int index() { return static_cast<int>(threadIdx.x) / kThreads; }
+  __device__ static int thread() { return static_cast<int>(threadIdx.x) % kThreads; }
+  __device__ static int at_once() { return static_cast<int>(blockDim.x) / kThreads; }
+
+  // Of those from `item` on, before `last`.
+  __device__ Block(const Arguments& a, const Part& part, int item, int last) : batch(part.batch), head(part.head) {
+    item += index();
+    const int* blocks = a.images.key_blocks;
+    const int s = item >= blocks[0] ? 1 : 0;
+    segment = &a.problem.key_segments[s];
+    first = kKeys * (item - (s == 1 ? blocks[0] : 0));
+    const int2 seen = s == 1 ? part.seen[1] : part.seen[0];
+    begin = max(first, seen.x);
+    end = min(first + kKeys, seen.y);
+    place = part.head_index * (blocks[0] + blocks[1]) + item;
+    is_seen = item < last && begin < end;
+    is_whole = end - begin == kKeys && segment->mask.data == nullptr;
+  }
+  __device__ int key(int token) const { return first + token % kKeys; }
+  __device__ bool sees(int key) const { return key >= begin && key < end; }
+};
+
+// What a thread reads of a block of K or V, or one of some parts of that.
+template <class Tokens, bool kIsKey, int kKeys>
+__device__ Tokens read_block(const Arguments& a, const Block<kKeys>& block, int part = 0) {
+  const KeySegment& segment = *block.segment;
+  const Strides& strides = kIsKey ? segment.key_strides : segment.value_strides;
+  const auto* data = static_cast<const typename Tokens::Element*>(kIsKey ? segment.key : segment.value) +
+                     block.batch * strides.batch + block.head * strides.head;
+  // Tokens are counted from the first of the block of threads.
+  const int first = block.first - kKeys * block.index();
+  return {data, strides.token, first, block.begin, block.end, static_cast<int>(a.problem.head_size), part};
+}
+
+// A channel over all keys that are seen; of K the sum alone.
+struct Total {
+  float sum;
+  float high;
+  float low;
+  __device__ static Total none() { return {0, -INFINITY, INFINITY}; }
+  __device__ void add(const Total& other) {
+    sum += other.sum;
+    high = fmaxf(high, other.high);
+    low = fminf(low, other.low);
+  }
+};
+
+// Eight channels of a thread's tokens. The extremes of pairs of numbers are found at once.
+template <class T, bool kIsKey>
+struct EightTotals {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  float sum[8] = {};
+  Pair high[4];
+  Pair low[4];
+
+  __device__ EightTotals() {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) high[c] = pair_of(-INFINITY), low[c] = pair_of(INFINITY);
+  }
+  __device__ void add(const Eight<T>& eight) {
+#pragma unroll
+    for (int c = 0; c < 8; ++c) sum[c] += widen(eight.x[c]);
+    if constexpr (!kIsKey) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const Pair& pair = reinterpret_cast<const Pair*>(&eight)[c];
+        find_extremes(c, pair, pair);
+      }
+    }
+  }
+  __device__ Total of(int c) const {
+    return {sum[c], widen(c % 2 == 0 ? high[c / 2].x : high[c / 2].y), widen(c % 2 == 0 ? low[c / 2].x : low[c / 2].y)};
+  }
+  // With those of the thread `distance` away.
+  __device__ void join(int distance) {
+#pragma unroll
+    for (int c = 0; c < 8; ++c) sum[c] += __shfl_xor_sync(kWarp, sum[c], distance);
+    if constexpr (!kIsKey) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        find_extremes(c, __shfl_xor_sync(kWarp, high[c], distance), __shfl_xor_sync(kWarp, low[c], distance));
+      }
+    }
+  }
+
+ private:
+  __device__ void find_extremes(int c, const Pair& of_high, const Pair& of_low) {
+    high[c] = __hmax2(high[c], of_high);
+    low[c] = __hmin2(low[c], of_low);
+  }
+  __device__ static Pair pair_of(float x) {
+    if constexpr (std::is_same_v<T, __half>) {
+      return __float2half2_rn(x);
+    } else {
+      return __float2bfloat162_rn(x);
+    }
+  }
+};
+
+// Adds up a stretch of K or V: what a thread has, the threads of a warp, warps, each in order. Gives each channel's
+// total to `use`; returns how many of the keys this thread had.
+template <class T, int kLanes, int kKeys, bool kAligned, bool kIsKey, class Use>
+__device__ int add_up_stretch(const Arguments& a, const Part& part, int stretch, unsigned char* memory,
+                              const Use& use) {
+  constexpr int kParts = kLanes == 32 || (kLanes == 16 && kKeys == 128) ? 2 : 1;  // where registers are few
+  using Tokens = WarpTokens<T, kLanes, kAligned, kParts>;
+  constexpr unsigned kChannels = 8 * kLanes;
+  EightTotals<T, kIsKey> totals;
+  int keys = 0;
+  const int last = Part::begin_of(a, stretch + 1);
+  for (int item = Part::begin_of(a, stretch); item < last; item += Block<kKeys>::at_once()) {
+    const Block<kKeys> block(a, part, item, last);
+    if (!block.is_seen) continue;
+    const KeyMask mask(*block.segment, block.batch);
+#pragma unroll 1
+    for (int some = 0; some < kParts; ++some) {
+      const Tokens tokens = read_block<Tokens, kIsKey>(a, block, some);
+      if (block.is_whole) {
+        keys += Tokens::kCount;
+#pragma unroll
+        for (const Eight<T>& eight : tokens.eights) totals.add(eight);
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < Tokens::kCount; ++i) {
+        const int key = block.key(Tokens::token(i, some));
+        if (!block.sees(key) || mask.hides(key)) continue;
+        ++keys;
+        totals.add(tokens.eights[i]);
+      }
+    }
+  }
+  auto* of_warps = reinterpret_cast<Total*>(memory);  // [warps][channels]
+#pragma unroll
+  for (int distance = kLanes; distance < 32; distance *= 2) totals.join(distance);
+  __syncthreads();  // those of the stretch before are read
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    if (threadIdx.x % 32 < kLanes) of_warps[threadIdx.x / 32 * kChannels + 8 * Tokens::lane() + c] = totals.of(c);
+  }
+  __syncthreads();
+  for (unsigned c = threadIdx.x; c < kChannels; c += blockDim.x) {
+    Total total = Total::none();
+#pragma unroll 1
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total.add(of_warps[warp * kChannels + c]);
+    use(c, total);
+  }
+  return Tokens::lane() == 0 ? keys : 0;
+}
+
+// Adds up a head's K or V: stretches, in order. Gives each channel's total and how many keys there are to `use`.
+template <class T, int kLanes, int kKeys, bool kAligned, bool kIsKey, class Use>
+__device__ void add_up(const Arguments& a, const Part& part, unsigned char* memory, const Use& use) {
+  constexpr unsigned kChannels = 8 * kLanes;
+  __shared__ Total of_stretches[kMostStretches][kChannels];
+  __shared__ int keys_of_rank;
+  if (threadIdx.x == 0) keys_of_rank = 0;
+  int keys = 0;
+  for (int i = 0; i < part.stretches; ++i) {
+    keys += add_up_stretch<T, kLanes, kKeys, kAligned, kIsKey>(
+        a, part, part.first_stretch + i, memory, [&](unsigned c, const Total& total) { of_stretches[i][c] = total; });
+  }
+  if (keys != 0) atomicAdd(&keys_of_rank, keys);
+  hopper::arrive_cluster();
+  hopper::wait_cluster();
+  keys = 0;
+#pragma unroll 1
+  for (unsigned rank = 0; rank < a.ranks; ++rank) keys += *hopper::of_rank(&keys_of_rank, rank);
+  for (unsigned c = threadIdx.x; c < kChannels; c += blockDim.x) {
+    Total total = Total::none();
+#pragma unroll 1
+    for (unsigned rank = 0; rank < a.ranks; ++rank) {
+      for (int i = 0; i < part.stretches; ++i) total.add(*hopper::of_rank(&of_stretches[i][c], rank));
+    }
+    const bool is_channel = c < a.problem.head_size && keys != 0;
+    use(c, is_channel ? total : Total{0, 0, 0}, static_cast<float>(max(keys, 1)));
+  }
+  hopper::arrive_cluster();  // the others' sums are read; who ends waits
+  __syncthreads();
+}
+
+}  // namespace
+}  // namespace ditattn::kernels::cuda
