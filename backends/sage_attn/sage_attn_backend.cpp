@@ -26,6 +26,7 @@ constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
 // option.
 struct Options {
   std::optional<std::string> pv;
+  std::optional<std::string> qk;
   std::optional<std::string> granularity;
   std::optional<bool> smooth_key;
   std::optional<bool> smooth_value;
@@ -38,7 +39,7 @@ struct Options {
         pv = one_of(key, value, {"fp8", "int8", "fp16"},
                     R"("fp8" (a GPU's default), "int8" (the CPU's) or "fp16" (the CPU's; V keeps 16 bits))");
       }
-      if (key == "qk") one_of(key, value, {"int8"}, "\"int8\", which alone is built");
+      if (key == "qk") qk = one_of(key, value, {"int8", "fp8"}, R"("int8" (the default) or "fp8" (GPUs'))");
       if (key == "granularity") {
         granularity = one_of(key, value, {"per_thread", "per_warp"},
                              R"("per_thread" (the default; a scale for each row of Q) or "per_warp" (for 16))");
@@ -50,6 +51,7 @@ struct Options {
 
   [[nodiscard]] kernels::cpu::SageOptions for_cpu() const {
     require(!pv || *pv != "fp8", "pv", "\"fp8\"", "the CPU", R"("int8" or "fp16")");
+    require(!qk || *qk == "int8", "qk", "\"fp8\"", "the CPU", "\"int8\"");
     require(!granularity || *granularity == "per_thread", "granularity", "\"per_warp\"", "the CPU", "\"per_thread\"");
     require(!smooth_value.value_or(false), "smooth_v", "true", "the CPU", "false");
     return {.wide_values = pv && *pv == "fp16"};
@@ -59,6 +61,7 @@ struct Options {
   [[nodiscard]] kernels::cuda::SageQuantization for_gpu() const {
     require(!pv || *pv == "fp8", "pv", fmt::format("\"{}\"", pv.value_or("")), "GPUs", "\"fp8\"");
     return {.per_thread = !granularity || *granularity == "per_thread",
+            .fp8_logits = qk && *qk == "fp8",
             .smooth_key = smooth_key.value_or(true),
             .smooth_value = smooth_value.value_or(true)};
   }

@@ -46,7 +46,7 @@ FlashSm90Choice choose_flash_sm90(const AttentionProblem& p, int multiprocessors
 
 void launch_flash_sm90(const HopperKernel& kernel, const AttentionProblem& p, FlashDevice& device, void* stream) {
   FlashSm90Arguments arguments = arguments_of(p, kernel.tile);
-  launch_hopper(kernel, has_masks(p), &arguments, arguments.order.total_tiles, device.multiprocessors,
+  launch_hopper(kernel, has_masks(p) ? 1 : 0, &arguments, arguments.order.total_tiles, device.multiprocessors,
                 device.prepared_sm90, stream, "flash_sm90");
 }
 

@@ -133,12 +133,12 @@ void find_output_maps(CUtensorMap (&maps)[2], const AttentionProblem& p) {
   }
 }
 
-void launch_hopper(const HopperKernel& kernel, bool masked, void* arguments, unsigned tiles, int multiprocessors,
+void launch_hopper(const HopperKernel& kernel, int function, void* arguments, unsigned tiles, int multiprocessors,
                    std::atomic<std::uint64_t>& prepared, void* stream, const char* name) {
-  prepare_flash(kernel.functions[masked], kernel.shared_bytes, 2 * kernel.place + (masked ? 1 : 0), prepared);
+  prepare_flash(kernel.functions[function], kernel.shared_bytes, 2 * kernel.place + function, prepared);
   const OverlappingLaunch launch(std::min<std::int64_t>(tiles, multiprocessors), kernel.threads, kernel.shared_bytes,
                                  stream);
-  check(cudaLaunchKernelExC(launch.config(), kernel.functions[masked], &arguments), name);
+  check(cudaLaunchKernelExC(launch.config(), kernel.functions[function], &arguments), name);
 }
 
 }  // namespace ditattn::kernels::cuda

@@ -28,7 +28,8 @@ struct HopperKernel {
   int place;  ///< among the kernels of its list: `prepared` has two bits for each
   int threads;
   int shared_bytes;
-  const void* functions[2];  ///< __global__, of one argument: without and with masks; the same where there are none
+  const void* functions[2];  ///< __global__, of one argument: flash_sm90 without and with masks; sage_sm90 for Q and K
+                             ///< of whole numbers and of e4m3
 };
 
 /// The kernel of a list for a problem, as a table of tiles has it: of tiles of the same blocks the one that is done
@@ -48,9 +49,9 @@ void find_map(CUtensorMap& map, const AttentionProblem& problem, const void* dat
 /// The output's maps, one for each segment of queries, in boxes of a warp's 16 rows.
 void find_output_maps(CUtensorMap (&maps)[2], const AttentionProblem& problem);
 
-/// One launch in a stream, which may start under the end of the one before: the kernel waits itself. `arguments` points
-/// to the kernel's argument, `name` is for errors.
-void launch_hopper(const HopperKernel& kernel, bool masked, void* arguments, unsigned tiles, int multiprocessors,
+/// One launch in a stream, which may start under the end of the one before: the kernel waits itself. `function`
+/// is the place in the kernel's list, `arguments` points to its argument, `name` is for errors.
+void launch_hopper(const HopperKernel& kernel, int function, void* arguments, unsigned tiles, int multiprocessors,
                    std::atomic<std::uint64_t>& prepared, void* stream, const char* name);
 
 }  // namespace ditattn::kernels::cuda

@@ -37,7 +37,7 @@ void sage_attention(const AttentionProblem& problem, const SageQuantization& qua
   const HopperKernel& kernel = *choose_sage_sm90(problem, device.multiprocessors);
   const SageImages images = place_sage_images(problem, shape_of(kernel), scratch);
   quantize_sage(problem, quantization, images, launch);
-  launch_sage_sm90(kernel, problem, images, quantization.smooth_key, device, launch.stream);
+  launch_sage_sm90(kernel, problem, images, quantization, device, launch.stream);
 }
 
 }  // namespace ditattn::kernels::cuda

@@ -116,32 +116,36 @@ __device__ __forceinline__ float scale_of(float largest, float most) {
   return largest == 0 || (largest > kLeast && largest < kMost) ? largest * (1 / most) : NAN;
 }
 
-// Whole numbers nearest to eight, as bytes: what is added moves them to the lowest bits.
+// Whole numbers nearest to eight times a factor, rounded once, as bytes: what is added moves them to the lowest bits.
 template <class Number>
-__device__ uint2 to_bytes(const Number& number) {
+__device__ uint2 to_bytes(float factor, const Number& number) {
   constexpr float kMove = 12582912;  // 1.5 · 2²³
   std::uint32_t x[8];
 #pragma unroll
-  for (int c = 0; c < 8; ++c) x[c] = __float_as_uint(number(c) + kMove);
+  for (int c = 0; c < 8; ++c) x[c] = __float_as_uint(fmaf(number(c), factor, kMove));
   const auto join = [&](int c) {
     return __byte_perm(__byte_perm(x[c], x[c + 1], 0x0040), __byte_perm(x[c + 2], x[c + 3], 0x0040), 0x5410);
   };
   return make_uint2(join(0), join(4));
 }
 
-// Sixteen positions of a channel, as e4m3.
+// Four numbers from `at` on, as e4m3.
 template <class Number>
-__device__ uint4 to_e4m3(const Number& number) {
-  std::uint32_t words[4];
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    const auto pair = [&](int at) {
-      return static_cast<std::uint32_t>(
-          __nv_cvt_float2_to_fp8x2(make_float2(number(at), number(at + 1)), __NV_SATFINITE, __NV_E4M3));
-    };
-    words[w] = pair(4 * w) | pair(4 * w + 2) << 16;
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
+__device__ std::uint32_t to_e4m3_word(const Number& number, int at) {
+  const auto pair = [&](int i) {
+    return static_cast<std::uint32_t>(
+        __nv_cvt_float2_to_fp8x2(make_float2(number(i), number(i + 1)), __NV_SATFINITE, __NV_E4M3));
+  };
+  return pair(at) | pair(at + 2) << 16;
 }
+
+// Eight numbers of Q or K times a factor: e4m3 or whole.
+template <class Number>
+__device__ uint2 to_eight(bool is_fp8, float factor, const Number& number) {
+  if (!is_fp8) return to_bytes(factor, number);
+  const auto scaled = [&](int c) { return number(c) * factor; };
+  return make_uint2(to_e4m3_word(scaled, 0), to_e4m3_word(scaled, 4));
+}
+__device__ __forceinline__ float most_of(bool is_fp8) { return is_fp8 ? kMostFp8 : kMostByte; }
 
 }  // namespace ditattn::kernels::cuda

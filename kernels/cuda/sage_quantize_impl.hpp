@@ -59,10 +59,11 @@ __device__ void quantize_query(const Arguments& a, unsigned index) {
   }
   if (!a.quantization.per_thread) size = largest_of_lanes<32>(most);
   const float largest = to_number<T>(size);
-  const float inverse = copysignf(inverse_of(largest, kMostByte), p.scale);
+  const bool is_fp8 = a.quantization.fp8_logits;
+  const float inverse = copysignf(inverse_of(largest, most_of(is_fp8)), p.scale);
   if (Tokens::lane() < Tokens::kCount) {
     a.images.query_scale[place * kSageQueryRows + Tokens::token(Tokens::lane()) % kSageQueryRows] =
-        scale_of(largest, kMostByte) * fabsf(p.scale) * kLog2E;
+        scale_of(largest, most_of(is_fp8)) * fabsf(p.scale) * kLog2E;
   }
   std::int8_t* image = a.images.query + place * kSageQueryRows * kChannels;
 #pragma unroll
@@ -71,7 +72,7 @@ __device__ void quantize_query(const Arguments& a, unsigned index) {
     const float factor = tokens.has_channels ? of_row : 0;
     const int row = Tokens::token(i) % kSageQueryRows;
     *reinterpret_cast<uint2*>(image + sage_place(kSageQueryRows, sage_row_bytes(kChannels), row, 8 * Tokens::lane())) =
-        to_bytes([&](int c) { return widen(tokens.eights[i].x[c]) * factor; });
+        to_eight(is_fp8, factor, [&](int c) { return widen(tokens.eights[i].x[c]); });
   }
 }
 
@@ -99,6 +100,7 @@ __device__ void quantize_key(const Arguments& a, const Part& part, bool is_first
   const auto group_of = [&](int slot) {
     return a.quantization.per_thread ? slot * (kSageKeyGroups / kSlots) + offset : 0;
   };
+  const bool is_fp8 = a.quantization.fp8_logits;
   const int thread = Block<kKeys>::thread();
   int turn = 0;
   for (int item = part.first; item < part.last; item += Block<kKeys>::at_once()) {
@@ -139,9 +141,9 @@ __device__ void quantize_key(const Arguments& a, const Part& part, bool is_first
     // One of four threads finds a group's scale for all.
     const int group = thread % kSageKeyGroups;
     const float largest_of_group = __int_as_float(largest[a.quantization.per_thread ? group : 0]);
-    const float inverse = inverse_of(largest_of_group, kMostByte);
+    const float inverse = inverse_of(largest_of_group, most_of(is_fp8));
     if (thread < kSageKeyGroups) {
-      a.images.key_scale[block.place * kSageKeyGroups + group] = scale_of(largest_of_group, kMostByte);
+      a.images.key_scale[block.place * kSageKeyGroups + group] = scale_of(largest_of_group, most_of(is_fp8));
     }
     float inverses[kSlots];
 #pragma unroll
@@ -151,7 +153,7 @@ __device__ void quantize_key(const Arguments& a, const Part& part, bool is_first
     for (int i = 0; i < Tokens::kCount; ++i) {
       const int row = Tokens::token(i) % kKeys;
       *reinterpret_cast<uint2*>(image + sage_place(kKeys, sage_row_bytes(kChannels), row, 8 * Tokens::lane())) =
-          to_bytes([&](int c) { return (widen(tokens.eights[i].x[c]) - mean[c]) * inverses[slot_of(i)]; });
+          to_eight(is_fp8, inverses[slot_of(i)], [&](int c) { return widen(tokens.eights[i].x[c]) - mean[c]; });
     }
   }
 }
@@ -221,8 +223,9 @@ __device__ void quantize_value(const Arguments& a, const Part& part, bool is_fir
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
+        const auto word = [&](int at) { return to_e4m3_word([&](int i) { return x[c][i]; }, at); };
         *reinterpret_cast<uint4*>(image + sage_place(head, kSagePanelKeys, 2 * pair + c, 16 * piece)) =
-            to_e4m3([&](int at) { return x[c][at]; });
+            make_uint4(word(0), word(4), word(8), word(12));
       }
     }
   }

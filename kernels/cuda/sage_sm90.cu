@@ -17,8 +17,8 @@ SageShape shape_of(const HopperKernel& kernel) {
   return {.head = head, .channels = sage_channels(head), .keys = kernel.tile.keys};
 }
 
-void launch_sage_sm90(const HopperKernel& kernel, const AttentionProblem& p, const SageImages& images, bool smooth_key,
-                      FlashDevice& device, void* stream) {
+void launch_sage_sm90(const HopperKernel& kernel, const AttentionProblem& p, const SageImages& images,
+                      const SageQuantization& quantization, FlashDevice& device, void* stream) {
   SageSm90Arguments a{};
   const Extents extents{p.batch, p.rows, p.heads};
   a.maps_output = p.head_size * kFlashElementBytes % kFlashAlignment == 0 && is_aligned(p.out) &&
@@ -29,8 +29,8 @@ void launch_sage_sm90(const HopperKernel& kernel, const AttentionProblem& p, con
   a.images = images;
   a.order = order_tiles(p, kSageQueryRows * kernel.tile.warpgroups);
   a.differs = differ_rows(p);
-  a.has_offsets = smooth_key && p.lse != nullptr && images.key_blocks[0] + images.key_blocks[1] != 0;
-  launch_hopper(kernel, false, &a, a.order.total_tiles, device.multiprocessors, device.prepared_sage_sm90, stream,
+  a.has_offsets = quantization.smooth_key && p.lse != nullptr && images.key_blocks[0] + images.key_blocks[1] != 0;
+  launch_hopper(kernel, quantization.fp8_logits ? 1 : 0, &a, a.order.total_tiles, device.multiprocessors, device.prepared_sage_sm90, stream,
                 "sage_sm90");
 }
 

@@ -5,7 +5,7 @@
 #include <span>
 
 #include "kernels/cuda/hopper_kernel.hpp"
-#include "kernels/cuda/sage_images.hpp"
+#include "kernels/cuda/sage_quantize.hpp"
 
 namespace ditattn::kernels::cuda {
 
@@ -22,6 +22,6 @@ SageShape shape_of(const HopperKernel& kernel);
 /// One launch on the current device, which is `device`, in a cudaStream_t, after `images` were filled there.
 /// Thread-safe. Throws std::runtime_error with CUDA's reason.
 void launch_sage_sm90(const HopperKernel& kernel, const AttentionProblem& problem, const SageImages& images,
-                      bool smooth_key, FlashDevice& device, void* stream);
+                      const SageQuantization& quantization, FlashDevice& device, void* stream);
 
 }  // namespace ditattn::kernels::cuda

@@ -1,8 +1,8 @@
 #pragma once
 
 /// Quantized attention on Hopper. Background: SageAttention 2++ (arXiv 2505.21136). Approach: flash_sm90's pipeline
-/// with products of bytes: Q · Kᵀ in whole numbers, P · V in e4m3. Tensor cores add up e4m3 products to about 14 bits,
-/// so what a few blocks give goes to a second sum in float32, in shared memory. Included by .cu files alone.
+/// with products of bytes: Q · Kᵀ in whole numbers or e4m3, P · V in e4m3. Tensor cores add up e4m3 products to about
+/// 14 bits, so what a few blocks give goes to a second sum in float32, in shared memory. Included by .cu files alone.
 
 #include <cuda_fp8.h>
 
@@ -93,10 +93,10 @@ __device__ __forceinline__ void load_query(std::uint32_t (&query)[Config::kSteps
 }
 
 template <class Config>
-__device__ __forceinline__ void multiply_bytes(int (&products)[Config::kKeys / 2],
+__device__ __forceinline__ void multiply_bytes(typename Config::Product (&products)[Config::kKeys / 2],
                                                const std::uint32_t (&query)[Config::kQueryRegisters],
                                                hopper::Address query_tile, hopper::Address key) {
-  using Products = Wgmma<std::int8_t, Config::kKeys>;
+  using Products = typename Config::Products;
   const std::uint64_t a = hopper::describe_bytes(query_tile, Config::kRowBytes);
   const std::uint64_t b = hopper::describe_bytes(key, Config::kRowBytes);
 #pragma unroll
@@ -165,7 +165,7 @@ __device__ void store_elements(const AttentionProblem& p, const Tile& tile, int 
 template <class Config>
 __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const SageSm90Memory<Config>& memory) {
   using T = typename Config::T;
-  using Softmax = BasicSoftmax<ByteLimits>;
+  using Softmax = BasicSoftmax<typename Config::Limits>;
   const AttentionProblem& p = a.problem;
   TileWalk<Config, SageSm90Arguments> tiles(a);
   const int group = static_cast<int>(__shfl_sync(kWarp, threadIdx.x / 128, 0)) - 1;
@@ -197,7 +197,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     Softmax softmax;
     SecondSums<Config::kHead / 2> second(scratch);
     float out[Config::kHead / 2];
-    int products[Config::kKeys / 2];
+    typename Config::Product products[Config::kKeys / 2];
     float logits[Config::kKeys / 2];
     float query_scale[2];
     float of_group = 0;
@@ -220,11 +220,23 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     };
     const auto start_products = [&] {
 #pragma unroll
-      for (int& product : products) product = __float_as_int(Softmax::kOrigin);
+      for (auto& product : products) {
+        if constexpr (Config::kIsFp8) {
+          product = Softmax::kOrigin;
+        } else {
+          product = __float_as_int(Softmax::kOrigin);
+        }
+      }
     };
     const auto to_logits = [&] {
 #pragma unroll
-      for (int k = 0; k < Config::kKeys / 2; ++k) logits[k] = __int_as_float(products[k]);
+      for (int k = 0; k < Config::kKeys / 2; ++k) {
+        if constexpr (Config::kIsFp8) {
+          logits[k] = products[k];
+        } else {
+          logits[k] = __int_as_float(products[k]);
+        }
+      }
     };
     const auto hide_keys = [&](int i) {
       RowLimits limits;

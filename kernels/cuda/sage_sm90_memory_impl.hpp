@@ -3,16 +3,37 @@
 /// How Hopper's quantized kernel is cut, what it is given, and what it has in shared memory. Included by .cu files
 /// alone.
 
+#include <type_traits>
+
 #include "kernels/cuda/flash_softmax_impl.hpp"
 #include "kernels/cuda/hopper_pipeline_impl.hpp"
 #include "kernels/cuda/sage_images.hpp"
+#include "kernels/cuda/wgmma.hpp"
 
 namespace ditattn::kernels::cuda {
 
-/// How the kernel is cut; T: of the output.
-template <class Element, int kHeadSize, int kGroups, int kBlockKeys, int kDepth>
+/// e4m3 has 448 at most. Sums of whole products start at the bits of 1.5 · 2²³: below 2²², they are then, as floats,
+/// that much above their value, without a conversion, which took a fifth of the kernel's time.
+struct ByteLimits {
+  static constexpr float kSlack = 8;
+  static constexpr float kTop = 4;
+  static constexpr float kLargest = 448;
+  static constexpr float kOrigin = 12582912;
+};
+
+/// Sums of products of e4m3 are floats.
+struct Fp8Limits : ByteLimits {
+  static constexpr float kOrigin = 0;
+};
+
+/// How the kernel is cut; Element: of the output, Number: of Q and K, std::int8_t or __nv_fp8_e4m3.
+template <class Element, class Number, int kHeadSize, int kGroups, int kBlockKeys, int kDepth>
 struct SageSm90Config {
   using T = Element;
+  using Products = Wgmma<Number, kBlockKeys>;  // Q · Kᵀ
+  static constexpr bool kIsFp8 = std::is_same_v<Number, __nv_fp8_e4m3>;
+  using Product = std::conditional_t<kIsFp8, float, int>;
+  using Limits = std::conditional_t<kIsFp8, Fp8Limits, ByteLimits>;
   static constexpr int kHead = kHeadSize;
   static constexpr int kChannels = sage_channels(kHead);  // of rows of Q and K, zeros at the end
   static constexpr int kWarpgroups = kGroups;
@@ -49,15 +70,6 @@ struct SageSm90Arguments {
   bool differs;      ///< rows of a batch entry see different keys
   bool maps_output;  ///< `out` are maps; else elements are written one by one
   bool has_offsets;  ///< problem.lse has what smoothing K took off
-};
-
-/// e4m3 has 448 at most. Sums of products start at the bits of 1.5 · 2²³: as whole numbers below 2²², they are then, as
-/// floats, that much above their value, without a conversion, which took a fifth of the kernel's time.
-struct ByteLimits {
-  static constexpr float kSlack = 8;
-  static constexpr float kTop = 4;
-  static constexpr float kLargest = 448;
-  static constexpr float kOrigin = 12582912;
 };
 
 /// Where tiles and barriers are in shared memory.

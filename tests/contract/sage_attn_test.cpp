@@ -61,7 +61,8 @@ TEST(ContractSageAttn, BadOptionsAreValueErrorsThatSayWhatIsAllowed) {
                   {"SAGE_ATTN: backend_kwargs['smooth_k'] is 'yes', not a boolean", "true", "false"});
   expect_contains(bad_options({{"smooth_v", tvm::ffi::String("on")}}),
                   {"backend_kwargs['smooth_v'] is 'on', not a boolean"});
-  expect_contains(bad_options({{"qk", tvm::ffi::String("fp8")}}), {"backend_kwargs['qk'] is 'fp8'", "\"int8\""});
+  expect_contains(bad_options({{"qk", tvm::ffi::String("fp4")}}),
+                  {"backend_kwargs['qk'] is 'fp4'", "\"int8\"", "\"fp8\""});
   expect_contains(bad_options({{"granularity", tvm::ffi::String("per_block")}}),
                   {"backend_kwargs['granularity'] is 'per_block'", "\"per_thread\"", "\"per_warp\""});
 }
@@ -75,6 +76,7 @@ TEST(ContractSageAttn, OptionsOfGpusAreRefusedOnTheCpu) {
       "SAGE_ATTN: backend_kwargs['pv'] is \"fp8\", which there is not on the CPU. It is \"int8\" or \"fp16\" there.");
   expect_contains(refused({{"granularity", tvm::ffi::String("per_warp")}}), {"['granularity']", "on the CPU"});
   expect_contains(refused({{"smooth_v", true}}), {"['smooth_v']", "on the CPU"});
+  expect_contains(refused({{"qk", tvm::ffi::String("fp8")}}), {"['qk']", "on the CPU", "\"int8\""});
 }
 
 TEST(ContractSageAttn, UnknownOptionsAreWarnedAboutOnce) {
