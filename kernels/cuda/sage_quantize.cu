@@ -63,8 +63,10 @@ void quantize(const Arguments& a, int multiprocessors, void* stream) {
   const auto aligned = [](const void* data, const Extents& extents, const Strides& strides) {
     return extents.tokens == 0 || (is_aligned(data) && has_aligned_strides(extents, strides));
   };
-  const bool all_aligned = a.problem.head_size % 8 == 0 && all_inputs(a.problem, aligned);
-  all_aligned ? quantize<T, true>(a, multiprocessors, stream) : quantize<T, false>(a, multiprocessors, stream);
+  if (a.problem.head_size % 8 == 0 && all_inputs(a.problem, aligned)) {
+    return quantize<T, true>(a, multiprocessors, stream);
+  }
+  quantize<T, false>(a, multiprocessors, stream);
 }
 
 }  // namespace

@@ -291,6 +291,7 @@ TEST_F(CudaSage, OptionsOfTheCpuAreRefused) {
   }
 }
 
+// At head sizes 128 and 256, ten entries are quantized by clusters of another size than one entry is.
 TEST_F(CudaSage, BitsDependOnNeitherTheRunNorTheBatch) {
   for (const std::int64_t size : {64, 96, 128, 256}) {
     const std::int64_t batch = 10;
