@@ -1,5 +1,5 @@
-"""Times GPU attention of ditattn beside PyTorch's back ends, and FlashAttention 3 (`fa3_fwd_interface`) and FlashInfer
-(`flashinfer`) where they are there.
+"""Times GPU attention of ditattn beside PyTorch's back ends, and FlashAttention 3 (`fa3_fwd_interface`), FlashInfer
+(`flashinfer`) and SageAttention 2 (`sageattention`) where they are there.
 
     compare.py [--shapes flux-1024,sit-d72] [--variants] [--libraries torch-cudnn,CUDNN_ATTN] [--rounds 5] [--dtype bf16]
                [--json FILE]
@@ -8,14 +8,16 @@ Per shape and library: the time of one call by CUDA events over many, by replayi
 queue one; medians of interleaved rounds, TFLOP/s = 4·B·H·Sq·Skv·D / time (half when causal, of seen keys when padded). Inputs
 are standard normals in (B, S, H, D) memory, as models have them, for all. The last lines of a shape are each of ours over the
 best of all exact peers, and over the best of those it is measured by: its own engine elsewhere, for FLASH_ATTN FlashAttention 3
-and cuDNN, for SAGE_ATTN, which quantizes in the call, FlashAttention 3 in FP8 on inputs that are FP8 already.
+and cuDNN. SAGE_ATTN is compared with SageAttention 2, which quantizes in the call too, and with FlashAttention 3 in FP8 on
+inputs that are FP8 already.
 
 Variants, by their names in --shapes or all with --variants, are shapes (inputs.py) where
     -padded   a boolean mask (B, Skv) hides the last 512 keys;
     -joint    the last 512 tokens are text in tensors of their own: joint tokens to ours, put together in each call for peers;
     -mask     a boolean mask (1, 1, Sq, Skv) hides a tenth of the logits;
     -bias     a mask (1, 1, Sq, Skv) of the inputs' dtype is added to the logits.
-FlashAttention 3, which has no masks, and FlashInfer, whose own are not timed, are left out where there is one. Each of ours is
+FlashAttention 3 and SageAttention 2, which have no masks, and FlashInfer, whose own are not timed, are left out where there is
+one. Each of ours is
 also timed without what is special, in the same rounds, and compared with that, "its own dense": beside -padded that is the
 problem of fewer keys, and "full dense" the one that sees all.
 """
@@ -40,6 +42,7 @@ from ditattn import DiffusionAttentionBackendEnum as Enum
 
 RIVALS = {"FLASH_ATTN": ("fa3", "torch-cudnn"), "CUDNN_ATTN": ("torch-cudnn",), "FLASHINFER_ATTN": ("flashinfer",),
           "SAGE_ATTN": ("fa3-fp8",)}  # fmt: skip
+QUANTIZED = ("fa3-fp8", "sage2")  # peers, too, that are not exact
 MOST_MS = 60  # of one library in one round
 
 
@@ -82,6 +85,13 @@ def fa3_fp8_call(shape, inputs):
     return functools.partial(flash_attn_func, *tensors, causal=shape[-1])
 
 
+def sage2_call(shape, inputs):
+    from sageattention.core import sageattn_qk_int8_pv_fp8_cuda_sm90
+
+    function = functools.partial(sageattn_qk_int8_pv_fp8_cuda_sm90, tensor_layout="NHD", is_causal=shape[-1])
+    return call_of(function, lambda tensor: tensor, inputs)
+
+
 def flashinfer_call(shape, inputs):
     import flashinfer
 
@@ -110,7 +120,7 @@ def libraries(shape, inputs, chosen):
     if inputs.mask is None:
         peers |= {"fa3": fa3_call, "flashinfer": flashinfer_call}
         if inputs.text is None:
-            peers["fa3-fp8"] = fa3_fp8_call
+            peers |= {"fa3-fp8": fa3_fp8_call, "sage2": sage2_call}
     calls = {}
     for library, make in peers.items():
         if not chosen or library in chosen:
@@ -180,12 +190,13 @@ def measure(name, dtype, rounds, chosen):
                 call()
                 torch.cuda.synchronize()
                 ms = event_ms(call, 2)
-            except (RuntimeError, NotImplementedError):
+            except (RuntimeError, ValueError, NotImplementedError):  # SageAttention 2 has head sizes to 128
                 continue
             count = max(2, min(200, int(MOST_MS / ms)))
             work = 4 * batch * heads * rows * keys * head_size / (2 if causal else 1)
-            runs[library] = {"call": call, "work": work, "count": count, "graph": graph_of(call, count),
-                             "event": [], "replay": [], "host": []}  # fmt: skip
+            graph = None if library == "sage2" else graph_of(call, count)  # its launches are in the default stream
+            runs[library] = {"call": call, "work": work, "count": count, "graph": graph, "event": [], "replay": [],
+                             "host": []}  # fmt: skip
     order = list(runs)
     for _ in range(rounds):
         random.shuffle(order)  # who follows a light kernel finds a cool GPU: not always the same
@@ -227,7 +238,7 @@ def ratio(other, ours, what):
 
 def print_ratios(times, dense):
     members = [member.name for member in Enum]
-    peers = [row for library, row in times.items() if library.split()[0] not in members and library != "fa3-fp8"]
+    peers = [row for library, row in times.items() if library.split()[0] not in members and library not in QUANTIZED]
     for member in members:
         if member not in times:
             continue
@@ -240,6 +251,8 @@ def print_ratios(times, dense):
         if rivals:
             rival = min(rivals, key=lambda row: row["event_ms"])
             texts.append(ratio(rival, ours, rival["library"]))
+        if member == "SAGE_ATTN" and "sage2" in times:
+            texts.append(ratio(times["sage2"], ours, "sage2"))
         for name in dense:
             if f"{member} {name}" in times:
                 texts.append(ratio(times[f"{member} {name}"], ours, f"of its own {name}"))
@@ -253,7 +266,7 @@ def describe_machine():
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         parts.append("driver " + subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
     parts += [f"torch {torch.__version__}", f"cuDNN {torch.backends.cudnn.version()}"]
-    for package in ("fa3_fwd", "flashinfer-python"):
+    for package in ("fa3_fwd", "flashinfer-python", "sageattention"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             parts.append(f"{package} {importlib.metadata.version(package)}")
     return ", ".join(parts)
@@ -266,7 +279,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--libraries", default="",
-                        help=f"A,B: these only, of the peers ({', '.join(CONTEXTS)}, fa3, fa3-fp8, flashinfer) and ours")  # fmt: skip
+                        help=f"A,B: these only, of the peers ({', '.join(CONTEXTS)}, fa3, fa3-fp8, sage2, flashinfer) and ours")  # fmt: skip
     parser.add_argument("--json", help="write the figures there too")
     options = parser.parse_args()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
