@@ -13,6 +13,7 @@
 #include "backends/common/cpu_options.hpp"
 #include "kernels/cpu/flash_attention.hpp"
 #ifdef DITATTN_CUDA
+#include "backends/common/gpu_level.hpp"
 #include "kernels/cuda/flash_attention.hpp"
 #endif
 
@@ -28,20 +29,6 @@ constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
 constexpr std::int64_t kLargestGpuHeadSize = 256;
 constexpr std::int64_t kAmpere = 80;
 constexpr std::int64_t kMostAlignment = 16;  // that a problem tells
-
-// The compute capability whose kernels may be used, or what DITATTN_GPU_LEVEL says is the highest.
-int gpu_level() {
-  static const int level = [] {
-    const char* wanted = std::getenv("DITATTN_GPU_LEVEL");
-    if (wanted == nullptr || *wanted == '\0') return std::numeric_limits<int>::max();
-    for (const int known : {75, 80, 90}) {
-      if (std::to_string(known) == wanted) return known;
-    }
-    throw ValueError(
-        fmt::format("DITATTN_GPU_LEVEL='{}' is not one of 75, 80, 90. Unset it or set one of these.", wanted));
-  }();
-  return level;
-}
 #endif
 
 CpuUnits cpu_units() {

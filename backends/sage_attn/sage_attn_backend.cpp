@@ -12,6 +12,8 @@
 #include "backends/common/cpu_options.hpp"
 #include "kernels/cpu/sage_attention.hpp"
 #ifdef DITATTN_CUDA
+#include "backends/common/gpu_level.hpp"
+#include "kernels/cuda/flash_device.hpp"
 #include "kernels/cuda/sage_attention.hpp"
 #endif
 
@@ -21,6 +23,9 @@ namespace {
 using kernels::cpu::CpuLevel;
 
 constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
+#ifdef DITATTN_CUDA
+constexpr int kLeastCapability = 80;
+#endif
 
 // What `backend_kwargs` ask for; what is not said follows from the device. Throws ValueError for what is no value of an
 // option.
@@ -36,8 +41,9 @@ struct Options {
     for (const auto& [name, value] : kwargs) {
       const std::string key(name);
       if (key == "pv") {
-        pv = one_of(key, value, {"fp8", "int8", "fp16"},
-                    R"("fp8" (a GPU's default), "int8" (the CPU's) or "fp16" (the CPU's; V keeps 16 bits))");
+        pv = one_of(
+            key, value, {"fp8", "int8", "fp16"},
+            R"("fp8" (the default of GPUs from compute capability 8.9 on), "int8" (the CPU's) or "fp16" (V keeps 16 bits))");
       }
       if (key == "qk") qk = one_of(key, value, {"int8", "fp8"}, R"("int8" (the default) or "fp8" (GPUs'))");
       if (key == "granularity") {
@@ -58,12 +64,23 @@ struct Options {
   }
 
 #ifdef DITATTN_CUDA
-  [[nodiscard]] kernels::cuda::SageQuantization for_gpu() const {
-    require(!pv || *pv == "fp8", "pv", fmt::format("\"{}\"", pv.value_or("")), "GPUs", "\"fp8\"");
-    return {.per_thread = !granularity || *granularity == "per_thread",
-            .fp8_logits = qk && *qk == "fp8",
-            .smooth_key = smooth_key.value_or(true),
-            .smooth_value = smooth_value.value_or(true)};
+  // `capability`: of whose kernels may be used.
+  [[nodiscard]] kernels::cuda::SageQuantization for_gpu(int capability) const {
+    kernels::cuda::SageQuantization quantization = kernels::cuda::sage_defaults(capability);
+    const bool has_fp8 = !quantization.wide_values;
+    const char* gpus = has_fp8 ? "GPUs" : "GPUs below compute capability 8.9";
+    const char* instead = has_fp8 ? R"("fp8" or "fp16")" : R"("fp16")";
+    require(!pv || *pv == "fp16" || (has_fp8 && *pv == "fp8"), "pv", fmt::format("\"{}\"", pv.value_or("")), gpus,
+            instead);
+    if (pv) quantization.wide_values = *pv == "fp16";
+    quantization.fp8_logits = qk && *qk == "fp8";
+    require(!quantization.fp8_logits || has_fp8, "qk", "\"fp8\"", gpus, "\"int8\"");
+    require(!quantization.fp8_logits || !quantization.wide_values, "qk", "\"fp8\"", R"(GPUs with pv="fp16")",
+            "\"int8\"");
+    quantization.per_thread = !granularity || *granularity == "per_thread";
+    quantization.smooth_key = smooth_key.value_or(true);
+    quantization.smooth_value = smooth_value.value_or(true);
+    return quantization;
   }
 #endif
 
@@ -101,13 +118,23 @@ Capabilities sage_capabilities() {
   can.masks = {"padding", "spans"};
 #ifdef DITATTN_CUDA
   if (const std::string built = kernels::cuda::sage_kernels_built(); !built.empty()) {
-    can.engine += "; GPU: " + built + ", int8 and e4m3";
+    can.engine += "; GPU: " + built + ", int8 and e4m3 or float16";
     can.devices.emplace_back("cuda");
     can.graph_safe = true;
   }
 #endif
   return can;
 }
+
+#ifdef DITATTN_CUDA
+// Of whose kernels may be used on a device; none where there is no such device.
+std::optional<int> usable_capability(DLDevice device) {
+  const auto& devices = cuda_info().devices;
+  const auto index = static_cast<std::size_t>(device.device_id);
+  if (device.device_type != kDLCUDA || index >= devices.size()) return std::nullopt;
+  return kernels::cuda::usable_capability(static_cast<int>(devices[index].compute_capability), gpu_level());
+}
+#endif
 
 class SageAttentionImpl final : public AttentionImpl {
  public:
@@ -116,10 +143,11 @@ class SageAttentionImpl final : public AttentionImpl {
   void run(const AttentionCall& call) const override {
 #ifdef DITATTN_CUDA
     if (const DLDevice device = call.query.device(); device.device_type == kDLCUDA) {
-      const auto quantization = options_.for_gpu();
+      const int capability = usable_capability(device).value();
+      const auto quantization = options_.for_gpu(capability);
       const KernelCall gpu = to_kernel_call(call, *this, kAlignment);
-      const Scratch scratch(kernels::cuda::sage_scratch_bytes(gpu.problem), device);
-      return kernels::cuda::sage_attention(gpu.problem, quantization, scratch.data(),
+      const Scratch scratch(kernels::cuda::sage_scratch_bytes(gpu.problem, quantization, capability), device);
+      return kernels::cuda::sage_attention(gpu.problem, quantization, capability, scratch.data(),
                                            {.device = device.device_id, .stream = current_stream(device)});
     }
 #endif
@@ -142,13 +170,13 @@ class SageAttentionBackend final : public AttentionBackend {
   // GPUs take less than the CPU, of which the capabilities speak.
   [[nodiscard]] Verdict explain(const Problem& problem) const override {
     Verdict verdict = check_capabilities(get_name(), capabilities(), problem);
-    if (problem.device.device_type != kDLCUDA || !verdict) return verdict;
-    const auto& devices = cuda_info().devices;
-    const auto index = static_cast<std::size_t>(problem.device.device_id);
-    if (index < devices.size() && !kernels::cuda::has_sage(devices[index].compute_capability)) {
+    const std::optional<int> capability = usable_capability(problem.device);
+    if (!capability || !verdict) return verdict;
+    if (*capability < kLeastCapability) {
       verdict.reasons.push_back(fmt::format(
           "SAGE_ATTN was explicitly selected but does not provide a kernel for sm_{}. Select a compatible backend.",
-          devices[index].compute_capability));
+          *capability));
+      return verdict;
     }
     if (problem.dtype == kFloat32) {
       verdict.reasons.emplace_back(
@@ -164,8 +192,9 @@ class SageAttentionBackend final : public AttentionBackend {
   }
 
   [[nodiscard]] std::string kernel_name(const Problem& problem) const override {
-    if (problem.device.device_type != kDLCUDA) return {};
-    return kernels::cuda::sage_kernel_name(problem.head_size, element_type(problem.dtype));
+    const std::optional<int> capability = usable_capability(problem.device);
+    if (!capability) return {};
+    return kernels::cuda::sage_kernel_name(problem.head_size, element_type(problem.dtype), *capability);
   }
 #endif
 

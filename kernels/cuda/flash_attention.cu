@@ -2,7 +2,6 @@
 
 #include "kernels/cuda/flash_attention.hpp"
 
-#include <algorithm>
 #include <iterator>
 #include <vector>
 
@@ -17,12 +16,6 @@ namespace ditattn::kernels::cuda {
 namespace {
 
 constexpr int kAmpere = 80;
-constexpr int kHopper = 90;
-
-// Hopper's kernel runs there alone: a lower level on a newer GPU leaves the one for 8.0.
-int usable(int compute_capability, int level) {
-  return compute_capability <= level ? compute_capability : std::min(level, kHopper - 1);
-}
 
 // At most one of the kernels; the reason why not Hopper's, or neither.
 struct Choice {
@@ -34,7 +27,7 @@ struct Choice {
 Choice choose(const AttentionProblem& problem, int compute_capability, int multiprocessors) {
   if (const char* reason = why_not_flash(problem)) return {.reason = reason};
   FlashSm90Choice hopper{.reason = "a GPU of another compute capability than 9.0"};
-  if (compute_capability == kHopper) hopper = choose_flash_sm90(problem, multiprocessors);
+  if (compute_capability == kHopperCapability) hopper = choose_flash_sm90(problem, multiprocessors);
   if (hopper.kernel != nullptr) return {.sm90 = hopper.kernel};
   if (compute_capability < kAmpere) return {.reason = "a GPU of a compute capability below 8.0"};
   if (const FlashSm80Kernel* kernel = find_flash_sm80(problem)) return {.sm80 = kernel, .reason = hopper.reason};
@@ -75,14 +68,14 @@ void flash_attention(const AttentionProblem& problem, const Launch& launch, int 
   if (problem.batch == 0 || problem.heads == 0 || problem.rows == 0) return;
   const OnDevice on_device(launch.device);
   FlashDevice& device = flash_device(launch.device);
-  const Choice choice = choose(problem, usable(device.compute_capability, level), device.multiprocessors);
+  const Choice choice = choose(problem, usable_capability(device.compute_capability, level), device.multiprocessors);
   if (choice.sm90 != nullptr) return launch_flash_sm90(*choice.sm90, problem, device, launch.stream);
   if (choice.sm80 != nullptr) return launch_flash_sm80(*choice.sm80, problem, device, launch.stream);
   sdpa_native(problem, launch);
 }
 
 std::string flash_kernel_name(const AttentionProblem& problem, int compute_capability, int level) {
-  const auto [sm90, sm80, reason] = choose(problem, usable(compute_capability, level), 1);
+  const auto [sm90, sm80, reason] = choose(problem, usable_capability(compute_capability, level), 1);
   if (sm90 != nullptr) return "flash_sm90, blocks of " + std::to_string(sm90->tile.keys) + " keys";
   if (sm80 != nullptr) return "flash_sm80, blocks of " + std::to_string(sm80->keys) + " keys, for " + reason;
   return std::string("sdpa_native, for ") + reason;

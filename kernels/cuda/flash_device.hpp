@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -11,8 +12,17 @@ struct FlashDevice {
   std::atomic<int> multiprocessors = 0;
   std::atomic<std::uint64_t> prepared_sm80 = 0;  ///< a bit for each function of the built kernels
   std::atomic<std::uint64_t> prepared_sm90 = 0;
+  std::atomic<std::uint64_t> prepared_sage_sm80 = 0;
   std::atomic<std::uint64_t> prepared_sage_sm90 = 0;
 };
+
+constexpr int kHopperCapability = 90;
+
+/// The compute capability of whose kernels may be used at a level (DITATTN_GPU_LEVEL). Hopper's run there alone: a
+/// lower level on a newer GPU leaves those for mma.sync.
+inline int usable_capability(int compute_capability, int level) {
+  return compute_capability <= level ? compute_capability : std::min(level, kHopperCapability - 1);
+}
 
 /// The device's, made at the first call for it. Throws std::runtime_error with CUDA's reason.
 FlashDevice& flash_device(int device);

@@ -5,6 +5,7 @@
 /// asynchronously, V under the first product and K under the second. Included by .cu files alone.
 
 #include "kernels/cuda/flash_rows_impl.hpp"
+#include "kernels/cuda/mma_impl.hpp"
 
 namespace ditattn::kernels::cuda {
 
@@ -29,20 +30,6 @@ struct FlashSm80Arguments {
   bool hides;  ///< some row does not see some key
 };
 
-// 16 bytes to shared memory; zeros where `bytes` is 0.
-__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-      "l"(from), "r"(bytes)
-      : "memory");
-}
-
-// All that this thread asked for has come, and all of the block are here.
-__device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  __syncthreads();
-}
-
 // Tokens [first, first + kTokens) of a head; zeros past `tokens` and the head size.
 template <class Config, int kTokens>
 __device__ __forceinline__ void copy_tokens(typename Config::T* to, const typename Config::T* from, std::int64_t stride,
@@ -53,40 +40,9 @@ __device__ __forceinline__ void copy_tokens(typename Config::T* to, const typena
     const int token = i / kChunks;
     const int channel = i % kChunks * 8;
     const bool exists = first + token < tokens && channel < head_size;
-    copy_async(to + token * Config::kPitch + channel, exists ? from + (first + token) * stride + channel : from,
-               exists ? 16 : 0);
+    copy_async(shared_address(to + token * Config::kPitch + channel),
+               exists ? from + (first + token) * stride + channel : from, exists ? 16 : 0);
   }
-}
-
-// Four 8 x 8 matrices of 16-bit elements, of which each thread gives a row's address.
-template <bool kTransposed>
-__device__ __forceinline__ void load_matrices(const void* row, std::uint32_t (&r)[4]) {
-  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  }
-}
-
-__device__ __forceinline__ void multiply_16x8x16(float* d, const std::uint32_t* a, const std::uint32_t* b, __half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ void multiply_16x8x16(float* d, const std::uint32_t* a, const std::uint32_t* b,
-                                                 __nv_bfloat16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // logits += Q · Kᵀ for a warp's 16 rows.
@@ -97,13 +53,14 @@ __device__ __forceinline__ void multiply_keys_sm80(const typename Config::T* que
 #pragma unroll
   for (int k = 0; k < Config::kHead; k += 16) {
     std::uint32_t a[4];
-    load_matrices<false>(query + lane % 16 * Config::kPitch + k + lane / 16 * 8, a);
+    load_matrices<false>(shared_address(query + lane % 16 * Config::kPitch + k + lane / 16 * 8), a);
 #pragma unroll
     for (int n = 0; n < Config::kKeys; n += 16) {
       std::uint32_t b[4];
-      load_matrices<false>(key + (n + lane / 16 * 8 + lane % 8) * Config::kPitch + k + lane / 8 % 2 * 8, b);
-      multiply_16x8x16(logits + n / 2, a, b, typename Config::T{});
-      multiply_16x8x16(logits + n / 2 + 4, a, b + 2, typename Config::T{});
+      load_matrices<false>(shared_address(key + (n + lane / 16 * 8 + lane % 8) * Config::kPitch + k + lane / 8 % 2 * 8),
+                           b);
+      multiply_step(logits + n / 2, a, b, typename Config::T{});
+      multiply_step(logits + n / 2 + 4, a, b + 2, typename Config::T{});
     }
   }
 }
@@ -122,9 +79,9 @@ __device__ __forceinline__ void multiply_values_sm80(const float (&probabilities
 #pragma unroll
     for (int n = 0; n < Config::kHead; n += 16) {
       std::uint32_t b[4];
-      load_matrices<true>(value + (k + lane % 16) * Config::kPitch + n + lane / 16 * 8, b);
-      multiply_16x8x16(out + n / 2, a, b, typename Config::T{});
-      multiply_16x8x16(out + n / 2 + 4, a, b + 2, typename Config::T{});
+      load_matrices<true>(shared_address(value + (k + lane % 16) * Config::kPitch + n + lane / 16 * 8), b);
+      multiply_step(out + n / 2, a, b, typename Config::T{});
+      multiply_step(out + n / 2 + 4, a, b + 2, typename Config::T{});
     }
   }
 }
@@ -200,7 +157,7 @@ __global__ void __launch_bounds__(Config::kThreads) flash_sm80(const __grid_cons
   __syncthreads();  // nobody reads Q, K and V any more
   constexpr int kScratch = (Config::kHead + 63) / 64 * 2048;
   static_assert(4 * kScratch <= Config::kSharedBytes);
-  const auto scratch = static_cast<unsigned>(__cvta_generic_to_shared(memory)) + threadIdx.x / 32 * kScratch;
+  const unsigned scratch = shared_address(memory) + threadIdx.x / 32 * kScratch;
   gather_rows<T>(scratch, factor, out);
   store_gathered<T, Config::kHead / 8>(p, tile, warp_row, scratch);
   store_lse(p, tile, warp_row, softmax);

@@ -1,6 +1,6 @@
 #pragma once
 
-/// The kernels of sage_quantize.cu, which alone includes this.
+/// The kernels that quantize. Included by the sage_quantize_*.cu alone.
 
 #include "kernels/cuda/sage_sums_impl.hpp"
 
@@ -77,7 +77,7 @@ __device__ void quantize_query(const Arguments& a, unsigned index) {
 }
 
 // A rank's K.
-template <class T, int kLanes, int kKeys, bool kAligned>
+template <class Sums, class T, int kLanes, int kKeys, bool kAligned>
 __device__ void quantize_key(const Arguments& a, const Part& part, bool is_first, unsigned char* memory) {
   using Tokens = WarpTokens<T, kLanes, kAligned>;
   constexpr int kChannels = 8 * kLanes;
@@ -86,10 +86,11 @@ __device__ void quantize_key(const Arguments& a, const Part& part, bool is_first
   // before may still be read.
   __shared__ int largest_of[3][2][kSageKeyGroups];
   if (threadIdx.x < sizeof(largest_of) / sizeof(int)) largest_of[0][0][threadIdx.x] = 0;
-  add_up<T, kLanes, kKeys, kAligned, true>(a, part, memory, [&](unsigned c, const Total& total, float keys) {
-    means[c] = a.quantization.smooth_key ? total.sum / keys : 0;
-    if (is_first) a.images.key_mean[part.head_index * kChannels + c] = means[c];
-  });
+  Sums::template find<T, kLanes, kKeys, kAligned, true>(
+      a, part, memory, [&](unsigned c, const SageTotal& total, float keys) {
+        means[c] = a.quantization.smooth_key ? total.sum / keys : 0;
+        if (is_first) a.images.key_mean[part.head_index * kChannels + c] = means[c];
+      });
   float mean[8];
 #pragma unroll
   for (int c = 0; c < 8; ++c) mean[c] = means[8 * Tokens::lane() + c];
@@ -158,8 +159,28 @@ __device__ void quantize_key(const Arguments& a, const Part& part, bool is_first
   }
 }
 
+// A block of V in float16.
+template <class T, int kLanes, int kKeys, class Tokens>
+__device__ void store_wide(const Arguments& a, std::size_t place, const Tokens& tokens, const float4* of_pairs) {
+  const int head = a.images.shape.head;
+  if (8 * Tokens::lane() >= head) return;
+  std::uint8_t* image = a.images.value + place * head * kKeys * sizeof(__half);
+#pragma unroll
+  for (int i = 0; i < Tokens::kCount; ++i) {
+    Eight<__half> eight;
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) {
+      const float4 of_pair = of_pairs[4 * Tokens::lane() + c / 2];
+      eight.x[c] = __float2half_rn(fmaf(widen(tokens.eights[i].x[c]), of_pair.x, of_pair.z));
+      eight.x[c + 1] = __float2half_rn(fmaf(widen(tokens.eights[i].x[c + 1]), of_pair.y, of_pair.w));
+    }
+    const int key = Tokens::token(i) % kKeys;
+    *reinterpret_cast<Eight<__half>*>(image + sage_place(kKeys, kSageWidePanelBytes, key, 16 * Tokens::lane())) = eight;
+  }
+}
+
 // A rank's V.
-template <class T, int kLanes, int kKeys, bool kAligned>
+template <class Sums, class T, int kLanes, int kKeys, bool kAligned>
 __device__ void quantize_value(const Arguments& a, const Part& part, bool is_first, unsigned char* memory) {
   using Tokens = WarpTokens<T, kLanes, kAligned>;
   struct alignas(4) Two {
@@ -167,19 +188,20 @@ __device__ void quantize_value(const Arguments& a, const Part& part, bool is_fir
   };
   constexpr int kChannels = 8 * kLanes;
   __shared__ float4 of_pairs[kChannels / 2];  // (x − mean) / scale = x · (x, y) + (z, w)
-  add_up<T, kLanes, kKeys, kAligned, false>(a, part, memory, [&](unsigned c, const Total& total, float keys) {
-    const float mean = a.quantization.smooth_value ? total.sum / keys : 0;
-    float largest = fmaxf(total.high - mean, mean - total.low);
-    if (!(fabsf(total.sum) < INFINITY)) largest = NAN;  // which comparisons do not find
-    const float scale = scale_of(largest, kMostFp8);
-    const float inverse = inverse_of(scale, 1);
-    auto* of_pair = reinterpret_cast<float*>(&of_pairs[c / 2]);
-    of_pair[c % 2] = inverse;
-    of_pair[2 + c % 2] = -mean * inverse;
-    if (!is_first) return;
-    a.images.value_mean[part.head_index * kChannels + c] = mean;
-    a.images.value_scale[part.head_index * kChannels + c] = scale;
-  });
+  Sums::template find<T, kLanes, kKeys, kAligned, false>(
+      a, part, memory, [&](unsigned c, const SageTotal& total, float keys) {
+        const float mean = a.quantization.smooth_value ? total.sum / keys : 0;
+        float largest = fmaxf(total.high - mean, mean - total.low);
+        if (!(fabsf(total.sum) < INFINITY)) largest = NAN;  // which comparisons do not find
+        const float scale = scale_of(largest, kMostFp8);
+        const float inverse = inverse_of(scale, 1);
+        auto* of_pair = reinterpret_cast<float*>(&of_pairs[c / 2]);
+        of_pair[c % 2] = inverse;
+        of_pair[2 + c % 2] = -mean * inverse;
+        if (!is_first) return;
+        a.images.value_mean[part.head_index * kChannels + c] = mean;
+        a.images.value_scale[part.head_index * kChannels + c] = scale;
+      });
   const int head = a.images.shape.head;
   const int thread = Block<kKeys>::thread();
   const auto* pairs_of_block = reinterpret_cast<const Two*>(memory) + Block<kKeys>::index() * kKeys * (kChannels / 2);
@@ -197,6 +219,12 @@ __device__ void quantize_value(const Arguments& a, const Part& part, bool is_fir
             reinterpret_cast<uint4&>(tokens.eights[i]) = {};
           }
         }
+      }
+    }
+    if constexpr (!Sums::kAreExchanged) {
+      if (a.images.shape.wide_values) {
+        if (block.is_seen) store_wide<T, kLanes, kKeys>(a, block.place, tokens, of_pairs);
+        continue;
       }
     }
     __syncthreads();  // the block before is read
@@ -232,7 +260,7 @@ __device__ void quantize_value(const Arguments& a, const Part& part, bool is_fir
 }
 
 // Blocks that have Q come last: they fill what clusters, which wait for each other, leave.
-template <class T, int kLanes, int kKeys, bool kAligned>
+template <class Sums, class T, int kLanes, int kKeys, bool kAligned>
 __global__ void __launch_bounds__(kBlockThreads<kLanes>, (kBlocksAtOnce<kLanes, kKeys>))
     quantize_all(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -248,11 +276,26 @@ __global__ void __launch_bounds__(kBlockThreads<kLanes>, (kBlocksAtOnce<kLanes, 
   const bool is_key = cluster < a.heads;
   const Part part(a, is_key ? cluster : cluster - a.heads, rank);
   if (is_key) {
-    quantize_key<T, kLanes, kKeys, kAligned>(a, part, rank == 0, memory);
+    quantize_key<Sums, T, kLanes, kKeys, kAligned>(a, part, rank == 0, memory);
   } else {
-    quantize_value<T, kLanes, kKeys, kAligned>(a, part, rank == 0, memory);
+    quantize_value<Sums, T, kLanes, kKeys, kAligned>(a, part, rank == 0, memory);
   }
-  hopper::wait_cluster();
+  Sums::end();
+}
+
+// For kernels that find sums in memory: a block of threads a stretch.
+template <class T, int kLanes, int kKeys, bool kAligned>
+__global__ void __launch_bounds__(kBlockThreads<kLanes>, (kBlocksAtOnce<kLanes, kKeys>))
+    add_up_all(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const unsigned head = blockIdx.x / a.stretches;
+  const bool is_key = head < a.heads;
+  const Part part(a, is_key ? head : head - a.heads, blockIdx.x % a.stretches);
+  if (is_key) {
+    SumsInMemory::leave<T, kLanes, kKeys, kAligned, true>(a, part, memory);
+  } else {
+    SumsInMemory::leave<T, kLanes, kKeys, kAligned, false>(a, part, memory);
+  }
 }
 
 // A row's product with K's mean, which smoothing takes off its logits: a warp a row.

@@ -8,19 +8,11 @@
 
 #include <type_traits>
 
-#include "kernels/cuda/flash_rows_impl.hpp"
 #include "kernels/cuda/hopper_pipeline_impl.hpp"
 #include "kernels/cuda/sage_sm90_memory_impl.hpp"
 #include "kernels/cuda/wgmma.hpp"
 
 namespace ditattn::kernels::cuda {
-
-// Where a block of a segment is in the images.
-__device__ __forceinline__ std::size_t block_of(const SageSm90Arguments& a, const Tile& tile, int segment, int block) {
-  const auto kv_head = static_cast<std::size_t>(tile.batch) * a.problem.kv_heads + tile.kv_head;
-  return kv_head * (a.images.key_blocks[0] + a.images.key_blocks[1]) + (segment == 1 ? a.images.key_blocks[0] : 0) +
-         block;
-}
 
 template <class Config>
 __device__ __forceinline__ void produce_sage(const SageSm90Arguments& a, const SageSm90Memory<Config>& memory) {
@@ -36,7 +28,7 @@ __device__ __forceinline__ void produce_sage(const SageSm90Arguments& a, const S
     const int total = blocks.total();
     if (!leader || total == 0) continue;
     const auto place_of = [&](int i) {
-      return block_of(a, tile, blocks.segment_of(i), blocks.key_of(i) / Config::kKeys);
+      return block_of(a.problem, images, tile, blocks.segment_of(i), blocks.key_of(i) / Config::kKeys);
     };
     const auto load_key = [&](int i) {
       hopper::wait(memory.key_empty(key_place.stage), key_place.parity ^ 1);
@@ -49,13 +41,11 @@ __device__ __forceinline__ void produce_sage(const SageSm90Arguments& a, const S
       key_place.advance();
     };
     load_key(0);
-    const auto head = static_cast<std::size_t>(tile.batch) * a.problem.heads + tile.head;
-    const int of_segment = images.query_tiles[tile.segment];
-    const std::size_t first_tile =
-        head * (images.query_tiles[0] + images.query_tiles[1]) + (tile.segment == 1 ? images.query_tiles[0] : 0);
+    const std::size_t first_tile = query_tile_of(a.problem, images, tile);
+    const int last = images.query_tiles[tile.segment] - 1 - tile.row / kSageQueryRows;
     for (int group = 0; group < Config::kWarpgroups; ++group) {
       // Past the last there is none: what is read instead is not used.
-      const std::size_t at = first_tile + min(tile.row / kSageQueryRows + group, of_segment - 1);
+      const std::size_t at = first_tile + min(group, last);
       hopper::wait(memory.query_empty(group), query_parity ^ 1);
       const hopper::Address full = memory.query_full(group);
       hopper::arrive_expect(full, Config::kQueryBytes + Config::kScaleBytes);
@@ -124,42 +114,10 @@ __device__ __forceinline__ void multiply_values(float (&out)[Config::kHead / 2],
   }
 }
 
-// Four numbers to e4m3, the first in the lowest byte.
-__device__ __forceinline__ std::uint32_t to_e4m3(float a, float b, float c, float d) {
-  std::uint32_t x;
-  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, "
-      "%3;\nmov.b32 %0, {low, high};\n}\n"
-      : "=r"(x)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return x;
-}
-
-// A scale that no product of hidden logits, −∞, makes NaN; NaN stays.
-__device__ __forceinline__ float above_zero(float x) {
-  asm("max.NaN.f32 %0, %0, 0f03AA2425;" : "+f"(x));  // 1e-36
-  return x;
-}
-
 __device__ __forceinline__ float load_shared(hopper::Address address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
   return x;
-}
-
-// A warp's rows, gathered in shared memory, element by element.
-template <class T>
-__device__ void store_elements(const AttentionProblem& p, const Tile& tile, int warp_row, hopper::Address scratch) {
-  __syncwarp();
-  const int rows = min(16, tile.rows - warp_row);
-  for (int row = 0; row < rows; ++row) {
-    T* target = out_row<T>(p, tile, warp_row + row);
-    for (int c = static_cast<int>(threadIdx.x % 32); c < p.head_size; c += 32) {
-      std::uint16_t bits;
-      asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(scratch + piece_of(row, c / 8) + c % 8 * 2) : "memory");
-      target[c] = reinterpret_cast<const T&>(bits);
-    }
-  }
-  __syncwarp();
 }
 
 template <class Config>
@@ -238,20 +196,8 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
         }
       }
     };
-    const auto hide_keys = [&](int i) {
-      RowLimits limits;
-      SeenBits<Config::kKeys> seen;
-      const int segment = blocks.segment_of(i);
-      limits.find(p, p.key_segments[segment], tile, warp_row);
-      seen.see_all();
-      if (p.key_segments[segment].mask.data != nullptr) {
-        const std::uint32_t* bits =
-            a.images.key_bits + block_of(a, tile, segment, blocks.key_of(i) / Config::kKeys) * (Config::kKeys / 32);
-#pragma unroll
-        for (int w = 0; w < Config::kKeys / 32; ++w) seen.words[0][w] = seen.words[1][w] = bits[w] >> seen.shift();
-      }
-      seen.limit(limits, blocks.key_of(i));
-      seen.hide(logits);
+    const auto hide = [&](int i) {
+      hide_keys<Config::kKeys>(p, a.images, tile, warp_row, blocks.segment_of(i), blocks.key_of(i), logits);
     };
     const auto soften_exactly = [&] {
       softmax.find_reference(logits, scale, rescale);
@@ -261,12 +207,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     const auto round = [&] {
 #pragma unroll
       for (int k = 0; k < 2; ++k) softmax.sum[k] = fmaf(softmax.sum[k], rescale[k], total[k]);
-        // Of 32 keys a row has the numbers of columns 8 · j + 2 · (lane % 4) + c, which sage_key_at puts here.
-#pragma unroll
-      for (int j = 0; j < Config::kKeys / 8; ++j) {
-        const int at = j / 4 * 16 + j % 4 / 2 * 8 + j % 2 * 2;  // row, and which half of the keys
-        probabilities[j] = to_e4m3(logits[at], logits[at + 1], logits[at + 4], logits[at + 5]);
-      }
+      round_to_e4m3<Config::kKeys>(logits, probabilities);
     };
 
     std::uint32_t query[Config::kQueryRegisters];
@@ -294,7 +235,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     release_key();
     key_place.advance();
     to_logits();
-    if (blocks.hides(0)) hide_keys(0);
+    if (blocks.hides(0)) hide(0);
     // Where logits differ much, all steps are exact.
     const bool is_wild = Softmax::are_wild(logits, scale);
     soften_exactly();
@@ -326,7 +267,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
       key_place.advance();
       to_logits();
       if constexpr (decltype(exact)::value) {
-        if (blocks.hides(i)) hide_keys(i);
+        if (blocks.hides(i)) hide(i);
         soften_exactly();
       } else {
         softmax.exponentiate(logits, scale);
@@ -383,19 +324,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     second.give(out);
     softmax.finish();
     const float factor[2] = {factor_of(softmax, 0), factor_of(softmax, 1)};
-    const std::size_t channels =
-        (static_cast<std::size_t>(tile.batch) * p.kv_heads + tile.kv_head) * Config::kChannels + 2 * (lane % 4);
-#pragma unroll
-    for (int j = 0; j < Config::kHead / 8; ++j) {
-      const float2 scale_of = *reinterpret_cast<const float2*>(a.images.value_scale + channels + 8 * j);
-      const float2 mean_of = *reinterpret_cast<const float2*>(a.images.value_mean + channels + 8 * j);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const bool sees = softmax.sum[i] != 0;
-        out[4 * j + 2 * i] = fmaf(out[4 * j + 2 * i] * factor[i], scale_of.x, sees ? mean_of.x : 0);
-        out[4 * j + 2 * i + 1] = fmaf(out[4 * j + 2 * i + 1] * factor[i], scale_of.y, sees ? mean_of.y : 0);
-      }
-    }
+    finish_rows<Config::kHead>(p, a.images, tile, softmax, factor, out);
     const float one[2] = {1, 1};
     broken = are_broken(factor, true, out) || broken;
     // The output goes by way of shared memory, a warp's rows by themselves: while they are copied, the next tile

@@ -5,26 +5,11 @@
 
 #include <type_traits>
 
-#include "kernels/cuda/flash_softmax_impl.hpp"
 #include "kernels/cuda/hopper_pipeline_impl.hpp"
-#include "kernels/cuda/sage_images.hpp"
+#include "kernels/cuda/sage_tile_impl.hpp"
 #include "kernels/cuda/wgmma.hpp"
 
 namespace ditattn::kernels::cuda {
-
-/// e4m3 has 448 at most. Sums of whole products start at the bits of 1.5 · 2²³: below 2²², they are then, as floats,
-/// that much above their value, without a conversion, which took a fifth of the kernel's time.
-struct ByteLimits {
-  static constexpr float kSlack = 8;
-  static constexpr float kTop = 4;
-  static constexpr float kLargest = 448;
-  static constexpr float kOrigin = 12582912;
-};
-
-/// Sums of products of e4m3 are floats.
-struct Fp8Limits : ByteLimits {
-  static constexpr float kOrigin = 0;
-};
 
 /// How the kernel is cut; Element: of the output, Number: of Q and K, std::int8_t or __nv_fp8_e4m3.
 template <class Element, class Number, int kHeadSize, int kGroups, int kBlockKeys, int kDepth>

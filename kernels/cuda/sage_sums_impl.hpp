@@ -1,6 +1,6 @@
 #pragma once
 
-/// K and V of a head, as a cluster of blocks of threads has them: which blocks of keys, and their sums. Included by
+/// K and V of a head, as some blocks of threads have them: which blocks of keys, and their sums. Included by
 /// sage_quantize_impl.hpp alone.
 
 #include <type_traits>
@@ -146,18 +146,12 @@ __device__ Tokens read_block(const Arguments& a, const Block<kKeys>& block, int 
   return {data, strides.token, first, block.begin, block.end, static_cast<int>(a.problem.head_size), part};
 }
 
-// A channel over all keys that are seen; of K the sum alone.
-struct Total {
-  float sum;
-  float high;
-  float low;
-  __device__ static Total none() { return {0, -INFINITY, INFINITY}; }
-  __device__ void add(const Total& other) {
-    sum += other.sum;
-    high = fmaxf(high, other.high);
-    low = fminf(low, other.low);
-  }
-};
+__device__ SageTotal no_total() { return {0, -INFINITY, INFINITY}; }
+__device__ void add_to(SageTotal& total, const SageTotal& other) {
+  total.sum += other.sum;
+  total.high = fmaxf(total.high, other.high);
+  total.low = fminf(total.low, other.low);
+}
 
 // Eight channels of a thread's tokens. The extremes of pairs of numbers are found at once.
 template <class T, bool kIsKey>
@@ -182,7 +176,7 @@ struct EightTotals {
       }
     }
   }
-  __device__ Total of(int c) const {
+  __device__ SageTotal of(int c) const {
     return {sum[c], widen(c % 2 == 0 ? high[c / 2].x : high[c / 2].y), widen(c % 2 == 0 ? low[c / 2].x : low[c / 2].y)};
   }
   // With those of the thread `distance` away.
@@ -244,7 +238,7 @@ __device__ int add_up_stretch(const Arguments& a, const Part& part, int stretch,
       }
     }
   }
-  auto* of_warps = reinterpret_cast<Total*>(memory);  // [warps][channels]
+  auto* of_warps = reinterpret_cast<SageTotal*>(memory);  // [warps][channels]
 #pragma unroll
   for (int distance = kLanes; distance < 32; distance *= 2) totals.join(distance);
   __syncthreads();  // those of the stretch before are read
@@ -254,44 +248,92 @@ __device__ int add_up_stretch(const Arguments& a, const Part& part, int stretch,
   }
   __syncthreads();
   for (unsigned c = threadIdx.x; c < kChannels; c += blockDim.x) {
-    Total total = Total::none();
+    SageTotal total = no_total();
 #pragma unroll 1
-    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total.add(of_warps[warp * kChannels + c]);
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) add_to(total, of_warps[warp * kChannels + c]);
     use(c, total);
   }
   return Tokens::lane() == 0 ? keys : 0;
 }
 
-// Adds up a head's K or V: stretches, in order. Gives each channel's total and how many keys there are to `use`.
-template <class T, int kLanes, int kKeys, bool kAligned, bool kIsKey, class Use>
-__device__ void add_up(const Arguments& a, const Part& part, unsigned char* memory, const Use& use) {
-  constexpr unsigned kChannels = 8 * kLanes;
-  __shared__ Total of_stretches[kMostStretches][kChannels];
-  __shared__ int keys_of_rank;
-  if (threadIdx.x == 0) keys_of_rank = 0;
-  int keys = 0;
-  for (int i = 0; i < part.stretches; ++i) {
-    keys += add_up_stretch<T, kLanes, kKeys, kAligned, kIsKey>(
-        a, part, part.first_stretch + i, memory, [&](unsigned c, const Total& total) { of_stretches[i][c] = total; });
-  }
-  if (keys != 0) atomicAdd(&keys_of_rank, keys);
-  hopper::arrive_cluster();
-  hopper::wait_cluster();
-  keys = 0;
-#pragma unroll 1
-  for (unsigned rank = 0; rank < a.ranks; ++rank) keys += *hopper::of_rank(&keys_of_rank, rank);
-  for (unsigned c = threadIdx.x; c < kChannels; c += blockDim.x) {
-    Total total = Total::none();
-#pragma unroll 1
-    for (unsigned rank = 0; rank < a.ranks; ++rank) {
-      for (int i = 0; i < part.stretches; ++i) total.add(*hopper::of_rank(&of_stretches[i][c], rank));
+// How blocks of threads that have K or V of a head come by its sums, of stretches, in order. `find` gives each
+// channel's total and how many keys there are to `use`.
+
+// They are a cluster: each adds up its own, and reads the others'.
+struct SumsOfCluster {
+  static constexpr bool kAreExchanged = true;
+
+  template <class T, int kLanes, int kKeys, bool kAligned, bool kIsKey, class Use>
+  __device__ static void find(const Arguments& a, const Part& part, unsigned char* memory, const Use& use) {
+    constexpr unsigned kChannels = 8 * kLanes;
+    __shared__ SageTotal of_stretches[kMostStretches][kChannels];
+    __shared__ int keys_of_rank;
+    if (threadIdx.x == 0) keys_of_rank = 0;
+    int keys = 0;
+    for (int i = 0; i < part.stretches; ++i) {
+      keys += add_up_stretch<T, kLanes, kKeys, kAligned, kIsKey>(
+          a, part, part.first_stretch + i, memory,
+          [&](unsigned c, const SageTotal& total) { of_stretches[i][c] = total; });
     }
-    const bool is_channel = c < a.problem.head_size && keys != 0;
-    use(c, is_channel ? total : Total{0, 0, 0}, static_cast<float>(max(keys, 1)));
+    if (keys != 0) atomicAdd(&keys_of_rank, keys);
+    hopper::arrive_cluster();
+    hopper::wait_cluster();
+    keys = 0;
+#pragma unroll 1
+    for (unsigned rank = 0; rank < a.ranks; ++rank) keys += *hopper::of_rank(&keys_of_rank, rank);
+    for (unsigned c = threadIdx.x; c < kChannels; c += blockDim.x) {
+      SageTotal total = no_total();
+#pragma unroll 1
+      for (unsigned rank = 0; rank < a.ranks; ++rank) {
+        for (int i = 0; i < part.stretches; ++i) add_to(total, *hopper::of_rank(&of_stretches[i][c], rank));
+      }
+      const bool is_channel = c < a.problem.head_size && keys != 0;
+      use(c, is_channel ? total : SageTotal{0, 0, 0}, static_cast<float>(max(keys, 1)));
+    }
+    hopper::arrive_cluster();  // the others' sums are read; who ends waits
+    __syncthreads();
   }
-  hopper::arrive_cluster();  // the others' sums are read; who ends waits
-  __syncthreads();
-}
+  __device__ static void end() { hopper::wait_cluster(); }
+};
+
+// The launch before left them.
+struct SumsInMemory {
+  static constexpr bool kAreExchanged = false;
+
+  // Of a head's K or V.
+  __device__ static unsigned place(const Arguments& a, const Part& part, bool is_key) {
+    return (static_cast<unsigned>(part.head_index) + (is_key ? 0 : a.heads)) * a.stretches;
+  }
+  template <class T, int kLanes, int kKeys, bool kAligned, bool kIsKey>
+  __device__ static void leave(const Arguments& a, const Part& part, unsigned char* memory) {
+    __shared__ int keys_of_stretch;
+    if (threadIdx.x == 0) keys_of_stretch = 0;
+    const unsigned at = place(a, part, kIsKey) + part.first_stretch;
+    SageTotal* totals = a.images.totals + std::size_t{at} * 8 * kLanes;
+    const int keys = add_up_stretch<T, kLanes, kKeys, kAligned, kIsKey>(
+        a, part, part.first_stretch, memory, [&](unsigned c, const SageTotal& total) { totals[c] = total; });
+    if (keys != 0) atomicAdd(&keys_of_stretch, keys);
+    __syncthreads();
+    if (threadIdx.x == 0) a.images.total_keys[at] = keys_of_stretch;
+  }
+  template <class T, int kLanes, int kKeys, bool kAligned, bool kIsKey, class Use>
+  __device__ static void find(const Arguments& a, const Part& part, unsigned char*, const Use& use) {
+    constexpr unsigned kChannels = 8 * kLanes;
+    const unsigned first = place(a, part, kIsKey);
+    int keys = 0;
+    for (unsigned i = 0; i < a.stretches; ++i) keys += a.images.total_keys[first + i];
+    for (unsigned c = threadIdx.x; c < kChannels; c += blockDim.x) {
+      SageTotal total = no_total();
+      for (unsigned i = 0; i < a.stretches; ++i) {
+        add_to(total, a.images.totals[std::size_t{first + i} * kChannels + c]);
+      }
+      const bool is_channel = c < a.problem.head_size && keys != 0;
+      use(c, is_channel ? total : SageTotal{0, 0, 0}, static_cast<float>(max(keys, 1)));
+    }
+    __syncthreads();
+  }
+  __device__ static void end() {}
+};
 
 }  // namespace
 }  // namespace ditattn::kernels::cuda

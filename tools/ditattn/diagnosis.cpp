@@ -153,7 +153,7 @@ std::string cpu_level_note() {
 }
 
 std::string gpu_level_note() {
-  constexpr std::array levels{"75", "80", "90"};
+  constexpr std::array levels{"75", "80", "89", "90"};
   const std::string value = environment(Env::DITATTN_GPU_LEVEL).value_or("");
   if (std::ranges::count(levels, value) != 0) return {};
   return fmt::format("'{}' is not one of {}.", value, fmt::join(levels, ", "));
