@@ -27,7 +27,7 @@ __global__ void find_seen(const __grid_constant__ Arguments a) {
 }
 
 // 64 rows of Q.
-template <class T, int kLanes, bool kAligned>
+template <class Way, class T, int kLanes, bool kAligned>
 __device__ void quantize_query(const Arguments& a, unsigned index) {
   using Tokens = WarpTokens<T, kLanes, kAligned>;
   constexpr int kChannels = 8 * kLanes;
@@ -59,7 +59,7 @@ __device__ void quantize_query(const Arguments& a, unsigned index) {
   }
   if (!a.quantization.per_thread) size = largest_of_lanes<32>(most);
   const float largest = to_number<T>(size);
-  const bool is_fp8 = a.quantization.fp8_logits;
+  const bool is_fp8 = Way::is_fp8(a);
   const float inverse = copysignf(inverse_of(largest, most_of(is_fp8)), p.scale);
   if (Tokens::lane() < Tokens::kCount) {
     a.images.query_scale[place * kSageQueryRows + Tokens::token(Tokens::lane()) % kSageQueryRows] =
@@ -77,7 +77,7 @@ __device__ void quantize_query(const Arguments& a, unsigned index) {
 }
 
 // A rank's K.
-template <class Sums, class T, int kLanes, int kKeys, bool kAligned>
+template <class Way, class T, int kLanes, int kKeys, bool kAligned>
 __device__ void quantize_key(const Arguments& a, const Part& part, bool is_first, unsigned char* memory) {
   using Tokens = WarpTokens<T, kLanes, kAligned>;
   constexpr int kChannels = 8 * kLanes;
@@ -86,7 +86,7 @@ __device__ void quantize_key(const Arguments& a, const Part& part, bool is_first
   // before may still be read.
   __shared__ int largest_of[3][2][kSageKeyGroups];
   if (threadIdx.x < sizeof(largest_of) / sizeof(int)) largest_of[0][0][threadIdx.x] = 0;
-  Sums::template find<T, kLanes, kKeys, kAligned, true>(
+  Way::template find<T, kLanes, kKeys, kAligned, true>(
       a, part, memory, [&](unsigned c, const SageTotal& total, float keys) {
         means[c] = a.quantization.smooth_key ? total.sum / keys : 0;
         if (is_first) a.images.key_mean[part.head_index * kChannels + c] = means[c];
@@ -101,7 +101,7 @@ __device__ void quantize_key(const Arguments& a, const Part& part, bool is_first
   const auto group_of = [&](int slot) {
     return a.quantization.per_thread ? slot * (kSageKeyGroups / kSlots) + offset : 0;
   };
-  const bool is_fp8 = a.quantization.fp8_logits;
+  const bool is_fp8 = Way::is_fp8(a);
   const int thread = Block<kKeys>::thread();
   int turn = 0;
   for (int item = part.first; item < part.last; item += Block<kKeys>::at_once()) {
@@ -180,7 +180,7 @@ __device__ void store_wide(const Arguments& a, std::size_t place, const Tokens& 
 }
 
 // A rank's V.
-template <class Sums, class T, int kLanes, int kKeys, bool kAligned>
+template <class Way, class T, int kLanes, int kKeys, bool kAligned>
 __device__ void quantize_value(const Arguments& a, const Part& part, bool is_first, unsigned char* memory) {
   using Tokens = WarpTokens<T, kLanes, kAligned>;
   struct alignas(4) Two {
@@ -188,7 +188,7 @@ __device__ void quantize_value(const Arguments& a, const Part& part, bool is_fir
   };
   constexpr int kChannels = 8 * kLanes;
   __shared__ float4 of_pairs[kChannels / 2];  // (x − mean) / scale = x · (x, y) + (z, w)
-  Sums::template find<T, kLanes, kKeys, kAligned, false>(
+  Way::template find<T, kLanes, kKeys, kAligned, false>(
       a, part, memory, [&](unsigned c, const SageTotal& total, float keys) {
         const float mean = a.quantization.smooth_value ? total.sum / keys : 0;
         float largest = fmaxf(total.high - mean, mean - total.low);
@@ -221,7 +221,7 @@ __device__ void quantize_value(const Arguments& a, const Part& part, bool is_fir
         }
       }
     }
-    if constexpr (!Sums::kAreExchanged) {
+    if constexpr (!Way::kSharesSums) {
       if (a.images.shape.wide_values) {
         if (block.is_seen) store_wide<T, kLanes, kKeys>(a, block.place, tokens, of_pairs);
         continue;
@@ -260,7 +260,7 @@ __device__ void quantize_value(const Arguments& a, const Part& part, bool is_fir
 }
 
 // Blocks that have Q come last: they fill what clusters, which wait for each other, leave.
-template <class Sums, class T, int kLanes, int kKeys, bool kAligned>
+template <class Way, class T, int kLanes, int kKeys, bool kAligned>
 __global__ void __launch_bounds__(kBlockThreads<kLanes>, (kBlocksAtOnce<kLanes, kKeys>))
     quantize_all(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -271,16 +271,16 @@ __global__ void __launch_bounds__(kBlockThreads<kLanes>, (kBlocksAtOnce<kLanes, 
   if (cluster >= 2 * a.heads) {
     const unsigned index = blockIdx.x - 2 * a.heads * a.ranks;
     constexpr int kTiles = kBlockThreads<kLanes> / kThreads;
-    return quantize_query<T, kLanes, kAligned>(a, index * kTiles + threadIdx.x / kThreads);
+    return quantize_query<Way, T, kLanes, kAligned>(a, index * kTiles + threadIdx.x / kThreads);
   }
   const bool is_key = cluster < a.heads;
   const Part part(a, is_key ? cluster : cluster - a.heads, rank);
   if (is_key) {
-    quantize_key<Sums, T, kLanes, kKeys, kAligned>(a, part, rank == 0, memory);
+    quantize_key<Way, T, kLanes, kKeys, kAligned>(a, part, rank == 0, memory);
   } else {
-    quantize_value<Sums, T, kLanes, kKeys, kAligned>(a, part, rank == 0, memory);
+    quantize_value<Way, T, kLanes, kKeys, kAligned>(a, part, rank == 0, memory);
   }
-  Sums::end();
+  Way::end();
 }
 
 // For kernels that find sums in memory: a block of threads a stretch.
@@ -292,9 +292,9 @@ __global__ void __launch_bounds__(kBlockThreads<kLanes>, (kBlocksAtOnce<kLanes, 
   const bool is_key = head < a.heads;
   const Part part(a, is_key ? head : head - a.heads, blockIdx.x % a.stretches);
   if (is_key) {
-    SumsInMemory::leave<T, kLanes, kKeys, kAligned, true>(a, part, memory);
+    InTwoLaunches::leave<T, kLanes, kKeys, kAligned, true>(a, part, memory);
   } else {
-    SumsInMemory::leave<T, kLanes, kKeys, kAligned, false>(a, part, memory);
+    InTwoLaunches::leave<T, kLanes, kKeys, kAligned, false>(a, part, memory);
   }
 }
 

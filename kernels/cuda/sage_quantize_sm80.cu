@@ -23,7 +23,7 @@ void quantize(Arguments a, void* stream) {
     queue(add_up_all<T, kLanes, kKeys, kAligned>, 2 * std::int64_t{a.heads} * a.stretches, threads, kTokenBytes<kLanes>,
           stream, a);
   }
-  queue(quantize_all<SumsInMemory, T, kLanes, kKeys, kAligned>, quantizing_blocks(a, threads), threads,
+  queue(quantize_all<InTwoLaunches, T, kLanes, kKeys, kAligned>, quantizing_blocks(a, threads), threads,
         kTokenBytes<kLanes>, stream, a);
   if (offsets_lse(a)) queue(offset_lse<T>, offset_blocks(a.problem), kThreads, 0, stream, a);
 }

@@ -21,7 +21,8 @@ void quantize(Arguments a, int multiprocessors, void* stream) {
   const std::int64_t places = std::int64_t{multiprocessors} * kBlocksAtOnce<kLanes, kKeys>;
   if (a.ranks == kSageMostStretches && 2 * std::int64_t{a.heads} * a.ranks * 5 > 6 * places) a.ranks /= kMostStretches;
   constexpr int threads = kBlockThreads<kLanes>;
-  queue(quantize_all<SumsOfCluster, T, kLanes, kKeys, kAligned>,
+  queue(a.quantization.fp8_logits ? quantize_all<InCluster<true>, T, kLanes, kKeys, kAligned>
+                                  : quantize_all<InCluster<false>, T, kLanes, kKeys, kAligned>,
         {quantizing_blocks(a, threads), threads, kTokenBytes<kLanes>, stream, a.ranks}, a);
   if (offsets_lse(a)) queue(offset_lse<T>, {offset_blocks(a.problem), kThreads, 0, stream}, a);
 }
