@@ -190,7 +190,8 @@ __device__ void quantize_value(const Arguments& a, const Part& part, bool is_fir
   __shared__ float4 of_pairs[kChannels / 2];  // (x − mean) / scale = x · (x, y) + (z, w)
   Way::template find<T, kLanes, kKeys, kAligned, false>(
       a, part, memory, [&](unsigned c, const SageTotal& total, float keys) {
-        const float mean = a.quantization.smooth_value ? total.sum / keys : 0;
+        float mean = a.quantization.smooth_value ? total.sum / keys : 0;
+        if (fabsf(mean) * kSageLeastMean < fmaxf(total.high, -total.low)) mean = 0;
         float largest = fmaxf(total.high - mean, mean - total.low);
         if (!(fabsf(total.sum) < INFINITY)) largest = NAN;  // which comparisons do not find
         const float scale = scale_of(largest, kMostFp8);
