@@ -61,7 +61,7 @@ class CuDNNAttentionImpl final : public AttentionImpl {
     const kernels::cuda::Launch launch{.device = device.device_id, .stream = current_stream(device)};
     const bool packed = kernel.plan.ranges != nullptr;
     const kernels::cuda::Sequences sequences = sequences_of(kernel.plan, device);
-    if (problem.keys == 0 || (packed && sequences.count == 0)) return finish_rows(problem, nullptr, launch);
+    if (problem.keys == 0 || (packed && sequences.count == 0)) return finish_rows(problem, launch);
 
     Parts parts;
     std::optional<JoinedProblem> joined;
@@ -79,7 +79,6 @@ class CuDNNAttentionImpl final : public AttentionImpl {
     const std::int64_t lengths = parts.add(spec.lengths ? 2 * spec.batch * 4 : 0);
     const std::int64_t offsets = parts.add(packed ? 4 * (spec.batch + 1) * 8 : 0);
     const std::int64_t bias = parts.add(as_it_lies ? 0 : bias_rows * problem.keys * (spec.bias_float32 ? 4 : 2));
-    const std::int64_t first_keys = parts.add(bias_rows * 4);
     const std::int64_t lse = parts.add(own_lse ? 0 : spec.batch * spec.heads * spec.rows * 4);
     const Scratch scratch(parts.total(), device);
     char* memory = scratch.data();
@@ -104,11 +103,9 @@ class CuDNNAttentionImpl final : public AttentionImpl {
       pointers.key_lengths = key_lengths;
       pointers.offsets = of_sequences;
     }
-    std::int32_t* first_visible = nullptr;
     if (masked) {
-      first_visible = reinterpret_cast<std::int32_t*>(memory + first_keys);
-      write_bias(problem, as_it_lies ? nullptr : memory + bias, first_visible, launch);
       pointers.bias = as_it_lies ? problem.key_segments[0].mask.data : memory + bias;
+      if (!as_it_lies) write_bias(problem, memory + bias, launch);
     }
     plan->run(pointers, launch.stream);
     if (!own_lse) {
@@ -117,9 +114,7 @@ class CuDNNAttentionImpl final : public AttentionImpl {
     }
     const bool empty_entries =
         joint ? problem.key_segments[0].lengths != nullptr : has_empty_entry(kernel.plan.keys[0]);
-    if (first_visible != nullptr || empty_entries || has_rows_without_keys(kernel.plan, problem)) {
-      finish_rows(problem, first_visible, launch);
-    }
+    if (masked || empty_entries || has_rows_without_keys(kernel.plan, problem)) finish_rows(problem, launch);
   }
 
  private:

@@ -140,7 +140,7 @@ class FlashInferAttentionImpl final : public AttentionImpl {
     const kernels::cuda::Launch launch{.device = device.device_id, .stream = current_stream(device)};
     const bool packed = kernel.plan.ranges != nullptr;
     const kernels::cuda::Sequences sequences = sequences_of(kernel.plan, device);
-    if (problem.keys == 0 || (packed && sequences.count == 0)) return finish_rows(problem, nullptr, launch);
+    if (problem.keys == 0 || (packed && sequences.count == 0)) return finish_rows(problem, launch);
     if (packed) problem.causal = config().causal;  // within each sequence
     Parts parts;
     std::optional<JoinedProblem> joined;
@@ -196,7 +196,7 @@ class FlashInferAttentionImpl final : public AttentionImpl {
       const Strides of_lse{.batch = problem.rows * problem.heads, .token = problem.heads, .head = 1};
       write_lse(problem, {.data = of_call.lse, .strides = of_lse, .factor = kLn2}, launch);
     }
-    if (has_rows_without_keys(kernel.plan, problem)) finish_rows(problem, nullptr, launch);
+    if (has_rows_without_keys(kernel.plan, problem)) finish_rows(problem, launch);
   }
 };
 

@@ -106,22 +106,11 @@ class SDPAImpl : public AttentionImpl {
     aten::attention(problem, place);
 #ifdef DITATTN_CUDA
     if (place.cuda_device >= 0 && problem.key_segments[0].mask.data != nullptr) {
-      zero_rows_without_keys(problem, call.query.device(), place.stream);
+      kernels::cuda::finish_rows(problem, {.device = call.query.device().device_id, .stream = place.stream});
     }
 #endif
     return true;
   }
-
-#ifdef DITATTN_CUDA
-  static void zero_rows_without_keys(const AttentionProblem& problem, DLDevice device, void* stream) {
-    const kernels::cuda::Launch launch{.device = device.device_id, .stream = stream};
-    const kernels::cuda::BiasShape shape = kernels::cuda::bias_shape(problem);
-    const Scratch scratch(shape.batch * shape.heads * shape.rows * 4, device);
-    auto* first_keys = reinterpret_cast<std::int32_t*>(scratch.data());
-    write_bias(problem, nullptr, first_keys, launch);
-    finish_rows(problem, first_keys, launch);
-  }
-#endif
 
   int threads_;
   Engine engine_;

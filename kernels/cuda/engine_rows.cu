@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kMostThreads = 1024;
+constexpr int kPieceKeys = 16;        // of a boolean mask, that are read at once
 constexpr unsigned kManyLines = 512;  // that fill a GPU with `kThreads` each
 
 __device__ std::int64_t length_of(const KeySegment& segment, std::int64_t batch) {
@@ -103,34 +104,44 @@ __global__ void sequences_kernel(const __grid_constant__ AttentionProblem p, Seq
   key_lengths[i] = static_cast<std::int32_t>(numbers[3]);
 }
 
+// A row of the bias: of which batch entry, head and row.
+struct BiasLine {
+  std::int64_t batch;
+  std::int64_t head;
+  std::int64_t row;
+  __device__ BiasLine(const BiasShape& shape, std::int64_t line)
+      : batch(line / shape.rows / shape.heads), head(line / shape.rows % shape.heads), row(line % shape.rows) {}
+  __device__ std::int64_t in(const Mask& mask) const {  // where its elements begin
+    return offset(mask.strides, batch, row - mask.first_row, head);
+  }
+};
+
 // One block per row of the bias.
 template <typename T>
-__global__ void bias_kernel(const __grid_constant__ AttentionProblem p, BiasShape shape, T* bias,
-                            std::int32_t* first_keys) {
-  const KeySegment& segment = p.key_segments[0];
-  const Mask& mask = segment.mask;
-  const std::int64_t line = blockIdx.x;
-  const std::int64_t row = line % shape.rows;
-  const std::int64_t head = line / shape.rows % shape.heads;
-  const std::int64_t batch = line / shape.rows / shape.heads;
-  const std::int64_t first =
-      batch * mask.strides.batch + (row - mask.first_row) * mask.strides.token + head * mask.strides.head;
-  T* to = bias + line * p.keys;
-  __shared__ int first_key;
-  if (threadIdx.x == 0) first_key = static_cast<int>(p.keys);
-  __syncthreads();
-  bool found = false;
-  for (std::int64_t start = 0; start < p.keys; start += blockDim.x) {
-    const std::int64_t key = start + threadIdx.x;
-    const float x = key < p.keys ? load_mask(mask, first + key * mask.key_stride) : -INFINITY;
-    if (bias != nullptr && key < p.keys) narrow(x, to[key]);
-    if (!found) {  // in order: the first block of keys with one that is visible has the first
-      if (x != -INFINITY) atomicMin(&first_key, static_cast<int>(key));
-      found = __syncthreads_or(x != -INFINITY ? 1 : 0) != 0;
-    }
-    if (found && bias == nullptr) break;
+__global__ void bias_kernel(const __grid_constant__ AttentionProblem p, BiasShape shape, T* bias) {
+  const Mask& mask = p.key_segments[0].mask;
+  const std::int64_t first = BiasLine(shape, blockIdx.x).in(mask);
+  T* to = bias + blockIdx.x * p.keys;
+  for (std::int64_t key = threadIdx.x; key < p.keys; key += blockDim.x) {
+    narrow(load_mask(mask, first + key * mask.key_stride), to[key]);
   }
-  if (threadIdx.x == 0) first_keys[line] = first_key;
+}
+
+// The same of a boolean mask that lies in pieces of 16 keys: one thread per piece. `hides` is −∞ of 16 bits.
+__global__ void wide_bias_kernel(const __grid_constant__ AttentionProblem p, BiasShape shape, std::uint16_t hides,
+                                 std::uint16_t* bias) {
+  const Mask& mask = p.key_segments[0].mask;
+  const auto* first = static_cast<const unsigned char*>(mask.data) + BiasLine(shape, blockIdx.x).in(mask);
+  std::uint16_t* to = bias + blockIdx.x * p.keys;
+  for (std::int64_t key = kPieceKeys * threadIdx.x; key < p.keys; key += kPieceKeys * blockDim.x) {
+    const uint4 piece = *reinterpret_cast<const uint4*>(first + key);
+    alignas(16) std::uint16_t x[kPieceKeys];
+#pragma unroll
+    for (int i = 0; i < kPieceKeys; ++i) x[i] = reinterpret_cast<const unsigned char*>(&piece)[i] != 0 ? 0 : hides;
+    auto* pieces = reinterpret_cast<uint4*>(to + key);
+    pieces[0] = reinterpret_cast<const uint4*>(x)[0];
+    pieces[1] = reinterpret_cast<const uint4*>(x)[1];
+  }
 }
 
 // One thread per row of the engine's.
@@ -162,37 +173,52 @@ __global__ void out_kernel(const __grid_constant__ AttentionProblem p, const std
   for (std::int64_t d = threadIdx.x; d < p.head_size; d += blockDim.x) out[d] = packed[line * p.head_size + d];
 }
 
-// One thread per row; the warp writes those without keys together.
-__global__ void finish_kernel(const __grid_constant__ AttentionProblem p, BiasShape shape,
-                              const std::int32_t* first_keys) {
-  const auto place = [&](std::int64_t line, const Strides& of) {
-    return offset(of, line / p.rows / p.heads, line % p.rows, line / p.rows % p.heads);
-  };
-  const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+// The first key that a row of the mask does not hide, for all threads of a block; 0 where there is no mask, or no such
+// row of it.
+__device__ std::int64_t first_visible(const AttentionProblem& p, const BiasLine& line) {
+  const Mask& mask = p.key_segments[0].mask;
+  if (mask.data == nullptr || line.row < mask.first_row || line.row >= mask.first_row + mask.rows) return 0;
+  __shared__ int first_key;
+  if (threadIdx.x == 0) first_key = static_cast<int>(p.keys);
+  __syncthreads();
+  const std::int64_t first = line.in(mask);
+  for (std::int64_t start = 0; start < p.keys; start += blockDim.x) {
+    const std::int64_t key = start + threadIdx.x;
+    const bool sees = key < p.keys && load_mask(mask, first + key * mask.key_stride) != -INFINITY;
+    if (sees) atomicMin(&first_key, static_cast<int>(key));
+    if (__syncthreads_or(sees ? 1 : 0) != 0) break;
+  }
+  return first_key;
+}
+
+// Rows of the output that share a row of the mask have `blocks` blocks, a thread each; a warp writes those without keys
+// together.
+__global__ void finish_kernel(const __grid_constant__ AttentionProblem p, BiasShape shape, unsigned blocks) {
+  const BiasLine line(shape, blockIdx.x / blocks);
+  const std::int64_t first_key = first_visible(p, line);
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x % blocks) * blockDim.x + threadIdx.x;
+  const std::int64_t rows = shape.rows > 1 ? 1 : p.rows;
+  const std::int64_t heads = shape.heads > 1 ? 1 : p.heads;
+  const std::int64_t row = line.row + index % rows;
+  const std::int64_t head = line.head + index / rows % heads;
+  const std::int64_t batch = line.batch + index / rows / heads;
   bool empty = false;
-  if (line < p.batch * p.heads * p.rows) {
-    const std::int64_t row = line % p.rows;
-    const std::int64_t head = line / p.rows % p.heads;
-    const std::int64_t batch = line / p.rows / p.heads;
+  if (index < rows * heads * (shape.batch > 1 ? 1 : p.batch)) {
     if (p.ranges != nullptr) {
       const std::int64_t* range = p.ranges + batch * p.range_batch_stride + 2 * row;
       empty = range[1] <= range[0];
     } else {
       std::int64_t end = length_of(p.key_segments[0], batch);
       if (p.causal) end = clamp(row + p.causal_offset + 1, 0, end);
-      const std::int64_t of_bias =
-          ((shape.batch > 1 ? batch : 0) * shape.heads + (shape.heads > 1 ? head : 0)) * shape.rows +
-          (shape.rows > 1 ? row : 0);
-      empty = end <= (first_keys == nullptr ? 0 : first_keys[of_bias]);
+      empty = end <= first_key;
     }
-    if (empty && p.lse != nullptr) p.lse[place(line, p.lse_strides)] = -INFINITY;
+    if (empty && p.lse != nullptr) p.lse[offset(p.lse_strides, batch, row, head)] = -INFINITY;
   }
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int64_t halves = p.out_type == ElementType::float32 ? 2 : 1;
+  const long long place = offset(p.out_strides, batch, row, head) * halves;
   for (unsigned left = __ballot_sync(~0U, empty ? 1 : 0); left != 0; left &= left - 1) {
-    const std::int64_t of_warp = line - lane + __ffs(static_cast<int>(left)) - 1;
-    const std::int64_t halves = p.out_type == ElementType::float32 ? 2 : 1;
-    auto* out = static_cast<std::uint16_t*>(p.out) + place(of_warp, p.out_strides) * halves;
-    for (std::int64_t d = lane; d < p.head_size * halves; d += 32) out[d] = 0;
+    auto* out = static_cast<std::uint16_t*>(p.out) + __shfl_sync(~0U, place, __ffs(static_cast<int>(left)) - 1);
+    for (std::int64_t d = threadIdx.x % 32; d < p.head_size * halves; d += 32) out[d] = 0;
   }
 }
 
@@ -281,16 +307,24 @@ ElementType bias_type(const AttentionProblem& problem) {
   return mask == ElementType::boolean || mask == problem.type ? problem.type : ElementType::float32;
 }
 
-void write_bias(const AttentionProblem& problem, void* bias, std::int32_t* first_keys, const Launch& launch) {
+void write_bias(const AttentionProblem& problem, void* bias, const Launch& launch) {
   const OnDevice on_device(launch.device);
   const BiasShape shape = bias_shape(problem);
+  const Mask& mask = problem.key_segments[0].mask;
   const unsigned lines = grid(shape.batch * shape.heads * shape.rows);
   auto* const stream = static_cast<cudaStream_t>(launch.stream);
   const int threads = lines < kManyLines ? kMostThreads : kThreads;
-  const auto write = [&]<typename T>(T* to) {
-    bias_kernel<<<lines, threads, 0, stream>>>(problem, shape, to, first_keys);
-  };
-  switch (bias_type(problem)) {
+  const ElementType type = bias_type(problem);
+  const bool in_pieces = ((mask.strides.batch | mask.strides.token | mask.strides.head | problem.keys |
+                           static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(mask.data))) %
+                          kPieceKeys) == 0;
+  if (mask.type == ElementType::boolean && mask.key_stride == 1 && in_pieces && type != ElementType::float32) {
+    const std::uint16_t hides = type == ElementType::float16 ? 0xFC00 : 0xFF80;
+    wide_bias_kernel<<<lines, threads, 0, stream>>>(problem, shape, hides, static_cast<std::uint16_t*>(bias));
+    return check(cudaGetLastError(), "write_bias");
+  }
+  const auto write = [&]<typename T>(T* to) { bias_kernel<<<lines, threads, 0, stream>>>(problem, shape, to); };
+  switch (type) {
     case ElementType::float16:
       write(static_cast<__half*>(bias));
       break;
@@ -320,11 +354,16 @@ void write_out(const AttentionProblem& problem, const void* out, const Launch& l
   check(cudaGetLastError(), "write_out");
 }
 
-void finish_rows(const AttentionProblem& problem, const std::int32_t* first_keys, const Launch& launch) {
+void finish_rows(const AttentionProblem& problem, const Launch& launch) {
   const OnDevice on_device(launch.device);
-  const std::int64_t rows = problem.batch * problem.heads * problem.rows;
-  finish_kernel<<<grid((rows + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(
-      problem, bias_shape(problem), first_keys);
+  const bool masked = problem.key_segments[0].mask.data != nullptr;
+  const BiasShape shape = masked ? bias_shape(problem) : BiasShape{};
+  const std::int64_t lines = shape.batch * shape.heads * shape.rows;
+  const std::int64_t of_line = (shape.rows > 1 ? 1 : problem.rows) * (shape.heads > 1 ? 1 : problem.heads) *
+                               (shape.batch > 1 ? 1 : problem.batch);
+  const std::int64_t blocks = (of_line + kThreads - 1) / kThreads;
+  finish_kernel<<<grid(lines * blocks), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(
+      problem, shape, static_cast<unsigned>(blocks));
   check(cudaGetLastError(), "finish_rows");
 }
 

@@ -34,9 +34,8 @@ BiasShape bias_shape(const AttentionProblem& problem);
 /// The narrowest type, of the problem's and float32, that has all of the mask's numbers.
 ElementType bias_type(const AttentionProblem& problem);
 
-/// The mask of segment 0 as (batch, heads, rows, keys) of `bias_shape` and `bias_type`, −∞ where it hides; null: not
-/// wanted. `first_keys`, (batch, heads, rows), gets the first key that is not hidden, the number of keys where all are.
-void write_bias(const AttentionProblem& problem, void* bias, std::int32_t* first_keys, const Launch& launch);
+/// The mask of segment 0 as (batch, heads, rows, keys) of `bias_shape` and `bias_type`, −∞ where it hides.
+void write_bias(const AttentionProblem& problem, void* bias, const Launch& launch);
 
 /// The log-sum-exp as an engine writes it: log-sum-exp = `factor` · element (batch, head, row), or, where there are
 /// `sequences`, (sequence, head, its row).
@@ -53,7 +52,7 @@ void write_lse(const AttentionProblem& problem, const EngineLse& lse, const Laun
 void write_out(const AttentionProblem& problem, const void* out, const Launch& launch);
 
 /// Zeros in `out` and −∞ in `lse` for rows without keys: those whose range is empty or, where there are no ranges,
-/// whose first key, of `first_keys` (null: 0), is past the entry's length or the diagonal.
-void finish_rows(const AttentionProblem& problem, const std::int32_t* first_keys, const Launch& launch);
+/// which see none for segment 0's lengths and mask and the diagonal.
+void finish_rows(const AttentionProblem& problem, const Launch& launch);
 
 }  // namespace ditattn::kernels::cuda
