@@ -15,7 +15,7 @@ const FlashSm80Kernel* find_flash_sm80(const AttentionProblem& problem) {
 }
 
 void launch_flash_sm80(const FlashSm80Kernel& kernel, const AttentionProblem& p, FlashDevice& device, void* stream) {
-  FlashSm80Arguments arguments{.problem = p, .order = order_tiles(p, kFlashSm80Rows), .hides = hides_keys(p)};
+  FlashSm80Arguments arguments{.problem = p, .order = order_tiles(p, kernel.rows), .hides = hides_keys(p)};
   const bool masked = has_masks(p);
   const void* function = kernel.functions[masked];
   const auto index = static_cast<int>(&kernel - built_flash_sm80().data());

@@ -14,6 +14,7 @@ constexpr int kFlashSm80HeadSizes[] = {64, 96, 128, 192, 256};
 
 struct FlashSm80Kernel {
   int head_size;  ///< takes those up to this one
+  int rows;       ///< of a tile
   int keys;       ///< of a block
   ElementType type;
   int shared_bytes;

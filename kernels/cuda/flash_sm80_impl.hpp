@@ -1,7 +1,8 @@
 #pragma once
 
 /// Exact attention with mma.sync, for GPUs from compute capability 8.0 on. Background: FlashAttention-2 (arXiv
-/// 2307.08691). Approach: a block of four warps, 16 rows each; K and V of a block of keys are copied to shared memory
+/// 2307.08691). Approach: a block of four warps, 32 rows each where registers allow it, as otherwise reading K and V
+/// from shared memory takes as long as the products; K and V of a block of keys are copied to shared memory
 /// asynchronously, V under the first product and K under the second. Included by .cu files alone.
 
 #include "kernels/cuda/flash_rows_impl.hpp"
@@ -9,7 +10,6 @@
 
 namespace ditattn::kernels::cuda {
 
-constexpr int kFlashSm80Rows = 64;
 constexpr int kFlashSm80Threads = 128;
 
 template <class Element, int kHeadSize, int kBlockKeys>
@@ -17,8 +17,10 @@ struct FlashSm80Config {
   using T = Element;
   static constexpr int kHead = kHeadSize;  // a multiple of 16; channels past the tensor's are zeros
   static constexpr int kKeys = kBlockKeys;
-  static constexpr int kRows = kFlashSm80Rows;
+  static constexpr int kHalves = kHead <= 128 ? 2 : 1;  // of a warp's rows: 16 each
+  static constexpr int kWarpRows = 16 * kHalves;
   static constexpr int kThreads = kFlashSm80Threads;
+  static constexpr int kRows = kThreads / 32 * kWarpRows;
   static constexpr int kPitch = kHead + 8;  // elements: eight rows begin in different banks
   static constexpr int kSharedBytes = (kRows + 2 * kKeys) * kPitch * 2;
   static_assert(kHead % 16 == 0 && kKeys % 16 == 0);
@@ -45,43 +47,57 @@ __device__ __forceinline__ void copy_tokens(typename Config::T* to, const typena
   }
 }
 
-// logits += Q · Kᵀ for a warp's 16 rows.
+// logits += Q · Kᵀ for a warp's rows.
 template <class Config>
 __device__ __forceinline__ void multiply_keys_sm80(const typename Config::T* query, const typename Config::T* key,
-                                                   float (&logits)[Config::kKeys / 2]) {
+                                                   float (&logits)[Config::kHalves][Config::kKeys / 2]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
   for (int k = 0; k < Config::kHead; k += 16) {
-    std::uint32_t a[4];
-    load_matrices<false>(shared_address(query + lane % 16 * Config::kPitch + k + lane / 16 * 8), a);
+    std::uint32_t a[Config::kHalves][4];
+#pragma unroll
+    for (int h = 0; h < Config::kHalves; ++h) {
+      load_matrices<false>(shared_address(query + (16 * h + lane % 16) * Config::kPitch + k + lane / 16 * 8), a[h]);
+    }
 #pragma unroll
     for (int n = 0; n < Config::kKeys; n += 16) {
       std::uint32_t b[4];
       load_matrices<false>(shared_address(key + (n + lane / 16 * 8 + lane % 8) * Config::kPitch + k + lane / 8 % 2 * 8),
                            b);
-      multiply_step(logits + n / 2, a, b, typename Config::T{});
-      multiply_step(logits + n / 2 + 4, a, b + 2, typename Config::T{});
+#pragma unroll
+      for (int h = 0; h < Config::kHalves; ++h) {
+        multiply_step(logits[h] + n / 2, a[h], b, typename Config::T{});
+        multiply_step(logits[h] + n / 2 + 4, a[h], b + 2, typename Config::T{});
+      }
     }
   }
 }
 
 // out += P · V.
 template <class Config>
-__device__ __forceinline__ void multiply_values_sm80(const float (&probabilities)[Config::kKeys / 2],
-                                                     const typename Config::T* value, float (&out)[Config::kHead / 2]) {
+__device__ __forceinline__ void multiply_values_sm80(const float (&probabilities)[Config::kHalves][Config::kKeys / 2],
+                                                     const typename Config::T* value,
+                                                     float (&out)[Config::kHalves][Config::kHead / 2]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
   for (int k = 0; k < Config::kKeys; k += 16) {
-    std::uint32_t a[4];
+    std::uint32_t a[Config::kHalves][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[i] = pack(probabilities[k / 2 + 2 * i], probabilities[k / 2 + 2 * i + 1], typename Config::T{});
+    for (int h = 0; h < Config::kHalves; ++h) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a[h][i] = pack(probabilities[h][k / 2 + 2 * i], probabilities[h][k / 2 + 2 * i + 1], typename Config::T{});
+      }
+    }
 #pragma unroll
     for (int n = 0; n < Config::kHead; n += 16) {
       std::uint32_t b[4];
       load_matrices<true>(shared_address(value + (k + lane % 16) * Config::kPitch + n + lane / 16 * 8), b);
-      multiply_step(out + n / 2, a, b, typename Config::T{});
-      multiply_step(out + n / 2 + 4, a, b + 2, typename Config::T{});
+#pragma unroll
+      for (int h = 0; h < Config::kHalves; ++h) {
+        multiply_step(out[h] + n / 2, a[h], b, typename Config::T{});
+        multiply_step(out[h] + n / 2 + 4, a[h], b + 2, typename Config::T{});
+      }
     }
   }
 }
@@ -90,17 +106,21 @@ __device__ __forceinline__ void multiply_values_sm80(const float (&probabilities
 template <class Config, bool kMasked>
 __global__ void __launch_bounds__(Config::kThreads) flash_sm80(const __grid_constant__ FlashSm80Arguments arguments) {
   using T = typename Config::T;
+  constexpr int kHalves = Config::kHalves;
   extern __shared__ __align__(128) unsigned char memory[];
   T* query = reinterpret_cast<T*>(memory);
   T* key = query + Config::kRows * Config::kPitch;
   T* value = key + Config::kKeys * Config::kPitch;
   const AttentionProblem& p = arguments.problem;
   const auto head_size = static_cast<int>(p.head_size);
-  const int warp_row = static_cast<int>(threadIdx.x / 32) * 16;
+  const int warp_row = static_cast<int>(threadIdx.x / 32) * Config::kWarpRows;
   const float scale[2] = {p.scale * kLog2E, p.scale * kLog2E};
   const Tile tile = tile_at<Config::kRows>(p, arguments.order, blockIdx.x);
   const KeyBlocks<Config::kKeys> blocks(p, tile);
-  if (blocks.total() == 0) return store_nothing<T>(p, tile, warp_row);
+  if (blocks.total() == 0) {
+    for (int h = 0; h < kHalves; ++h) store_nothing<T>(p, tile, warp_row + 16 * h);
+    return;
+  }
 
   const auto copy_block = [&](T* to, int i, const void* KeySegment::*data, const Strides KeySegment::*strides) {
     const KeySegment& segment = p.key_segments[blocks.segment_of(i)];
@@ -115,55 +135,67 @@ __global__ void __launch_bounds__(Config::kThreads) flash_sm80(const __grid_cons
       rows.strides.token, tile.row, tile.row + tile.rows, head_size);
   copy_block(key, 0, &KeySegment::key, &KeySegment::key_strides);
 
-  Softmax softmax;
-  float out[Config::kHead / 2];
+  Softmax softmax[kHalves];
+  float out[kHalves][Config::kHead / 2];
 #pragma unroll
-  for (float& x : out) x = 0;
+  for (int j = 0; j < kHalves * Config::kHead / 2; ++j) out[j / (Config::kHead / 2)][j % (Config::kHead / 2)] = 0;
   for (int i = 0; i < blocks.total(); ++i) {
     await_copies();  // K has come, and nobody reads V any more
     copy_block(value, i, &KeySegment::value, &KeySegment::value_strides);
-    float logits[Config::kKeys / 2];
+    float logits[kHalves][Config::kKeys / 2];
     const KeySegment& segment = p.key_segments[blocks.segment_of(i)];
+    SeenBits<Config::kKeys> seen[kHalves];
 #pragma unroll
-    for (float& logit : logits) logit = 0;
-    SeenBits<Config::kKeys> seen;
-    seen.see_all();
-    if constexpr (kMasked) apply_mask(p, segment, tile, warp_row, blocks.key_of(i), logits, seen);
-    multiply_keys_sm80<Config>(query + warp_row * Config::kPitch, key, logits);
-    if (blocks.hides(i)) {
-      RowLimits limits;
-      limits.find(p, segment, tile, warp_row);
-      seen.limit(limits, blocks.key_of(i));
-      seen.hide(logits);
+    for (int h = 0; h < kHalves; ++h) {
+#pragma unroll
+      for (float& logit : logits[h]) logit = 0;
+      seen[h].see_all();
+      if constexpr (kMasked) apply_mask(p, segment, tile, warp_row + 16 * h, blocks.key_of(i), logits[h], seen[h]);
     }
-    float total[2];
-    float rescale[2];
-    softmax.find_reference(logits, scale, rescale);
-    softmax.exponentiate(logits, scale);
-    Softmax::add(logits, total);
+    multiply_keys_sm80<Config>(query + warp_row * Config::kPitch, key, logits);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) softmax.sum[k] = fmaf(softmax.sum[k], rescale[k], total[k]);
-    if (__any_sync(kWarp, rescale[0] != 1 || rescale[1] != 1)) {
+    for (int h = 0; h < kHalves; ++h) {
+      if (blocks.hides(i)) {
+        RowLimits limits;
+        limits.find(p, segment, tile, warp_row + 16 * h);
+        seen[h].limit(limits, blocks.key_of(i));
+        seen[h].hide(logits[h]);
+      }
+      float total[2];
+      float rescale[2];
+      softmax[h].find_reference(logits[h], scale, rescale);
+      softmax[h].exponentiate(logits[h], scale);
+      Softmax::add(logits[h], total);
 #pragma unroll
-      for (int j = 0; j < Config::kHead / 2; ++j) out[j] *= rescale[j / 2 % 2];
+      for (int k = 0; k < 2; ++k) softmax[h].sum[k] = fmaf(softmax[h].sum[k], rescale[k], total[k]);
+      if (__any_sync(kWarp, rescale[0] != 1 || rescale[1] != 1)) {
+#pragma unroll
+        for (int j = 0; j < Config::kHead / 2; ++j) out[h][j] *= rescale[j / 2 % 2];
+      }
     }
     await_copies();  // V has come, and nobody reads K any more
     if (i + 1 < blocks.total()) copy_block(key, i + 1, &KeySegment::key, &KeySegment::key_strides);
     multiply_values_sm80<Config>(logits, value, out);
   }
-  softmax.finish();
-  const float factor[2] = {factor_of(softmax, 0), factor_of(softmax, 1)};
-  const bool broken = are_broken(factor, arguments.hides, out);
   __syncthreads();  // nobody reads Q, K and V any more
   constexpr int kScratch = (Config::kHead + 63) / 64 * 2048;
   static_assert(4 * kScratch <= Config::kSharedBytes);
   const unsigned scratch = shared_address(memory) + threadIdx.x / 32 * kScratch;
-  gather_rows<T>(scratch, factor, out);
-  store_gathered<T, Config::kHead / 8>(p, tile, warp_row, scratch);
-  store_lse(p, tile, warp_row, softmax);
+  bool broken = false;
+#pragma unroll
+  for (int h = 0; h < kHalves; ++h) {
+    softmax[h].finish();
+    const float factor[2] = {factor_of(softmax[h], 0), factor_of(softmax[h], 1)};
+    broken = are_broken(factor, arguments.hides, out[h]) || broken;
+    __syncwarp();  // the half before is read
+    gather_rows<T>(scratch, factor, out[h]);
+    store_gathered<T, Config::kHead / 8>(p, tile, warp_row + 16 * h, scratch);
+    store_lse(p, tile, warp_row + 16 * h, softmax[h]);
+  }
   if (!broken) return;
   __syncwarp();
-  mend_rows<T, Config::kHead>(p, tile, warp_row);
+#pragma unroll 1
+  for (int h = 0; h < kHalves; ++h) mend_rows<T, Config::kHead>(p, tile, warp_row + 16 * h);
 }
 
 }  // namespace ditattn::kernels::cuda
