@@ -17,9 +17,8 @@ Variants, by their names in --shapes or all with --variants, are shapes (inputs.
     -mask     a boolean mask (1, 1, Sq, Skv) hides a tenth of the logits;
     -bias     a mask (1, 1, Sq, Skv) of the inputs' dtype is added to the logits.
 FlashAttention 3 and SageAttention 2, which have no masks, and FlashInfer, whose own are not timed, are left out where there is
-one. Each of ours is
-also timed without what is special, in the same rounds, and compared with that, "its own dense": beside -padded that is the
-problem of fewer keys, and "full dense" the one that sees all.
+one. Each of ours is also timed without what is special, in the same rounds, and compared with that, "its own dense": beside
+-padded that is the problem of fewer keys, and "full dense" the one that sees all.
 """
 
 import argparse

@@ -2,6 +2,8 @@
 
 #include "kernels/cuda/sage_attention.hpp"
 
+#include <stdexcept>
+
 #include "kernels/cuda/flash_device.hpp"
 #include "kernels/cuda/launch_impl.hpp"
 #include "kernels/cuda/sage_sm80.hpp"
@@ -18,7 +20,10 @@ struct Choice {
   const SageSm80Kernel* sm80 = nullptr;
 
   [[nodiscard]] SageShape shape(const SageQuantization& quantization) const {
-    return sm90 != nullptr ? shape_of(*sm90) : shape_of(*sm80, quantization);
+    if (sm90 != nullptr) return shape_of(*sm90);
+    if (sm80 != nullptr) return shape_of(*sm80, quantization);
+    throw std::runtime_error(
+        "sage_attention: no kernel was compiled for this head size, dtype and GPU. Build with CUDA_SET=full.");
   }
 };
 

@@ -29,12 +29,13 @@ struct SageTotal {
 /// Channels of Q's and K's rows for a kernel of so many.
 __host__ __device__ constexpr int sage_channels(int head) { return head <= 64 ? 64 : head <= 128 ? 128 : 256; }
 
-/// A channel's mean is taken off V where it is at least 1 / so much of the channel's largest number. Elements of 16
-/// bits that were moved by less than their steps would all be rounded as before, and their output be off by the mean.
-constexpr float kSageLeastMean = 64;
 constexpr int kSageQueryRows = 64;     // of a tile of Q
-constexpr int kSageMostStretches = 8;  // of a head's keys, whose sums are added up in order
 constexpr int kSageKeyGroups = 4;      // scales of a block of keys: key k has that of (k mod 8) / 2
+constexpr int kSageMostStretches = 8;  // of a head's keys, whose sums are added up in order
+
+/// A channel's mean is taken off V where it is at least 1 / so much of the channel's largest number. Elements of 16
+/// bits that were moved by less than their steps would be rounded as before, and the output be off by the mean.
+constexpr float kSageLeastMean = 64;
 
 /// The images of a problem in device memory. Tiles of 64 rows of Q and blocks of K and V, batch · heads of them, heads
 /// the faster; in each those of the first segment, then those of the second.

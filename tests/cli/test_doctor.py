@@ -151,7 +151,7 @@ def test_backend_without_its_device(stand_ins):
         ("DITATTN_NUM_THREADS", "many", "DITATTN_NUM_THREADS='many' is not a whole number from 1 to 1024."),
         ("DITATTN_NUM_THREADS", "0", "DITATTN_NUM_THREADS='0' is not a whole number from 1 to 1024."),
         ("DITATTN_CPU_LEVEL", "AVX9", "'AVX9' is not a level this CPU has. Valid here: sse2"),
-        ("DITATTN_GPU_LEVEL", "9.0", "'9.0' is not one of 75, 80, 90."),
+        ("DITATTN_GPU_LEVEL", "9.0", "'9.0' is not one of 75, 80, 89, 90."),
     ],
 )
 def test_broken_variables(ditattn, name, value, note):
