@@ -39,8 +39,8 @@ struct SmallFloat {
   /// The nearest number, ties to the one with an even mantissa, `kMost` beyond it; keeps signs, of zero too. NaN stays.
   static constexpr float round(float x) {
     if (x != x) return x;
-    const std::uint32_t sign = std::bit_cast<std::uint32_t>(x) & 0x80000000U;
-    const float size = std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) ^ sign);
+    const auto sign = std::bit_cast<std::uint32_t>(x) & 0x80000000U;
+    const auto size = std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) ^ sign);
     if (size >= kMost) return std::bit_cast<float>(std::bit_cast<std::uint32_t>(kMost) | sign);
     const int exponent = static_cast<int>(std::bit_cast<std::uint32_t>(size) >> 23) - 127;
     // What is added moves the last mantissa bit to the sum's last: float32's addition rounds.
@@ -52,9 +52,9 @@ struct SmallFloat {
   /// The code of a number that `round` gives. NaN where there is none: 0.
   static constexpr unsigned encode(float x) {
     if (x != x) return kHasNan ? kLast : 0;
-    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
+    const auto bits = std::bit_cast<std::uint32_t>(x);
     const unsigned sign = (bits >> 31) != 0 ? kSign : 0;
-    const float size = std::bit_cast<float>(bits & 0x7FFFFFFFU);
+    const auto size = std::bit_cast<float>(bits & 0x7FFFFFFFU);
     if (size < power(kLeastExponent)) {
       return sign | static_cast<unsigned>(size * power(kMantissaBits - kLeastExponent));
     }

@@ -77,7 +77,7 @@ void check_format(const char* name, const std::vector<double>& numbers) {
   Random random{options().seed};
   for (int i = 0; i < 20000; ++i) {  // any exponent, then numbers of the format's size
     const auto bits = static_cast<std::uint32_t>(random());
-    const float any = std::bit_cast<float>(bits & 0x7FFFFFFFU);
+    const auto any = std::bit_cast<float>(bits & 0x7FFFFFFFU);
     if (any == any) check(any);
     check(static_cast<float>(real(random, 0, 1.1)) * Format::kMost);
   }
