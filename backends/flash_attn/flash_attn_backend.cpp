@@ -15,6 +15,7 @@
 #ifdef DITATTN_CUDA
 #include "backends/common/gpu_level.hpp"
 #include "kernels/cuda/flash_attention.hpp"
+#include "kernels/cuda/flash_device.hpp"
 #endif
 
 namespace ditattn {
@@ -27,7 +28,6 @@ namespace {
 constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
 #ifdef DITATTN_CUDA
 constexpr std::int64_t kLargestGpuHeadSize = 256;
-constexpr std::int64_t kAmpere = 80;
 constexpr std::int64_t kMostAlignment = 16;  // that a problem tells
 #endif
 
@@ -119,7 +119,7 @@ class FlashAttentionBackend final : public AttentionBackend {
     if (problem.device.device_type != kDLCUDA) return verdict;
     const auto& devices = cuda_info().devices;
     const auto index = static_cast<std::size_t>(problem.device.device_id);
-    if (index < devices.size() && devices[index].compute_capability < kAmpere) {
+    if (index < devices.size() && devices[index].compute_capability < kernels::cuda::kAmpereCapability) {
       // The plain kernel would do, but a default would never move on from it.
       verdict.reasons.push_back(fmt::format(
           "FLASH_ATTN needs a GPU of compute capability 8.0 or more; {} has {}.{}. Select TORCH_SDPA.",

@@ -23,9 +23,6 @@ namespace {
 using kernels::cpu::CpuLevel;
 
 constexpr CausalAlignment kAlignment = CausalAlignment::bottom_right;
-#ifdef DITATTN_CUDA
-constexpr int kLeastCapability = 80;
-#endif
 
 // What `backend_kwargs` ask for; what is not said follows from the device. Throws ValueError for what is no value of an
 // option.
@@ -172,7 +169,7 @@ class SageAttentionBackend final : public AttentionBackend {
     Verdict verdict = check_capabilities(get_name(), capabilities(), problem);
     const std::optional<int> capability = usable_capability(problem.device);
     if (!capability || !verdict) return verdict;
-    if (*capability < kLeastCapability) {
+    if (*capability < kernels::cuda::kAmpereCapability) {
       verdict.reasons.push_back(fmt::format(
           "SAGE_ATTN was explicitly selected but does not provide a kernel for sm_{}. Select a compatible backend.",
           *capability));

@@ -15,8 +15,6 @@
 namespace ditattn::kernels::cuda {
 namespace {
 
-constexpr int kAmpere = 80;
-
 // At most one of the kernels; the reason why not Hopper's, or neither.
 struct Choice {
   const HopperKernel* sm90 = nullptr;
@@ -29,7 +27,7 @@ Choice choose(const AttentionProblem& problem, int compute_capability, int multi
   FlashSm90Choice hopper{.reason = "a GPU of another compute capability than 9.0"};
   if (compute_capability == kHopperCapability) hopper = choose_flash_sm90(problem, multiprocessors);
   if (hopper.kernel != nullptr) return {.sm90 = hopper.kernel};
-  if (compute_capability < kAmpere) return {.reason = "a GPU of a compute capability below 8.0"};
+  if (compute_capability < kAmpereCapability) return {.reason = "a GPU of a compute capability below 8.0"};
   if (const FlashSm80Kernel* kernel = find_flash_sm80(problem)) return {.sm80 = kernel, .reason = hopper.reason};
   return {.reason = "a head size and dtype that were not compiled"};
 }

@@ -16,6 +16,7 @@ struct FlashDevice {
   std::atomic<std::uint64_t> prepared_sage_sm90 = 0;
 };
 
+constexpr int kAmpereCapability = 80;  ///< the first with a kernel on matrix units here
 constexpr int kHopperCapability = 90;
 
 /// The compute capability of whose kernels may be used at a level (DITATTN_GPU_LEVEL). Hopper's run there alone: a

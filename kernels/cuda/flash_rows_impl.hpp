@@ -16,6 +16,15 @@ __device__ __forceinline__ std::uint32_t pack(float a, float b, __nv_bfloat16) {
   return reinterpret_cast<const std::uint32_t&>(x);
 }
 
+/// A thread's probabilities of 16 keys and two rows, from `first_key` on, as the first operand of products of 16 bits.
+template <class Element, int kCount>
+__device__ __forceinline__ void pack_keys(const float (&probabilities)[kCount], int first_key, std::uint32_t (&r)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    r[i] = pack(probabilities[first_key / 2 + 2 * i], probabilities[first_key / 2 + 2 * i + 1], Element{});
+  }
+}
+
 /// What a row's output has to be multiplied with; NaN where the row has to be computed again: its sum is beyond what
 /// can be divided by, or its logits are so large that a reference is off by more than a few powers of two.
 template <class Limits>

@@ -52,25 +52,16 @@ template <class Config>
 __device__ __forceinline__ void multiply_keys_sm80(const typename Config::T* query, const typename Config::T* key,
                                                    float (&logits)[Config::kHalves][Config::kKeys / 2]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
-  for (int k = 0; k < Config::kHead; k += 16) {
-    std::uint32_t a[Config::kHalves][4];
-#pragma unroll
-    for (int h = 0; h < Config::kHalves; ++h) {
-      load_matrices<false>(shared_address(query + (16 * h + lane % 16) * Config::kPitch + k + lane / 16 * 8), a[h]);
-    }
-#pragma unroll
-    for (int n = 0; n < Config::kKeys; n += 16) {
-      std::uint32_t b[4];
-      load_matrices<false>(shared_address(key + (n + lane / 16 * 8 + lane % 8) * Config::kPitch + k + lane / 8 % 2 * 8),
-                           b);
-#pragma unroll
-      for (int h = 0; h < Config::kHalves; ++h) {
-        multiply_step(logits[h] + n / 2, a[h], b, typename Config::T{});
-        multiply_step(logits[h] + n / 2 + 4, a[h], b + 2, typename Config::T{});
-      }
-    }
-  }
+  multiply_halves<typename Config::T, Config::kHead / 16, Config::kKeys>(
+      logits,
+      [&](int step, int half, std::uint32_t(&r)[4]) {
+        load_matrices<false>(
+            shared_address(query + (16 * half + lane % 16) * Config::kPitch + 16 * step + lane / 16 * 8), r);
+      },
+      [&](int step, int n, std::uint32_t(&r)[4]) {
+        load_matrices<false>(
+            shared_address(key + (n + lane / 16 * 8 + lane % 8) * Config::kPitch + 16 * step + lane / 8 % 2 * 8), r);
+      });
 }
 
 // out += P · V.
@@ -79,27 +70,14 @@ __device__ __forceinline__ void multiply_values_sm80(const float (&probabilities
                                                      const typename Config::T* value,
                                                      float (&out)[Config::kHalves][Config::kHead / 2]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
-  for (int k = 0; k < Config::kKeys; k += 16) {
-    std::uint32_t a[Config::kHalves][4];
-#pragma unroll
-    for (int h = 0; h < Config::kHalves; ++h) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[h][i] = pack(probabilities[h][k / 2 + 2 * i], probabilities[h][k / 2 + 2 * i + 1], typename Config::T{});
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < Config::kHead; n += 16) {
-      std::uint32_t b[4];
-      load_matrices<true>(shared_address(value + (k + lane % 16) * Config::kPitch + n + lane / 16 * 8), b);
-#pragma unroll
-      for (int h = 0; h < Config::kHalves; ++h) {
-        multiply_step(out[h] + n / 2, a[h], b, typename Config::T{});
-        multiply_step(out[h] + n / 2 + 4, a[h], b + 2, typename Config::T{});
-      }
-    }
-  }
+  multiply_halves<typename Config::T, Config::kKeys / 16, Config::kHead>(
+      out,
+      [&](int step, int half, std::uint32_t(&r)[4]) {
+        pack_keys<typename Config::T>(probabilities[half], 16 * step, r);
+      },
+      [&](int step, int n, std::uint32_t(&r)[4]) {
+        load_matrices<true>(shared_address(value + (16 * step + lane % 16) * Config::kPitch + n + lane / 16 * 8), r);
+      });
 }
 
 /// `kMasked`: some key segment has a mask.

@@ -98,7 +98,8 @@ __device__ __forceinline__ void prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-/// Lets the next kernel of the stream, if it was launched to overlap, start. Nothing before Hopper, nor does the next.
+/// Lets the next kernel of the stream, if it was launched to overlap, start. Like the next, it does nothing
+/// before Hopper, where no launch overlaps another.
 __device__ __forceinline__ void start_next_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

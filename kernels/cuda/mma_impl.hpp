@@ -69,4 +69,27 @@ __device__ __forceinline__ void multiply_step(float* d, const std::uint32_t* a, 
 }
 #endif
 
+/// sums += a · b for kHalves times 16 rows, over kSteps steps of multiply_step. `load_a(step, half, r)` gives the rows'
+/// operand, `load_b(step, column, r)` that of 16 columns, which is used for all rows.
+template <class Number, int kSteps, int kColumns, int kHalves, class Sum, class LoadA, class LoadB>
+__device__ __forceinline__ void multiply_halves(Sum (&sums)[kHalves][kColumns / 2], const LoadA& load_a,
+                                                const LoadB& load_b) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    std::uint32_t a[kHalves][4];
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) load_a(step, h, a[h]);
+#pragma unroll
+    for (int n = 0; n < kColumns; n += 16) {
+      std::uint32_t b[4];
+      load_b(step, n, b);
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        multiply_step(sums[h] + n / 2, a[h], b, Number{});
+        multiply_step(sums[h] + n / 2 + 4, a[h], b + 2, Number{});
+      }
+    }
+  }
+}
+
 }  // namespace ditattn::kernels::cuda

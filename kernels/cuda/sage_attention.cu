@@ -12,8 +12,6 @@
 namespace ditattn::kernels::cuda {
 namespace {
 
-constexpr int kAmpere = 80;
-
 // At most one of the kernels.
 struct Choice {
   const HopperKernel* sm90 = nullptr;
@@ -32,7 +30,7 @@ Choice choose(const AttentionProblem& problem, const SageQuantization& quantizat
   if (capability == kHopperCapability && !quantization.wide_values) {
     if (const HopperKernel* kernel = choose_sage_sm90(problem, multiprocessors)) return {.sm90 = kernel};
   }
-  return {.sm80 = capability >= kAmpere ? find_sage_sm80(problem) : nullptr};
+  return {.sm80 = capability >= kAmpereCapability ? find_sage_sm80(problem) : nullptr};
 }
 
 }  // namespace

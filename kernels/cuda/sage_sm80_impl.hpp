@@ -68,29 +68,20 @@ __device__ __forceinline__ void multiply_keys_sm80(
     typename Config::Product (&products)[Config::kHalves][Config::kKeys / 2], unsigned query, unsigned key,
     int warp_row) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
-  for (int k = 0; k < Config::kHead; k += 32) {
-    std::uint32_t a[Config::kHalves][4];
-#pragma unroll
-    for (int h = 0; h < Config::kHalves; ++h) {
-      const int row = warp_row + 16 * h;
-      load_matrices<false>(
-          query + row / kSageQueryRows * (kSageQueryRows * Config::kChannels) +
-              sage_place(kSageQueryRows, Config::kRowBytes, row % kSageQueryRows + lane % 16, k + lane / 16 * 16),
-          a[h]);
-    }
-#pragma unroll
-    for (int n = 0; n < Config::kKeys; n += 16) {
-      std::uint32_t b[4];
-      load_matrices<false>(
-          key + sage_place(Config::kKeys, Config::kRowBytes, n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 16), b);
-#pragma unroll
-      for (int h = 0; h < Config::kHalves; ++h) {
-        multiply_step(products[h] + n / 2, a[h], b, typename Config::N{});
-        multiply_step(products[h] + n / 2 + 4, a[h], b + 2, typename Config::N{});
-      }
-    }
-  }
+  multiply_halves<typename Config::N, (Config::kHead + 31) / 32, Config::kKeys>(
+      products,
+      [&](int step, int half, std::uint32_t(&r)[4]) {
+        const int row = warp_row + 16 * half;
+        load_matrices<false>(query + row / kSageQueryRows * (kSageQueryRows * Config::kChannels) +
+                                 sage_place(kSageQueryRows, Config::kRowBytes, row % kSageQueryRows + lane % 16,
+                                            32 * step + lane / 16 * 16),
+                             r);
+      },
+      [&](int step, int n, std::uint32_t(&r)[4]) {
+        load_matrices<false>(key + sage_place(Config::kKeys, Config::kRowBytes, n + lane / 16 * 8 + lane % 8,
+                                              32 * step + lane / 8 % 2 * 16),
+                             r);
+      });
 }
 
 // out = out · rescale + P · V, in float16.
@@ -105,28 +96,12 @@ __device__ __forceinline__ void multiply_wide_values(const float (&probabilities
 #pragma unroll
     for (int j = 0; j < Config::kHead / 2; ++j) out[h][j] *= rescale[h][j / 2 % 2];
   }
-#pragma unroll
-  for (int k = 0; k < Config::kKeys; k += 16) {
-    std::uint32_t a[Config::kHalves][4];
-#pragma unroll
-    for (int h = 0; h < Config::kHalves; ++h) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[h][i] = pack(probabilities[h][k / 2 + 2 * i], probabilities[h][k / 2 + 2 * i + 1], __half{});
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < Config::kHead; n += 16) {
-      std::uint32_t b[4];
-      load_matrices<true>(value + sage_place(Config::kKeys, kSageWidePanelBytes, k + lane % 16, 2 * n + lane / 16 * 16),
-                          b);
-#pragma unroll
-      for (int h = 0; h < Config::kHalves; ++h) {
-        multiply_step(out[h] + n / 2, a[h], b, __half{});
-        multiply_step(out[h] + n / 2 + 4, a[h], b + 2, __half{});
-      }
-    }
-  }
+  multiply_halves<__half, Config::kKeys / 16, Config::kHead>(
+      out, [&](int step, int half, std::uint32_t(&r)[4]) { pack_keys<__half>(probabilities[half], 16 * step, r); },
+      [&](int step, int n, std::uint32_t(&r)[4]) {
+        load_matrices<true>(
+            value + sage_place(Config::kKeys, kSageWidePanelBytes, 16 * step + lane % 16, 2 * n + lane / 16 * 16), r);
+      });
 }
 
 // out = out · rescale + P · V, in e4m3.
