@@ -86,6 +86,8 @@ struct AttentionProblem {
   /// Ranges have the diagonal in them: `causal` is not looked at.
   const std::int64_t* ranges = nullptr;
   std::int64_t range_batch_stride = 0;
+  /// sage3_attention's channel means, as it lays them out.
+  const float* means = nullptr;
   /// Quantized kernels: batch entry b has no row that sees keys outside [seen[2 · b], seen[2 · b + 1]). Null: not
   /// known.
   const std::int64_t* seen = nullptr;

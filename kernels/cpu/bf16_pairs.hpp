@@ -24,6 +24,13 @@ struct Bf16Pairs {
     _mm512_storeu_si512(units + i / 2, _mm512_maskz_loadu_epi16(rest, source + i * 2));
   }
 
+  static void pack_row(const float* row, std::int64_t count, float* units) {
+    for (std::int64_t i = 0; i < count; i += 32, units += 16) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(row + i + 16), _mm512_loadu_ps(row + i));
+      _mm512_storeu_si512(units, __builtin_bit_cast(__m512i, both));
+    }
+  }
+
   // A unit is one column of both rows.
   static bool load_values(const char* source, ElementType /*type*/, std::int64_t stride_bytes, int keys,
                           std::int64_t count, float* units) {

@@ -19,6 +19,10 @@ struct Operands {
   static void load_row(const char* source, ElementType type, std::int64_t count, float* units) {
     widen_row(source, type, count, units);
   }
+  /// The same of floats that units hold exactly; zeros follow up to a whole unit and vector.
+  static void pack_row(const float* row, std::int64_t count, float* units) {
+    for (std::int64_t i = 0; i < count; i += Simd::kWidth) Simd::store(units + i, Simd::load(row + i));
+  }
   /// kPack rows of V, or `keys` of them and zeros, as one row of `count` units. True if all of it is finite.
   static bool load_values(const char* source, ElementType type, std::int64_t /*stride_bytes*/, int /*keys*/,
                           std::int64_t count, float* units) {
@@ -31,15 +35,7 @@ struct Operands {
     return Simd::select_equal(Simd::sub(units, units), Simd::set1(0), units, Simd::set1(0));
   }
 
-  /// 2^r for r from 0 to 1, least relative error among degree 5 with p(0) = 1: 8.2e-8, 1.4e-7 with rounding.
-  static Vec exp2_fraction(Vec r) {
-    Vec p = Simd::set1(0.0018669526F);
-    p = Simd::fma(p, r, Simd::set1(0.009017481F));
-    p = Simd::fma(p, r, Simd::set1(0.055799514F));
-    p = Simd::fma(p, r, Simd::set1(0.2401646F));
-    p = Simd::fma(p, r, Simd::set1(0.6931513F));
-    return Simd::fma(p, r, Simd::set1(1));
-  }
+  static Vec exp2_fraction(Vec r) { return Exp2Long::exp2_fraction(r); }
 };
 
 }  // namespace

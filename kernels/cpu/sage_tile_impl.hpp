@@ -10,6 +10,7 @@
 #include "kernels/cpu/special_values_impl.hpp"
 #include "kernels/cpu/tile_softmax_impl.hpp"
 //
+#include "kernels/cpu/block_rows_impl.hpp"
 #include "kernels/cpu/sage_products_impl.hpp"
 //
 #include "kernels/cpu/sage_pack_impl.hpp"
@@ -96,15 +97,6 @@ void multiply_mean(const float* query, const float* mean, std::int64_t head_size
   for (int v = 0; v < Simd::kVectors; ++v) Simd::store(products + v * Simd::kWidth, sums[v]);
 }
 
-// Logits of keys that a row does not see become −∞.
-void hide_keys(const SageWorkspace& w, const float* hidden, bool some_hidden, int row, int keys) {
-  hide(w.logits, 1, nullptr, w.rows.first + row, w.rows.limit + row, keys);
-  for (int key = 0; key < keys && some_hidden; ++key) {
-    if (hidden[key] == 0) continue;
-    for (int v = 0; v < kLanes; v += Simd::kWidth) Simd::store(w.logits + key * kLanes + v, Simd::set1(-kInfinity));
-  }
-}
-
 // One panel of sums to P's numbers: a row's logit is sum · its scale + Q · mean. Updates max and sum, leaves rescale
 // and the block's weight.
 template <class Values>
@@ -170,7 +162,9 @@ void attend_sage_block(const AttentionProblem& problem, const Tile& tile, const 
                               .scales = packed + layout.key_scale};
     multiply(logits, packed, strip_floats(layout.units), w.logits, keys);
     multiply_mean(w.query + row * depth, packed + layout.mean, depth, w.mean_products);
-    if (sees == Sees::some || seen < block_size) hide_keys(w, packed + layout.hidden, seen < block_size, row, keys);
+    if (sees == Sees::some || seen < block_size) {
+      hide_keys(w.logits, w.rows, seen < block_size ? packed + layout.hidden : nullptr, row, keys);
+    }
     sage_softmax<Values>(w, row, keys);
     float* out = w.out + row * depth;
     const ValueProduct<Values> values{.lanes = w.logits,

@@ -46,6 +46,8 @@ struct Simd {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(x)), _mm256_set1_epi32(127));
     return mul(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
+  /// 2^⌊log₂ x⌋ for x from 2⁻¹²⁶ on: the exponent alone.
+  static Vec leading_power(Vec x) { return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7F800000))); }
   static Vec load_bf16(const std::uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));

@@ -41,6 +41,8 @@ struct Simd {
   static constexpr bool kScalesByAll = true;  ///< whether `scale_by_power` takes all x
   /// v · 2^⌊x⌋.
   static Vec scale_by_power(Vec v, Vec x) { return _mm512_scalef_ps(v, x); }
+  /// 2^⌊log₂ x⌋ for x from 2⁻¹²⁶ on: the exponent alone.
+  static Vec leading_power(Vec x) { return _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_set1_epi32(0x7F800000))); }
   static Vec load_bf16(const std::uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

@@ -40,6 +40,10 @@ struct Simd {
     const int32x4_t exponent = vaddq_s32(vcvtmq_s32_f32(x), vdupq_n_s32(127));
     return mul(v, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
   }
+  /// 2^⌊log₂ x⌋ for x from 2⁻¹²⁶ on: the exponent alone.
+  static Vec leading_power(Vec x) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x7F800000)));
+  }
   static Vec load_bf16(const std::uint16_t* p) {
     return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16));
   }

@@ -51,6 +51,8 @@ struct Simd {
   static Vec scale_by_power(Vec v, Vec x) {
     return mul(v, _mm_castsi128_ps(_mm_slli_epi32(_mm_add_epi32(_mm_cvtps_epi32(floor(x)), _mm_set1_epi32(127)), 23)));
   }
+  /// 2^⌊log₂ x⌋ for x from 2⁻¹²⁶ on: the exponent alone.
+  static Vec leading_power(Vec x) { return _mm_and_ps(x, _mm_castsi128_ps(_mm_set1_epi32(0x7F800000))); }
   static Vec load_bf16(const std::uint16_t* p) {
     const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), half));

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/attention_problem.hpp"
+#include "kernels/sage3.hpp"
 
 namespace ditattn::kernels::cpu {
 
@@ -52,6 +53,9 @@ struct TileKernel {
   /// `packed`: all blocks of the tile's K/V head, segment by segment; null: `run` packs the blocks it needs itself.
   void (*run)(const AttentionProblem& problem, const Tile& tile, const float* packed, float* scratch);
   double (*multiply_rate)();  ///< of its micro-kernel, to compare units of this CPU
+  /// Of one of batch · kv_heads heads, where the kernel wants `problem.means`; null: it does not.
+  void (*find_means)(const AttentionProblem& problem, std::int64_t head, Sage3Smoothing smoothing,
+                     float* means) = nullptr;
 };
 
 extern const TileKernel kFlashNeon;
@@ -68,5 +72,8 @@ extern const TileKernel kSageAvx2, kSageWideAvx2;
 extern const TileKernel kSageAvx512, kSageWideAvx512;
 extern const TileKernel kSageAvx512Vnni, kSageWideAvx512Vnni;
 extern const TileKernel kSageAmx;
+
+/// Microscaled FP4, emulated.
+extern const TileKernel kSage3Neon, kSage3Sse2, kSage3Avx2, kSage3Avx512, kSage3Avx512Bf16, kSage3Amx;
 
 }  // namespace ditattn::kernels::cpu

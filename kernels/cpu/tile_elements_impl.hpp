@@ -73,5 +73,17 @@ float load_mask_element(const void* mask, ElementType type, std::int64_t index) 
   return wide[0];
 }
 
+struct Exp2Long {
+  /// 2^r for r from 0 to 1, least relative error among degree 5 with p(0) = 1: 8.2e-8, 1.4e-7 with rounding.
+  static Vec exp2_fraction(Vec r) {
+    Vec p = Simd::set1(0.0018669526F);
+    p = Simd::fma(p, r, Simd::set1(0.009017481F));
+    p = Simd::fma(p, r, Simd::set1(0.055799514F));
+    p = Simd::fma(p, r, Simd::set1(0.2401646F));
+    p = Simd::fma(p, r, Simd::set1(0.6931513F));
+    return Simd::fma(p, r, Simd::set1(1));
+  }
+};
+
 }  // namespace
 }  // namespace ditattn::kernels::cpu

@@ -158,31 +158,38 @@ float* lane_of(float* transposed, std::int64_t depth, int row) {
   return transposed + static_cast<std::int64_t>(row / kLanes) * depth * kLanes + row % kLanes;
 }
 
-// Qᵀ in units, times scale · log2 e where the operands want that.
-void load_query(const AttentionProblem& problem, const Tile& tile, const TileRows& rows, std::int64_t units,
-                float* query) {
-  const Vec scale = Simd::set1(problem.scale * kLog2E);
+// Transposed rows of Q, `depth` deep; load(source, position, row) fills a row from the elements at `source`.
+template <class Load>
+void load_query_rows(const AttentionProblem& problem, const Tile& tile, const TileRows& rows, std::int64_t depth,
+                     float* query, const Load& load) {
   for (int first = 0; first < used_lanes(tile); first += Simd::kWidth) {
     for (int i = 0; i < Simd::kWidth; ++i) {
       float* row = rows.staged + i * rows.row_pitch;
       if (first + i < tile.rows) {
-        const char* source = query_row(problem, tile.batch, position_of(problem, tile, first + i));
+        const RowPosition position = position_of(problem, tile, first + i);
         if (first + i + kRowsAhead < tile.rows) {
           prefetch_row(query_row(problem, tile.batch, position_of(problem, tile, first + i + kRowsAhead)),
                        problem.head_size * element_bytes(problem.type));
         }
-        Operands::load_row(source, problem.type, problem.head_size, row);
+        load(query_row(problem, tile.batch, position), position, row);
       } else {
-        std::memset(row, 0, static_cast<std::size_t>(units) * sizeof(float));
+        std::memset(row, 0, static_cast<std::size_t>(depth) * sizeof(float));
       }
     }
-    float* panel = lane_of(query, units, first);
-    rows_to_lanes(rows.staged, rows.row_pitch, units, panel);
-    if (!Operands::kQueryIsScaled) continue;
-    for (std::int64_t x = 0; x < units; ++x) {
-      Simd::store(panel + x * kLanes, Simd::mul(Simd::load(panel + x * kLanes), scale));
-    }
+    rows_to_lanes(rows.staged, rows.row_pitch, depth, lane_of(query, depth, first));
   }
+}
+
+// Qᵀ in units, times scale · log2 e where the operands want that.
+[[maybe_unused]] void load_query(const AttentionProblem& problem, const Tile& tile, const TileRows& rows,
+                                 std::int64_t units, float* query) {
+  const Vec scale = Simd::set1(problem.scale * kLog2E);
+  load_query_rows(problem, tile, rows, units, query, [&](const char* source, RowPosition, float* row) {
+    Operands::load_row(source, problem.type, problem.head_size, row);
+    for (std::int64_t x = 0; x < units && Operands::kQueryIsScaled; x += Simd::kWidth) {
+      Simd::store(row + x, Simd::mul(Simd::load(row + x), scale));
+    }
+  });
 }
 
 // What a row group sees of a block.

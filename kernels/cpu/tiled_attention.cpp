@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "kernels/cpu/half.hpp"
+#include "kernels/cpu/in_order.hpp"
 
 namespace ditattn::kernels::cpu {
 namespace {
@@ -92,24 +92,6 @@ Cut cut_into_tiles(const AttentionProblem& problem, int threads) {
 }
 
 std::int64_t aligned_floats(std::int64_t floats) { return divide_up(floats, 16) * 16; }
-
-// Runs body(slot, i) for i in [0, count) in order on as many slots as there are threads: i is handed out only after all
-// before it were.
-template <class Body>
-void in_order(const Executor& executor, std::int64_t slots, std::int64_t count, const Body& body) {
-  struct Run {
-    std::int64_t count;
-    const Body& body;
-    std::atomic<std::int64_t> next{0};
-  } run{.count = count, .body = body};
-  executor.parallel_for(
-      slots,
-      [](void* context, std::int64_t slot) {
-        auto& work = *static_cast<Run*>(context);
-        for (std::int64_t i = work.next++; i < work.count; i = work.next++) work.body(slot, i);
-      },
-      &run);
-}
 
 // Tiles that pack the blocks they need themselves: right where no two tiles share any. `problems` have the same numbers
 // of rows and heads.

@@ -47,12 +47,12 @@ CpuLevel detect_cpu_level() {
 
 const LevelKernels& kernels_of(CpuLevel level) {
   static constexpr LevelKernels kernels[] = {
-      {&kFlashSse2, nullptr, &kSageSse2, &kSageWideSse2},
-      {&kFlashAvx2, nullptr, &kSageAvx2, &kSageWideAvx2},
-      {&kFlashAvx512, nullptr, &kSageAvx512, &kSageWideAvx512},
-      {&kFlashAvx512, nullptr, &kSageAvx512Vnni, &kSageWideAvx512Vnni},
-      {&kFlashAvx512, &kFlashAvx512Bf16, &kSageAvx512Vnni, &kSageWideAvx512Vnni},
-      {&kFlashAvx512, &kFlashAmx, &kSageAmx, &kSageWideAvx512Vnni},
+      {&kFlashSse2, nullptr, &kSageSse2, &kSageWideSse2, &kSage3Sse2, nullptr},
+      {&kFlashAvx2, nullptr, &kSageAvx2, &kSageWideAvx2, &kSage3Avx2, nullptr},
+      {&kFlashAvx512, nullptr, &kSageAvx512, &kSageWideAvx512, &kSage3Avx512, nullptr},
+      {&kFlashAvx512, nullptr, &kSageAvx512Vnni, &kSageWideAvx512Vnni, &kSage3Avx512, nullptr},
+      {&kFlashAvx512, &kFlashAvx512Bf16, &kSageAvx512Vnni, &kSageWideAvx512Vnni, &kSage3Avx512, &kSage3Avx512Bf16},
+      {&kFlashAvx512, &kFlashAmx, &kSageAmx, &kSageWideAvx512Vnni, &kSage3Avx512, &kSage3Amx},
   };
   return kernels[static_cast<int>(level)];
 }

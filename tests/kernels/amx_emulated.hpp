@@ -8,5 +8,6 @@ namespace ditattn::kernels::cpu::testing {
 
 extern const TileKernel kFlashAmxEmulated;
 extern const TileKernel kSageAmxEmulated;
+extern const TileKernel kSage3AmxEmulated;
 
 }  // namespace ditattn::kernels::cpu::testing
