@@ -88,6 +88,12 @@ bool all_inputs(const AttentionProblem& p, const Predicate& holds) {
   return true;
 }
 
+/// Whether rows of the output are pieces that are written at once.
+inline bool has_aligned_output(const AttentionProblem& p) {
+  return p.head_size * kFlashElementBytes % kFlashAlignment == 0 && is_aligned(p.out) &&
+         has_aligned_strides({p.batch, p.rows, p.heads}, p.out_strides);
+}
+
 /// Null: tensors that the kernels on matrix units can read and write; else for what they cannot.
 inline const char* why_not_flash(const AttentionProblem& p) {
   if (p.type == ElementType::float32) return "float32";

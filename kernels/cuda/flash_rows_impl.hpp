@@ -202,9 +202,9 @@ __device__ __forceinline__ void store_gathered(const AttentionProblem& p, const 
 }
 
 /// Writes the log-sum-exp of a warp's 16 rows; `adds`: adds it to what stands there.
-template <class Limits>
+template <class AnySoftmax>
 __device__ __forceinline__ void store_lse(const AttentionProblem& p, const Tile& tile, int warp_row,
-                                          const BasicSoftmax<Limits>& softmax, bool adds = false) {
+                                          const AnySoftmax& softmax, bool adds = false) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (p.lse == nullptr || lane % 4 != 0) return;
 #pragma unroll

@@ -14,16 +14,8 @@ constexpr int kGroupRows = 64;  // of a warpgroup
 FlashSm90Arguments arguments_of(const AttentionProblem& p, const HopperTile& tile) {
   FlashSm90Arguments a{};
   a.problem = p;
-  for (int i = 0; i < p.num_queries; ++i) {
-    const QuerySegment& segment = p.queries[i];
-    find_map(a.query[i], p, segment.data, p.batch, rows_of(p, i), p.heads, segment.strides, kGroupRows);
-  }
+  find_input_maps(a.query, a.key, a.value, p, kGroupRows, tile.keys);
   find_output_maps(a.out, p);
-  for (int i = 0; i < p.num_key_segments; ++i) {
-    const KeySegment& segment = p.key_segments[i];
-    find_map(a.key[i], p, segment.key, p.batch, segment.keys, p.kv_heads, segment.key_strides, tile.keys);
-    find_map(a.value[i], p, segment.value, p.batch, segment.keys, p.kv_heads, segment.value_strides, tile.keys);
-  }
   a.order = order_tiles(p, kGroupRows * tile.warpgroups);
   a.hides = hides_keys(p);
   a.differs = differ_rows(p);

@@ -83,9 +83,11 @@ __device__ __forceinline__ void copy_rows(hopper::Address to, const CUtensorMap*
   }
 }
 
-template <class Config>
-__device__ __forceinline__ void produce(const FlashSm90Arguments& a, const FlashSm90Memory<Config>& memory) {
-  TileWalk<Config, FlashSm90Arguments> tiles(a);
+// `load_more(tile, segment, key, stage)` may copy what else comes with the block of K that is loaded there.
+template <class Config, class Arguments, class LoadMore>
+__device__ __forceinline__ void produce(const Arguments& a, const FlashSm90Memory<Config>& memory,
+                                        const LoadMore& load_more) {
+  TileWalk<Config, Arguments> tiles(a);
   const bool leader = threadIdx.x % 32 == 0;
   RingPlace<Config::kStages> key_place;
   RingPlace<Config::kStages> value_place;
@@ -101,6 +103,7 @@ __device__ __forceinline__ void produce(const FlashSm90Arguments& a, const Flash
     };
     const auto load_key = [&](int i) {
       hopper::wait(memory.key_empty(key_place.stage), key_place.parity ^ 1);
+      load_more(tile, blocks.segment_of(i), blocks.key_of(i), key_place.stage);
       load(i, a.key, memory.key(key_place.stage), memory.key_full(key_place.stage));
       key_place.advance();
     };
@@ -334,12 +337,9 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
   while (again.next()) mend_rows<T, Config::kHead>(p, again.tile(), warp_row);
 }
 
-/// `kMasked`: some key segment has a mask.
-template <class Config, bool kMasked>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    flash_sm90(const __grid_constant__ FlashSm90Arguments arguments) {
-  extern __shared__ __align__(1024) unsigned char memory_bytes[];
-  const FlashSm90Memory<Config> memory{hopper::address_of(memory_bytes)};
+// Makes the barriers; kKeyReaders: threads of a warp that give a stage of K back.
+template <int kKeyReaders = 1, class Config, class Arguments>
+__device__ __forceinline__ void prepare(const Arguments& arguments, const FlashSm90Memory<Config>& memory) {
   constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
   if (threadIdx.x == 32) {
     hopper::prefetch(&arguments.key[0]);
@@ -355,16 +355,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int stage = 0; stage < Config::kStages; ++stage) {
       hopper::init_barrier(memory.key_full(stage), 1);
       hopper::init_barrier(memory.value_full(stage), 1);
-      hopper::init_barrier(memory.key_empty(stage), kConsumerWarps);
+      hopper::init_barrier(memory.key_empty(stage), kKeyReaders * kConsumerWarps);
       hopper::init_barrier(memory.value_empty(stage), kConsumerWarps);
     }
     hopper::fence_barrier_init();
   }
+}
+
+/// `kMasked`: some key segment has a mask.
+template <class Config, bool kMasked>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    flash_sm90(const __grid_constant__ FlashSm90Arguments arguments) {
+  extern __shared__ __align__(1024) unsigned char memory_bytes[];
+  const FlashSm90Memory<Config> memory{hopper::address_of(memory_bytes)};
+  prepare(arguments, memory);
   hopper::start_next_launch();
   __syncthreads();
   if (threadIdx.x < 128) {
     hopper::give_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<Config>(arguments, memory);
+    if (threadIdx.x < 32) produce(arguments, memory, [](const Tile&, int, int, int) {});
   } else {
     hopper::take_registers<Config::kConsumerRegisters>();
     consume<Config, kMasked>(arguments, memory);

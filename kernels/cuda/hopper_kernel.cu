@@ -126,6 +126,23 @@ void find_map(CUtensorMap& map, const AttentionProblem& p, const void* data, std
   map = place.map;
 }
 
+void find_input_maps(CUtensorMap (&query)[2], CUtensorMap (&key)[2], CUtensorMap (&value)[2], const AttentionProblem& p,
+                     int rows, int keys) {
+  for (int i = 0; i < p.num_queries; ++i) {
+    const QuerySegment& segment = p.queries[i];
+    find_map(query[i], p, segment.data, p.batch, rows_of(p, i), p.heads, segment.strides, rows);
+  }
+  for (int i = 0; i < p.num_key_segments; ++i) {
+    const KeySegment& segment = p.key_segments[i];
+    find_map(key[i], p, segment.key, p.batch, segment.keys, p.kv_heads, segment.key_strides, keys);
+    find_map(value[i], p, segment.value, p.batch, segment.keys, p.kv_heads, segment.value_strides, keys);
+  }
+}
+
+bool maps_output(const AttentionProblem& p) {
+  return has_aligned_output(p) && can_map(p.out, p.batch, p.rows, p.heads, p.out_strides);
+}
+
 void find_output_maps(CUtensorMap (&maps)[2], const AttentionProblem& p) {
   for (int i = 0; i < p.num_queries; ++i) {
     char* out = static_cast<char*>(p.out) + p.queries[i].first_row * p.out_strides.token * kFlashElementBytes;

@@ -46,6 +46,13 @@ bool can_map(const void* data, std::int64_t batch, std::int64_t tokens, std::int
 void find_map(CUtensorMap& map, const AttentionProblem& problem, const void* data, std::int64_t batch,
               std::int64_t tokens, std::int64_t heads, const Strides& strides, int box_tokens);
 
+/// The maps of each segment of Q, in boxes of `rows`, and of K and V, in boxes of `keys`.
+void find_input_maps(CUtensorMap (&query)[2], CUtensorMap (&key)[2], CUtensorMap (&value)[2],
+                     const AttentionProblem& problem, int rows, int keys);
+
+/// Whether there can be maps of the output.
+bool maps_output(const AttentionProblem& problem);
+
 /// The output's maps, one for each segment of queries, in boxes of a warp's 16 rows.
 void find_output_maps(CUtensorMap (&maps)[2], const AttentionProblem& problem);
 

@@ -31,6 +31,17 @@ class OnDevice {
   int before_ = 0;
 };
 
+/// Launches a kernel in a stream; `name` is for errors.
+template <class... Types>
+void queue(void (*kernel)(Types...), std::int64_t blocks, int threads, int shared_bytes, void* stream, const char* name,
+           Types... arguments) {
+  void* pointers[] = {&arguments...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                         dim3(static_cast<unsigned>(threads)), pointers, static_cast<std::size_t>(shared_bytes),
+                         static_cast<cudaStream_t>(stream)),
+        name);
+}
+
 /// How a kernel is launched that may start under the end of the one before in its stream: it waits itself.
 class OverlappingLaunch {
  public:

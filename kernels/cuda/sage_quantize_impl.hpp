@@ -7,25 +7,6 @@
 namespace ditattn::kernels::cuda {
 namespace {
 
-// What ranges let some row of a batch entry see.
-__global__ void find_seen(const __grid_constant__ Arguments a) {
-  hopper::wait_for_launch_before();
-  hopper::start_next_launch();
-  __shared__ unsigned long long ends[2];
-  const AttentionProblem& p = a.problem;
-  if (threadIdx.x == 0) ends[0] = ~0ULL, ends[1] = 0;
-  __syncthreads();
-  for (std::int64_t row = threadIdx.x; row < p.rows; row += blockDim.x) {
-    const std::int64_t* range = p.ranges + blockIdx.x * p.range_batch_stride + 2 * row;
-    if (range[0] >= range[1]) continue;
-    atomicMin(&ends[0], static_cast<unsigned long long>(max(range[0], std::int64_t{0})));
-    atomicMax(&ends[1], static_cast<unsigned long long>(max(range[1], std::int64_t{0})));
-  }
-  __syncthreads();
-  if (threadIdx.x < 2)
-    a.images.seen[2 * blockIdx.x + threadIdx.x] = static_cast<std::int64_t>(min(ends[threadIdx.x], 1ULL << 62));
-}
-
 // 64 rows of Q.
 template <class Way, class T, int kLanes, bool kAligned>
 __device__ void quantize_query(const Arguments& a, unsigned index) {

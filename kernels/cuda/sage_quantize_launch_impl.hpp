@@ -6,7 +6,7 @@
 #include <bit>
 #include <utility>
 
-#include "kernels/cuda/flash_layout.hpp"
+#include "kernels/cuda/inputs_impl.hpp"
 #include "kernels/cuda/launch_impl.hpp"
 #include "kernels/cuda/sage_quantize_impl.hpp"
 
@@ -36,20 +36,6 @@ std::int64_t quantizing_blocks(const Arguments& a, int threads) {
   const std::int64_t blocks = (2 * std::int64_t{a.heads} + of_queries) * a.ranks;
   if (blocks <= kFlashMostTokens) return blocks;
   throw std::runtime_error("sage_attention: more tiles than a launch takes. Split the batch.");
-}
-
-// Calls `quantize` for the problem's dtype, and whether Q, K and V are read in pieces of 16 bytes.
-template <class Quantize>
-void for_inputs(const AttentionProblem& p, const Quantize& quantize) {
-  const bool aligned =
-      p.head_size % 8 == 0 && all_inputs(p, [](const void* data, const Extents& extents, const Strides& strides) {
-        return extents.tokens == 0 || (is_aligned(data) && has_aligned_strides(extents, strides));
-      });
-  const auto of_dtype = [&]<class T>() {
-    aligned ? quantize.template operator()<T, true>() : quantize.template operator()<T, false>();
-  };
-  p.type == ElementType::bfloat16 ? of_dtype.template operator()<__nv_bfloat16>()
-                                  : of_dtype.template operator()<__half>();
 }
 
 bool offsets_lse(const Arguments& a) { return a.problem.lse != nullptr && a.quantization.smooth_key && a.heads != 0; }

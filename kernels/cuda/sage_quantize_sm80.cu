@@ -6,14 +6,7 @@
 namespace ditattn::kernels::cuda {
 namespace {
 
-void queue(void (*kernel)(Arguments), std::int64_t blocks, int threads, int shared_bytes, void* stream,
-           Arguments arguments) {
-  void* pointers[] = {&arguments};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                         dim3(static_cast<unsigned>(threads)), pointers, static_cast<std::size_t>(shared_bytes),
-                         static_cast<cudaStream_t>(stream)),
-        "quantize_sage");
-}
+constexpr const char* kName = "quantize_sage";
 
 template <class T, bool kAligned, int kLanes, int kKeys>
 void quantize(Arguments a, void* stream) {
@@ -21,11 +14,11 @@ void quantize(Arguments a, void* stream) {
   constexpr int threads = kBlockThreads<kLanes>;
   if (a.heads != 0) {
     queue(add_up_all<T, kLanes, kKeys, kAligned>, 2 * std::int64_t{a.heads} * a.stretches, threads, kTokenBytes<kLanes>,
-          stream, a);
+          stream, kName, a);
   }
   queue(quantize_all<InTwoLaunches, T, kLanes, kKeys, kAligned>, quantizing_blocks(a, threads), threads,
-        kTokenBytes<kLanes>, stream, a);
-  if (offsets_lse(a)) queue(offset_lse<T>, offset_blocks(a.problem), kThreads, 0, stream, a);
+        kTokenBytes<kLanes>, stream, kName, a);
+  if (offsets_lse(a)) queue(offset_lse<T>, offset_blocks(a.problem), kThreads, 0, stream, kName, a);
 }
 
 }  // namespace
@@ -33,7 +26,7 @@ void quantize(Arguments a, void* stream) {
 void quantize_sage_sm80(const AttentionProblem& problem, const SageQuantization& quantization, const SageImages& images,
                         void* stream) {
   const Arguments arguments = quantizing_arguments(problem, quantization, images);
-  if (problem.ranges != nullptr) queue(find_seen, problem.batch, 256, 0, stream, arguments);
+  if (problem.ranges != nullptr) queue(find_seen_keys, problem.batch, 256, 0, stream, kName, problem, images.seen);
   for_inputs(problem, [&]<class T, bool kAligned>() {
     if (images.shape.keys != 64) refuse_shape();
     switch (images.shape.channels) {

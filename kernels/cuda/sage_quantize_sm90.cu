@@ -10,8 +10,9 @@
 namespace ditattn::kernels::cuda {
 namespace {
 
-void queue(void (*kernel)(Arguments), const OverlappingLaunch& launch, const Arguments& arguments) {
-  check(cudaLaunchKernelEx(launch.config(), kernel, arguments), "quantize_sage");
+template <class... Types>
+void queue(void (*kernel)(Types...), const OverlappingLaunch& launch, const Types&... arguments) {
+  check(cudaLaunchKernelEx(launch.config(), kernel, arguments...), "quantize_sage");
 }
 
 template <class T, bool kAligned, int kLanes, int kKeys>
@@ -32,7 +33,7 @@ void quantize(Arguments a, int multiprocessors, void* stream) {
 void quantize_sage_sm90(const AttentionProblem& problem, const SageQuantization& quantization, const SageImages& images,
                         int multiprocessors, void* stream) {
   const Arguments arguments = quantizing_arguments(problem, quantization, images);
-  if (problem.ranges != nullptr) queue(find_seen, {problem.batch, 256, 0, stream}, arguments);
+  if (problem.ranges != nullptr) queue(find_seen_keys, {problem.batch, 256, 0, stream}, problem, images.seen);
   for_inputs(problem, [&]<class T, bool kAligned>() {
     const auto is = [&](int channels, int keys) {
       return images.shape.channels == channels && images.shape.keys == keys;

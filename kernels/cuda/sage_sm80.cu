@@ -24,8 +24,7 @@ SageShape shape_of(const SageSm80Kernel& kernel, const SageQuantization& quantiz
 void launch_sage_sm80(const SageSm80Kernel& kernel, const AttentionProblem& p, const SageImages& images,
                       const SageQuantization& quantization, FlashDevice& device, void* stream) {
   SageSm80Arguments a{.problem = p, .images = images, .order = order_tiles(p, kernel.rows)};
-  a.aligned_output = p.head_size * kFlashElementBytes % kFlashAlignment == 0 && is_aligned(p.out) &&
-                     has_aligned_strides({p.batch, p.rows, p.heads}, p.out_strides);
+  a.aligned_output = has_aligned_output(p);
   a.has_offsets = quantization.smooth_key && p.lse != nullptr && images.key_blocks[0] + images.key_blocks[1] != 0;
   const SageSm80Function* functions[] = {&kernel.wide, &kernel.bytes, &kernel.fp8};
   const int which = quantization.wide_values ? 0 : quantization.fp8_logits ? 2 : 1;

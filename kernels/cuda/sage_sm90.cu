@@ -20,10 +20,7 @@ SageShape shape_of(const HopperKernel& kernel) {
 void launch_sage_sm90(const HopperKernel& kernel, const AttentionProblem& p, const SageImages& images,
                       const SageQuantization& quantization, FlashDevice& device, void* stream) {
   SageSm90Arguments a{};
-  const Extents extents{p.batch, p.rows, p.heads};
-  a.maps_output = p.head_size * kFlashElementBytes % kFlashAlignment == 0 && is_aligned(p.out) &&
-                  has_aligned_strides(extents, p.out_strides) &&
-                  can_map(p.out, p.batch, p.rows, p.heads, p.out_strides);
+  a.maps_output = maps_output(p);
   if (a.maps_output) find_output_maps(a.out, p);
   a.problem = p;
   a.images = images;

@@ -8,6 +8,7 @@
 #include "kernels/cuda/hopper_impl.hpp"
 #include "kernels/cuda/sage_numbers_impl.hpp"
 #include "kernels/cuda/sage_quantize.hpp"
+#include "kernels/cuda/seen_keys_impl.hpp"
 
 namespace ditattn::kernels::cuda {
 namespace {
@@ -35,40 +36,6 @@ struct Arguments {
   unsigned ranks;      // blocks of threads that have K or V of a head together, one stretch or two each
 };
 
-// Keys of a segment that some row of a batch entry sees.
-__device__ int2 seen_keys(const Arguments& a, int s, int batch) {
-  const AttentionProblem& p = a.problem;
-  const KeySegment& segment = p.key_segments[s];
-  std::int64_t begin = 0;
-  std::int64_t end = segment.keys;
-  if (segment.lengths != nullptr) {
-    end = clamp(segment.lengths[batch * segment.length_stride] - segment.length_offset, 0, end);
-  }
-  if (p.ranges != nullptr) {
-    begin = clamp(a.images.seen[2 * batch] - segment.first_key, 0, end);
-    end = clamp(a.images.seen[2 * batch + 1] - segment.first_key, begin, end);
-  } else if (p.causal) {
-    end = clamp(p.rows + p.causal_offset - segment.first_key, 0, end);
-  }
-  return make_int2(static_cast<int>(begin), static_cast<int>(end));
-}
-
-// Which keys of a segment a mask over keys hides, for all rows of a batch entry.
-class KeyMask {
- public:
-  __device__ KeyMask(const KeySegment& segment, int batch) : stride_(segment.mask.key_stride) {
-    if (segment.mask.data != nullptr) {
-      data_ = static_cast<const unsigned char*>(segment.mask.data) + batch * segment.mask.strides.batch;
-    }
-  }
-  __device__ bool exists() const { return data_ != nullptr; }
-  __device__ bool hides(int key) const { return data_ != nullptr && data_[key * stride_] == 0; }
-
- private:
-  const unsigned char* data_ = nullptr;
-  std::int64_t stride_;
-};
-
 // What a rank has of K or V of a head: a stretch of its blocks of keys, or two.
 struct Part {
   int batch;
@@ -89,7 +56,8 @@ struct Part {
     first_stretch = static_cast<int>(rank) * stretches;
     first = begin_of(a, first_stretch);
     last = begin_of(a, first_stretch + stretches);
-    for (int s = 0; s < 2; ++s) seen[s] = a.images.key_blocks[s] != 0 ? seen_keys(a, s, batch) : make_int2(0, 0);
+    for (int s = 0; s < 2; ++s)
+      seen[s] = a.images.key_blocks[s] != 0 ? seen_keys(a.problem, a.images.seen, s, batch) : make_int2(0, 0);
   }
   __device__ static int begin_of(const Arguments& a, int stretch) {
     const unsigned blocks = a.images.key_blocks[0] + a.images.key_blocks[1];

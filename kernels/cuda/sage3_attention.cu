@@ -1,0 +1,102 @@
+// Microscaled FP4 attention: fills the images of Q, K and V, and launches the kernel that reads them.
+
+#include "kernels/cuda/sage3_attention.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "kernels/cuda/flash_device.hpp"
+#include "kernels/cuda/launch_impl.hpp"
+#include "kernels/cuda/sage3_quantize.hpp"
+#include "kernels/cuda/sage3_sm120.hpp"
+#include "kernels/cuda/sage3_sm80.hpp"
+#include "kernels/cuda/sage3_sm90.hpp"
+
+namespace ditattn::kernels::cuda {
+namespace {
+
+constexpr int kFp4Capability = 120;  // of GPUs whose mma.sync has products of NVFP4, and those after it to 12.9
+
+std::span<const Sage3Sm120Kernel> kernels_of_sm120() {
+#ifdef DITATTN_SAGE3_SM120
+  return built_sage3_sm120();
+#else
+  return {};
+#endif
+}
+
+// At most one of the kernels.
+struct Choice {
+  const HopperKernel* sm90 = nullptr;
+  const Sage3Sm80Kernel* sm80 = nullptr;
+  const Sage3Sm120Kernel* sm120 = nullptr;
+};
+
+Choice choose(const AttentionProblem& problem, int capability, int multiprocessors) {
+  if (capability / 10 == kFp4Capability / 10) {
+    const auto kernels = kernels_of_sm120();
+    const auto found = std::ranges::find_if(kernels, [&](const Sage3Sm120Kernel& kernel) {
+      return kernel.type == problem.type && problem.head_size <= kernel.head_size;
+    });
+    if (found != kernels.end()) return {.sm120 = &*found};
+  }
+  if (capability == kHopperCapability) {
+    if (const HopperKernel* kernel = choose_sage3_sm90(problem, multiprocessors)) return {.sm90 = kernel};
+  }
+  return {.sm80 = capability >= kAmpereCapability ? find_sage3_sm80(problem) : nullptr};
+}
+
+}  // namespace
+
+std::string sage3_kernels_built() {
+  std::string names;
+  const auto add = [&](bool built, const char* name) {
+    if (built) names += names.empty() ? name : std::string(", ") + name;
+  };
+  add(!built_sage3_sm80().empty(), "sm_80 (emulated)");
+  add(!built_sage3_sm90().empty(), "sm_90a (emulated)");
+  add(!kernels_of_sm120().empty(), "sm_120 (NVFP4; compiled, never run here)");
+  return names;
+}
+
+std::string sage3_kernel_name(std::int64_t head_size, ElementType type, int capability) {
+  AttentionProblem problem;
+  problem.head_size = head_size;
+  problem.type = type;
+  const Choice choice = choose(problem, capability, 1);
+  if (choice.sm120 != nullptr) return "sage3_sm120, NVFP4 (compiled, never run here)";
+  if (choice.sm90 != nullptr) return "sage3_sm90, emulated NVFP4";
+  return choice.sm80 != nullptr ? "sage3_sm80, emulated NVFP4" : "";
+}
+
+std::int64_t sage3_scratch_bytes(const AttentionProblem& problem, int capability) {
+  return place_sage3_images(problem, nullptr, choose(problem, capability, 1).sm120 != nullptr).bytes;
+}
+
+void sage3_attention(const AttentionProblem& problem, Sage3Smoothing smoothing, int capability, char* scratch,
+                     const Launch& launch) {
+  if (problem.batch == 0 || problem.heads == 0 || problem.rows == 0) return;
+  const OnDevice on_device(launch.device);
+  FlashDevice& device = flash_device(launch.device);
+  const Choice choice = choose(problem, capability, device.multiprocessors);
+  const Sage3Images images = place_sage3_images(problem, scratch, choice.sm120 != nullptr);
+  const bool adds_lse = problem.lse != nullptr && smoothing.key;
+#ifdef DITATTN_SAGE3_SM120
+  if (choice.sm120 != nullptr) {
+    quantize_sage3_sm120(problem, smoothing, images, launch.stream);
+    return launch_sage3_sm120(*choice.sm120, problem, images, adds_lse, device, launch.stream);
+  }
+#endif
+  if (choice.sm90 == nullptr && choice.sm80 == nullptr) {
+    throw std::runtime_error(
+        "sage3_attention: no kernel was compiled for this head size, dtype and GPU. Build with CUDA_SET=full.");
+  }
+  quantize_sage3(problem, smoothing, images, launch.stream);
+  if (choice.sm90 != nullptr) {
+    launch_sage3_sm90(*choice.sm90, problem, images, adds_lse, device, launch.stream);
+  } else {
+    launch_sage3_sm80(*choice.sm80, problem, images, adds_lse, device, launch.stream);
+  }
+}
+
+}  // namespace ditattn::kernels::cuda
