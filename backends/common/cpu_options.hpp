@@ -1,6 +1,6 @@
 #pragma once
 
-/// Options that all CPU backends take in `backend_kwargs`. Shared by the CPU backends.
+/// Options that several backends take in `backend_kwargs`. Shared by the CPU backends.
 
 #include <ditattn/backend.hpp>
 #include <ditattn/errors.hpp>
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <string>
+#include <string_view>
 
 #include "backends/common/kernel_call.hpp"
 #include "kernels/cpu/attention_problem.hpp"
@@ -30,6 +31,13 @@ inline int thread_limit(const std::string& backend, const BackendKwargs& kwargs)
                     backend, option_text(value)));
   }
   return 0;
+}
+
+/// backend_kwargs[key], which is true or false. ValueError for what is neither.
+inline bool bool_option(const std::string& backend, std::string_view key, const tvm::ffi::Any& value) {
+  if (const auto boolean = value.try_cast<bool>()) return *boolean;
+  throw ValueError(
+      fmt::format("{}: backend_kwargs['{}'] is {}, not a boolean: true or false.", backend, key, option_text(value)));
 }
 
 /// The process's thread pool, for the kernels: `num_threads()` of it, or `limit` where that is set and less.

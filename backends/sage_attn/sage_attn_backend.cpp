@@ -12,8 +12,7 @@
 #include "backends/common/cpu_options.hpp"
 #include "kernels/cpu/sage_attention.hpp"
 #ifdef DITATTN_CUDA
-#include "backends/common/gpu_level.hpp"
-#include "kernels/cuda/flash_device.hpp"
+#include "backends/common/quantized_gpu.hpp"
 #include "kernels/cuda/sage_attention.hpp"
 #endif
 
@@ -47,8 +46,8 @@ struct Options {
         granularity = one_of(key, value, {"per_thread", "per_warp"},
                              R"("per_thread" (the default; a scale for each row of Q) or "per_warp" (for 16))");
       }
-      if (key == "smooth_k") smooth_key = parse_bool(key, value);
-      if (key == "smooth_v") smooth_value = parse_bool(key, value);
+      if (key == "smooth_k") smooth_key = bool_option("SAGE_ATTN", key, value);
+      if (key == "smooth_v") smooth_value = bool_option("SAGE_ATTN", key, value);
     }
   }
 
@@ -91,11 +90,6 @@ struct Options {
     throw ValueError(
         fmt::format("SAGE_ATTN: backend_kwargs['{}'] is {}. It is {}.", key, option_text(value), explained));
   }
-  static bool parse_bool(std::string_view key, const tvm::ffi::Any& value) {
-    if (const auto boolean = value.try_cast<bool>()) return *boolean;
-    throw ValueError(
-        fmt::format("SAGE_ATTN: backend_kwargs['{}'] is {}, not a boolean: true or false.", key, option_text(value)));
-  }
   static void require(bool holds, const char* key, const std::string& value, const char* device, const char* instead) {
     if (holds) return;
     throw ValueError(fmt::format("SAGE_ATTN: backend_kwargs['{}'] is {}, which there is not on {}. It is {} there.",
@@ -122,16 +116,6 @@ Capabilities sage_capabilities() {
 #endif
   return can;
 }
-
-#ifdef DITATTN_CUDA
-// Of whose kernels may be used on a device; none where there is no such device.
-std::optional<int> usable_capability(DLDevice device) {
-  const auto& devices = cuda_info().devices;
-  const auto index = static_cast<std::size_t>(device.device_id);
-  if (device.device_type != kDLCUDA || index >= devices.size()) return std::nullopt;
-  return kernels::cuda::usable_capability(static_cast<int>(devices[index].compute_capability), gpu_level());
-}
-#endif
 
 class SageAttentionImpl final : public AttentionImpl {
  public:
@@ -167,24 +151,7 @@ class SageAttentionBackend final : public AttentionBackend {
   // GPUs take less than the CPU, of which the capabilities speak.
   [[nodiscard]] Verdict explain(const Problem& problem) const override {
     Verdict verdict = check_capabilities(get_name(), capabilities(), problem);
-    const std::optional<int> capability = usable_capability(problem.device);
-    if (!capability || !verdict) return verdict;
-    if (*capability < kernels::cuda::kAmpereCapability) {
-      verdict.reasons.push_back(fmt::format(
-          "SAGE_ATTN was explicitly selected but does not provide a kernel for sm_{}. Select a compatible backend.",
-          *capability));
-      return verdict;
-    }
-    if (problem.dtype == kFloat32) {
-      verdict.reasons.emplace_back(
-          "SAGE_ATTN does not support dtype=float32 on cuda. Supported dtypes there: float16, bfloat16. Select "
-          "TORCH_SDPA or another backend.");
-    } else if (kernel_name(problem).empty()) {
-      verdict.reasons.push_back(
-          fmt::format("SAGE_ATTN was built without a kernel for head_size={} and dtype={} on cuda. Build with "
-                      "CUDA_SET=full, or select another backend.",
-                      problem.head_size, dtype_name(problem.dtype)));
-    }
+    if (verdict) explain_quantized(get_name(), problem, kernel_name(problem), verdict);
     return verdict;
   }
 

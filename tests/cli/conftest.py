@@ -60,7 +60,7 @@ def ditattn():
 def stand_ins(tmp_path_factory):
     """The command moved to a folder of its own, where the stand-ins of test_plugin.cpp are the only backends.
 
-    FLASH_ATTN is there a file that is no library at all.
+    FLASH_ATTN is there a file that is no library at all. With another DITATTN_PLUGIN_PATH there is no backend.
     """
     root = tmp_path_factory.mktemp("moved")
     program = Path(os.environ["DITATTN_TEST_COMMAND"])

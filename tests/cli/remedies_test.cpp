@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char* kClassPath = "acme.attention.FastBackend";
 constexpr const char* kFile = "/plugins/acme/attention.so";
-constexpr const char* kNotIncluded = "not built yet: this version of ditattn does not include it";
+constexpr const char* kNotBuilt = "not built: ditattn was configured without DITATTN_CUDA";
 
 // A failed look-up's text: first an installed directory that says `installed`, then a plug-in directory that says
 // `why`.
@@ -46,16 +46,16 @@ TEST(Remedies, BadClassPath) {
   expect_contains(remedy("Class path 'x' has no dot. Expected 'package.module.Class'."), "package.module.Class");
 }
 
-TEST(Remedies, NotIncluded) {
-  const std::string text = remedy(lookup_error("no such file", kNotIncluded));
-  expect_contains(text, "Nothing to install: this version of ditattn does not include FAST");
-  expect_contains(text, "acme/attention.so in a directory of DITATTN_PLUGIN_PATH");
+TEST(Remedies, NotBuilt) {
+  expect_contains(remedy(lookup_error("no such file", kNotBuilt)), "Build ditattn with its GPU back ends: make cuda.");
+  expect_contains(remedy(lookup_error("no such file", "not built: x.h was not found")),
+                  "Provide what the reason names");
 }
 
-// What the user put there and is broken goes before what this version lacks.
-TEST(Remedies, BrokenFileBeforeNotIncluded) {
+// What the user put there and is broken goes before what this build lacks.
+TEST(Remedies, BrokenFileBeforeNotBuilt) {
   const std::string broken = "module failed to load (" + std::string(kFile) + ": invalid ELF header)";
-  expect_contains(remedy(lookup_error(broken, kNotIncluded)), "Replace /plugins/acme/attention.so");
+  expect_contains(remedy(lookup_error(broken, kNotBuilt)), "Replace /plugins/acme/attention.so");
 }
 
 TEST(Remedies, NamesTheFileOfEachFault) {

@@ -100,7 +100,7 @@ def test_what_is_not_included(stand_ins):
 
 
 def test_not_built(ditattn, tmp_path):
-    """A member whose reason the build left: nothing to install, or what that reason names."""
+    """A member whose reason the build left: how to build it, or what that reason names."""
     shutil.copytree(ditattn.program.parent.parent / "bin", tmp_path / "bin")
     library = tmp_path / "lib"
     library.mkdir()
@@ -108,31 +108,32 @@ def test_not_built(ditattn, tmp_path):
         shutil.copy(ditattn.program.parent.parent / "lib" / name, library)
     modules = library / "ditattn/backends" / MODULES
     modules.mkdir(parents=True)
-    (modules / "sage_attn3.not_built").write_text("not built yet: this version of ditattn does not include it\n")
+    (modules / "flashinfer_attn.not_built").write_text("not built: ditattn was configured without DITATTN_CUDA\n")
     (modules / "cudnn_attn.not_built").write_text("cuDNN's headers were not found\n")
     command = type(ditattn)(tmp_path / "bin" / "ditattn")
     backends = named(command.json("doctor")["backends"])
-    assert backends["SAGE_ATTN_3"]["remedy"].startswith("Nothing to install: this version of ditattn does not include")
+    assert "DITATTN_CUDA" in backends["FLASHINFER_ATTN"]["reason"]
+    assert backends["FLASHINFER_ATTN"]["remedy"] == "Build ditattn with its GPU back ends: make cuda."
     assert "cuDNN's headers were not found" in backends["CUDNN_ATTN"]["reason"]
     assert backends["CUDNN_ATTN"]["remedy"] == "Provide what the reason names, and build ditattn again."
 
 
-def test_broken_plugin(ditattn, plugin_folder):
+def test_broken_plugin(stand_ins, plugin_folder):
     file = plugin_folder / MISSING_FILE
     file.write_bytes(b"no library at all" * 100)
     env = {"DITATTN_PLUGIN_PATH": str(plugin_folder)}
-    sage = named(ditattn.json("doctor", env=env)["backends"])["SAGE_ATTN_3"]
+    sage = named(stand_ins.json("doctor", env=env)["backends"])["SAGE_ATTN_3"]
     assert f"{file}: module failed to load" in sage["reason"] and "invalid ELF header" in sage["reason"]
     assert sage["remedy"] == f"Replace {file} by a shared library built for this machine, or remove it."
-    text = ditattn.ok("doctor", env=env)
+    text = stand_ins.ok("doctor", env=env)
     assert "invalid ELF header" in text and sage["remedy"] in text
 
 
-def test_plugin_cut_short(ditattn, plugin_folder):
+def test_plugin_cut_short(stand_ins, plugin_folder):
     file = plugin_folder / MISSING_FILE
     whole = Path(os.environ["DITATTN_TEST_PLUGIN"]).read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    sage = named(ditattn.json("doctor", env={"DITATTN_PLUGIN_PATH": str(plugin_folder)})["backends"])["SAGE_ATTN_3"]
+    sage = named(stand_ins.json("doctor", env={"DITATTN_PLUGIN_PATH": str(plugin_folder)})["backends"])["SAGE_ATTN_3"]
     assert f"Copy {file} again" in sage["remedy"]
 
 
@@ -317,9 +318,10 @@ def test_nothing_commands_the_terminal(ditattn):
 
 
 @pytest.mark.parametrize("verb", [["doctor"], ["info", "SAGE_ATTN_3"]])
-def test_broken_utf8(ditattn, verb):
-    env = {**ditattn.environment(), "DITATTN_PLUGIN_PATH": b"/" + b"\x80" * 300}
-    done = subprocess.run([str(ditattn.program), *verb], env=env, capture_output=True, timeout=60)
+def test_broken_utf8(stand_ins, verb):
+    """Where looking for a back end fails, whose error has every place."""
+    env = {**stand_ins.environment(), "DITATTN_PLUGIN_PATH": b"/" + b"\x80" * 300}
+    done = subprocess.run([str(stand_ins.program), *verb], env=env, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"/" + b"?" * 300 in done.stdout
 

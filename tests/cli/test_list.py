@@ -58,10 +58,13 @@ def test_cpu_backends_are_available(ditattn, name):
     assert entry["gqa"] and entry["causal"] and entry["lse"]
 
 
-def test_the_quantized_cpu_backend_is_available(ditattn):
-    entry = by_name(ditattn.json("list"))["SAGE_ATTN"]
+@pytest.mark.parametrize(
+    "name, engine", [("SAGE_ATTN", "own quantized kernels, "), ("SAGE_ATTN_3", "emulated NVFP4, ")]
+)
+def test_the_quantized_cpu_backends_are_available(ditattn, name, engine):
+    entry = by_name(ditattn.json("list"))[name]
     assert entry["available"], entry["reason"]
-    assert entry["engine"].startswith("own quantized kernels, ") and entry["devices"] == ["cpu"]
+    assert entry["engine"].startswith(engine) and "cpu" in entry["devices"]
     assert entry["dtypes"] == ["float32", "float16", "bfloat16"]
     assert entry["head_sizes"] == {"min": 1, "max": 256, "multiple": 1}
     assert entry["masks"] == ["padding", "spans"]

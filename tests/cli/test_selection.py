@@ -100,7 +100,8 @@ def test_bad_configurations(fails):
 
 
 def test_unavailable_explicit_choice_is_not_replaced(fails):
-    assert "Cannot import" in fails(3, "--diffusion-attention-backend", "sage_attn_3")
+    register = ("--register", "CUSTOM=left_out.LeftOutBackend")
+    assert "Cannot import" in fails(3, *register, "--diffusion-attention-backend", "custom")
 
 
 def test_verbose_tells_the_source_once(ditattn, source, tmp_path):

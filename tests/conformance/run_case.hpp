@@ -39,13 +39,17 @@ struct Measured {
 struct Quantization {
   double bytes = 0;      ///< error of Q's and K's against 8 bits': 0 for an exact backend, 1, or 2 where some have 7
   bool in_e4m3 = false;  ///< P and V: three bits after the first, where 8-bit ones have seven
+  bool in_e2m1 = false;  ///< all four: one bit after the first, under scales of 16 numbers
 };
 Quantization quantization(const NamedBackend& named, DLDevice device);
 
 /// Bounds for quantized backends where no logit is larger than `logits`. Rounding Q and K moves a logit by its row's
 /// and key's size, not by its own; a moved logit moves weight from key to key, of all of it at most. Rounding P and V
 /// alone costs up to 5e-3 where keys are few, and in e4m3 a sixteenth of each number at most, of all that is summed.
-double quantized_error_bound(const Quantization& quantization, double logits);
+/// e2m1's errors are so large that they are held against the result itself, of which Σ P·|V| is many times the size
+/// where many keys are seen: `result_share` is ‖ref‖ / ‖Σ P·|V|‖. They are 0.2 of the result for random numbers, and
+/// more where rows are few numbers or logits so large that another key wins.
+double quantized_error_bound(const Quantization& quantization, double logits, double result_share);
 double quantized_lse_bound(const Quantization& quantization, double logits);
 
 /// What an engine's LSE may be off beside float32's rounding: FlashInfer sums probabilities that are rounded to 16

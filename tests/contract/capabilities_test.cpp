@@ -139,7 +139,19 @@ TEST_F(ContractCapability, SAGE_ATTN_3) {
          .takes_sizes = {1, 40, 64, 72, 96, 128},
          .refuses_sizes = {257, 512},
          .takes_masks = {kPadding},
-         .refuses_masks = {kBoolean, kAdditive}});
+         .refuses_masks = {kBoolean, kAdditive},
+         .spans = true,
+         .packed = true,
+         .joint = true});
+}
+
+TEST_F(ContractCapability, SAGE_ATTN_3_EmulatedOnTheCpuToHeadSize256) {
+  const BackendClass backend = Enum::SAGE_ATTN_3.get_class();
+  expect_contains(backend->capabilities().engine, {"emulated NVFP4"});
+  for (const std::int64_t size : {129, 160, 256}) {
+    const Verdict verdict = backend->explain({.head_size = size});
+    EXPECT_TRUE(verdict) << verdict.text();
+  }
 }
 
 }  // namespace

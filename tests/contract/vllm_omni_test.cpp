@@ -289,17 +289,6 @@ TEST_P(VllmOmni, Fp8KvIsRefused) {
 
 class VllmOmniNotHereYet : public testing::RegistryTest {};
 
-TEST_F(VllmOmniNotHereYet, SageAttn3SaysSo) {
-  const ScopedEnvironment unset(kVariable, nullptr);
-  const Enum member = Enum::SAGE_ATTN_3;
-  const std::string expected = "Cannot import '" + member.value() +
-                               "': not built yet: this version of ditattn does not include it. Looked in:\n";
-  EXPECT_TRUE(error_text<ImportError>([&] { member.get_class(); }).starts_with(expected));
-  const AttentionConfig config = config_from_flags({.backend = member.name()});
-  EXPECT_TRUE(error_text<ImportError>([&] { get_attn_backend_for_role("self", 64, config); }).starts_with(expected))
-      << "an explicit choice is never replaced";
-}
-
 TEST_F(VllmOmniNotHereYet, LaterMembersAreUnknownUntilDefined) {
   for (const char* name : {"FLASH_ATTN_HUB", "FLASH_ATTN_3_HUB", "TRTLLM_ATTN", "FASTVIDEO_VSA", "RAINFUSION_ATTN",
                            "AITER_QUANT_ATTN", "SOL_ATTN", "SPARGE_ATTN", "SPARSE_ATTN", "B12X", "VDNH3"}) {

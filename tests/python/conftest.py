@@ -46,6 +46,16 @@ def module(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def not_built(tmp_path, monkeypatch):
+    """CUSTOM, registered with a class whose plug-in a build left out: a file with the reason is in its place."""
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "left_out.not_built").write_text("not built: there was no compiler for it\n")
+    monkeypatch.setenv("DITATTN_PLUGIN_PATH", str(tmp_path / "plugins"))
+    ditattn.register_diffusion_backend(Enum.CUSTOM, "left_out.LeftOutBackend")
+    return Enum.CUSTOM
+
+
+@pytest.fixture
 def run_python(tmp_path):
     """Runs Python with the package on its path, in a folder of its own."""
 

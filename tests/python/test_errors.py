@@ -110,7 +110,7 @@ def test_the_traceback_leads_to_the_line_in_python():
     "call, kind, text",
     [
         (lambda: Enum["X"], ValueError, "Unknown diffusion attention backend"),
-        (lambda: Enum.SAGE_ATTN_3.get_class(), ImportError, "not built yet"),
+        (lambda: ditattn.resolve_class_path("left_out.LeftOutBackend"), ImportError, "no such module"),
         (lambda: _native.function("parse_config")("/no/such/file", True), OSError, "/no/such/file"),
         (lambda: attention(*[np.zeros((1, 2, 1, 4), "int32")] * 3), ValueError, "int32"),
         (lambda: _native.function("define")(3, ""), TypeError, "argument #0"),

@@ -43,7 +43,7 @@ def test_importing_loads_no_back_end(run_python):
         "kept = E.CUSTOM.get_class().get_impl_cls()(1, 16)\n",
         "import threading\nq = np.ones((1, 900, 4, 64), 'float32')\n"
         "threading.Thread(target=lambda: attention(q, q, q, backend='torch_sdpa'), daemon=True).start()\n",
-        "try: E.SAGE_ATTN_3.get_class()\nexcept ImportError: pass\n",
+        "try: resolve_class_path('left_out.LeftOutBackend')\nexcept ImportError: pass\nelse: raise SystemExit(1)\n",
         "class A: pass\nregister_diffusion_backend(E.CUSTOM)(A)\nmetadata = AttentionMetadata().to_native()\n",
         "import atexit\nq = np.ones((1, 2, 1, 16), 'float32')\natexit.register(lambda: attention(q, q, q))\n",
         "import logging\nE.FLASH_ATTN.get_class().get_impl_cls()(1, 16, backend_kwargs={})\nlogging.shutdown()\n",

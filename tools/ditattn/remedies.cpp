@@ -59,9 +59,6 @@ constexpr Rule kRules[] = {
     {"cannot be read (", kReadable},
     {"module failed to load", "Correct or remove {file}: the dynamic linker refuses it."},
     {"configured without DITATTN_CUDA", "Build ditattn with its GPU back ends: make cuda."},
-    {"this version of ditattn does not include it",
-     "Nothing to install: this version of ditattn does not include {member}. A plug-in of your own can stand in: "
-     "{module_file} in a directory of DITATTN_PLUGIN_PATH."},
     {"CUDA device",
      "Run it on a machine with an NVIDIA GPU and its driver; a container is given both "
      "(docker run --gpus all)."},

@@ -1,8 +1,10 @@
 // Where class paths are looked for, and what the errors say. Plug-in files themselves: tests/abi.
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
+#include <fstream>
 #include <thread>
 
 #include "ditattn/plugin.hpp"
@@ -66,6 +68,22 @@ TEST_F(Resolve, NoSuchModuleNamesThePathAndEveryPlace) {
                 "  - /opt/loader-test-a/loader_test/places.so: no such file\n"
                 "  - /opt/loader-test-b/loader_test/places.so: no such file\n"
                 "  - DITATTN_PLUGIN_PATH entry 'relative/dir': ignored, because it is not absolute");
+}
+
+// A build leaves the reason in place of a plug-in's file; it is what the error says first.
+TEST_F(Resolve, WhatWasNotBuiltTellsTheBuildsReason) {
+  const std::filesystem::path folder =
+      std::filesystem::path(::testing::TempDir()) / ("loader_test." + std::to_string(::getpid()));
+  std::filesystem::create_directories(folder / "loader_test");
+  std::ofstream(folder / "loader_test/unbuilt.not_built") << "not built: there was no compiler for it\nmore\n";
+  const ScopedEnvironment variable("DITATTN_PLUGIN_PATH", folder.c_str());
+  EXPECT_EQ(error_text<ImportError>([] { return resolve_class_path("loader_test.unbuilt.Backend"); }),
+            "Cannot import 'loader_test.unbuilt.Backend': not built: there was no compiler for it. Looked in:\n"
+            "  - classes registered in this process: none of this path\n"
+            "  - " +
+                plugin_search_path().at(0) + "/loader_test/unbuilt.so: no such file\n  - " + folder.string() +
+                "/loader_test/unbuilt.so: not built: there was no compiler for it");
+  std::filesystem::remove_all(folder);
 }
 
 TEST_F(Resolve, MalformedPathsTouchNoFile) {
