@@ -23,15 +23,14 @@ void quantize(const Sage3Arguments& a, void* stream) {
   const std::int64_t sources = p.batch * (2 * p.kv_heads + p.heads);
   const std::int64_t blocks = p.batch * p.kv_heads * a.images.blocks();
   const std::int64_t tiles = p.batch * p.heads * divide_up(p.rows, kSage3Keys);
-  if (std::max(sources * a.images.stretches, blocks + tiles) > kFlashMostTokens) {
+  if (std::max(sources * a.images.stretches, 2 * blocks + tiles) > kFlashMostTokens) {
     throw std::runtime_error("sage3_attention: more tiles than a launch takes. Split the batch.");
   }
   if (p.ranges != nullptr) queue(find_seen_keys, p.batch, 256, 0, stream, kName, p, a.images.seen);
   constexpr int threads = 16 * kLanes;
   queue(add_up<T, kLanes, kAligned>, sources * a.images.stretches, kAddingThreads, 0, stream, kName, a);
   queue(find_means, sources, 128, 0, stream, kName, a);
-  queue(quantize_rows<Format, T, kLanes, kAligned>, blocks + tiles, threads, 0, stream, kName, a);
-  if (blocks != 0) queue(quantize_values<Format, T, kLanes, kAligned>, blocks, threads, 0, stream, kName, a);
+  queue(quantize_all<Format, T, kLanes, kAligned>, 2 * blocks + tiles, threads, 0, stream, kName, a);
 }
 
 }  // namespace
