@@ -31,6 +31,7 @@ function(ditattn_add_backend folder)
                      LIBRARIES ditattn_${folder} ditattn_options
                      OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/lib/${DITATTN_BACKENDS_DIR})
   ditattn_split_module(${ARG_MODULE} directory stem)
+  file(REMOVE ${PROJECT_BINARY_DIR}/lib/${DITATTN_BACKENDS_DIR}/${directory}/${stem}.not_built)  # an earlier build's
   file(RELATIVE_PATH to_lib /${DITATTN_BACKENDS_DIR}/${directory} /)
   set_target_properties(ditattn_${folder}_plugin PROPERTIES INSTALL_RPATH "$ORIGIN/${to_lib}")
   set_property(GLOBAL APPEND PROPERTY ditattn_backend_plugins ditattn_${folder}_plugin)
