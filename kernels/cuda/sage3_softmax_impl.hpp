@@ -90,7 +90,8 @@ struct Sage3Softmax : Sage3Rows {
     }
   }
 
-  /// Logits to numbers of e2m1. `rescale` is what sums so far have to be multiplied with, V's scales aside.
+  /// Logits to numbers that are not rounded yet. `rescale` is what sums so far have to be multiplied with, V's scales
+  /// aside.
   __device__ __forceinline__ void soften(float (&x)[kSage3Logits], float (&rescale)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -116,24 +117,23 @@ struct Sage3Softmax : Sage3Rows {
           float& logit = x[at(row, g, k)];
           const float p = exp2_unit(logit - subtract);
           total += p;
-          logit = round_to_e2m1(p * group.inverse);
+          logit = p * group.inverse;
         }
       }
       sum[row] = fmaf(sum[row], rescale[row], total);
     }
   }
 
-  /// Numbers times their groups' scales, in pairs, as products want them.
+  /// Numbers of e2m1 times their groups' scales, in pairs, as products want them.
   template <class T>
   __device__ __forceinline__ void pack_numbers(const float (&x)[kSage3Logits],
                                                std::uint32_t (&packed)[kSage3Logits / 2]) const {
-    const std::uint32_t most = pack(E2m1::kMost, E2m1::kMost, T{});
     std::uint32_t scale[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = pack(group_scale[i / 2][i % 2], group_scale[i / 2][i % 2], T{});
 #pragma unroll
     for (int i = 0; i < kSage3Logits / 2; ++i) {
-      packed[i] = scale_pair(pack(x[2 * i], x[2 * i + 1], T{}), most, scale[i % 2][i / 16], T{});
+      packed[i] = round_pair_to_e2m1(x[2 * i], x[2 * i + 1], scale[i % 2][i / 16], T{});
     }
   }
 
@@ -141,19 +141,6 @@ struct Sage3Softmax : Sage3Rows {
   // Element of a row's group, in the order of its keys.
   __device__ static constexpr int at(int row, int group, int key) {
     return 32 * group + key / 2 * 4 + 2 * row + key % 2;
-  }
-
-  template <class Pair>
-  __device__ static std::uint32_t scale_pair_of(std::uint32_t x, std::uint32_t most, std::uint32_t scale) {
-    const Pair limited = __hmin2(reinterpret_cast<const Pair&>(x), reinterpret_cast<const Pair&>(most));
-    const Pair product = __hmul2(limited, reinterpret_cast<const Pair&>(scale));
-    return reinterpret_cast<const std::uint32_t&>(product);
-  }
-  __device__ static std::uint32_t scale_pair(std::uint32_t x, std::uint32_t most, std::uint32_t scale, __half) {
-    return scale_pair_of<__half2>(x, most, scale);
-  }
-  __device__ static std::uint32_t scale_pair(std::uint32_t x, std::uint32_t most, std::uint32_t scale, __nv_bfloat16) {
-    return scale_pair_of<__nv_bfloat162>(x, most, scale);
   }
 };
 
