@@ -3,6 +3,7 @@
 #include "kernels/cuda/sage3_attention.hpp"
 
 #include <algorithm>
+#include <span>
 #include <stdexcept>
 
 #include "kernels/cuda/flash_device.hpp"
@@ -15,15 +16,15 @@
 namespace ditattn::kernels::cuda {
 namespace {
 
-constexpr int kFp4Capability = 120;  // of GPUs whose mma.sync has products of NVFP4, and those after it to 12.9
-
-std::span<const Sage3Sm120Kernel> kernels_of_sm120() {
+// GPUs whose mma.sync has products of NVFP4, as far as they were compiled for.
+constexpr int kFp4Capability = 120;
 #ifdef DITATTN_SAGE3_SM120
-  return built_sage3_sm120();
+constexpr int kLastFp4Capability = DITATTN_SAGE3_SM120;
+std::span<const Sage3Sm120Kernel> kernels_of_sm120() { return built_sage3_sm120(); }
 #else
-  return {};
+constexpr int kLastFp4Capability = 0;
+std::span<const Sage3Sm120Kernel> kernels_of_sm120() { return {}; }
 #endif
-}
 
 // At most one of the kernels.
 struct Choice {
@@ -33,7 +34,7 @@ struct Choice {
 };
 
 Choice choose(const AttentionProblem& problem, int capability, int multiprocessors) {
-  if (capability / 10 == kFp4Capability / 10) {
+  if (capability >= kFp4Capability && capability <= kLastFp4Capability) {
     const auto kernels = kernels_of_sm120();
     const auto found = std::ranges::find_if(kernels, [&](const Sage3Sm120Kernel& kernel) {
       return kernel.type == problem.type && problem.head_size <= kernel.head_size;

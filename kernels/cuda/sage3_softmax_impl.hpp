@@ -144,7 +144,7 @@ struct Sage3Softmax : Sage3Rows {
   }
 };
 
-/// Hides keys that a warp's 16 rows do not see of the block of a segment from `first_key` on, the `block`-th of all.
+/// Hides keys that a warp's 16 rows do not see of the block of a segment from `first_key` on.
 __device__ __forceinline__ void hide_sage3_keys(const AttentionProblem& p, const Sage3Images& images, const Tile& tile,
                                                 int warp_row, int segment, int first_key, float (&x)[kSage3Logits]) {
   RowLimits limits;

@@ -13,7 +13,7 @@ from . import _native
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    library = _native.library_folder() / "libditattn_command.so"
+    library = _native.folder_of_library() / "libditattn_command.so"
     if not library.is_file():
         print(f"ditattn: error: {library} is missing: this build has no command line.", file=sys.stderr)
         return 1

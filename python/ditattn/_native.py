@@ -157,9 +157,9 @@ def _end() -> None:
     set_log_handler(None)
 
 
-def library_folder() -> Path:
+def folder_of_library() -> Path:
     """The folder that libditattn.so was loaded from."""
-    return Path(function("library_folder")())
+    return Path(function("folder_of_library")())
 
 
 def plain(value: Any) -> Any:

@@ -349,7 +349,7 @@ void copy_result(const Tensor& from, const Tensor& to, const String& what) {
 }
 
 // Where libditattn.so lies.
-String library_folder() {
+String folder_of_library() {
   Dl_info info;
   if (::dladdr(reinterpret_cast<const void*>(&num_threads), &info) == 0 || info.dli_fname == nullptr) {
     throw FileError("The file of libditattn is not known to the dynamic linker.");
@@ -365,7 +365,7 @@ void define_rest() {
       .def("ditattn.set_num_threads", [](int count) { set_num_threads(count); })
       .def("ditattn.version", [] { return String(DITATTN_VERSION); })
       .def("ditattn.interface_version", [] { return static_cast<std::int64_t>(DITATTN_INTERFACE_VERSION); })
-      .def("ditattn.library_folder", library_folder);
+      .def("ditattn.folder_of_library", folder_of_library);
 }
 
 TVM_FFI_STATIC_INIT_BLOCK() {
