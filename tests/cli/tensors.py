@@ -37,8 +37,8 @@ def encode(header, data, length=None):
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def save(path, tensors):
-    header, data = {}, b""
+def save(path, tensors, metadata=None):
+    header, data = {"__metadata__": metadata} if metadata else {}, b""
     for name, tensor in tensors.items():
         is_bf16 = isinstance(tensor, BFloat16)
         raw = (tensor.bits if is_bf16 else tensor).tobytes()
@@ -57,6 +57,7 @@ def load(path):
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
+    header.pop("__metadata__", None)
     result = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
