@@ -1,16 +1,16 @@
 #include "registry/observer.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <mutex>
 #include <utility>
 
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
-namespace {
 
-std::atomic<bool> observed{false};
+std::atomic<bool> forwards_are_observed{false};
+
+namespace {
 
 // The list is replaced, never changed: calls hold the one they began with.
 struct Registered {
@@ -30,14 +30,13 @@ void change(const Change& body) {
   ForwardObservers changed;
   if (registered().observers) changed = *registered().observers;
   body(changed);
-  observed.store(!changed.empty(), std::memory_order_release);
+  forwards_are_observed.store(!changed.empty(), std::memory_order_release);
   registered().observers = changed.empty() ? nullptr : std::make_shared<const ForwardObservers>(std::move(changed));
 }
 
 }  // namespace
 
 std::shared_ptr<const ForwardObservers> forward_observers() {
-  if (!observed.load(std::memory_order_acquire)) return nullptr;
   std::lock_guard lock(registered().mutex);
   return registered().observers;
 }

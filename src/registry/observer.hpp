@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -7,9 +8,12 @@
 
 namespace ditattn {
 
+/// Whether anybody observes calls: all that a call asks where nobody does.
+extern std::atomic<bool> forwards_are_observed;
+
 using ForwardObservers = std::vector<std::shared_ptr<ForwardObserver>>;
 
-/// Who observes calls now; null for nobody, which costs one atomic load. Later changes do not show in it.
+/// Who observes calls now; later changes do not show in it. Null for nobody.
 std::shared_ptr<const ForwardObservers> forward_observers();
 
 }  // namespace ditattn
