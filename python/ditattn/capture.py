@@ -10,9 +10,9 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, Union
+from typing import Any, Callable, NamedTuple, Union
 
 import tvm_ffi
 
@@ -33,6 +33,11 @@ _JOINT = ("joint_query", "joint_key", "joint_value")
 _OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
 
 Layers = Union[str, int, Iterable[Union[str, int]], Callable[[str], bool], None]
+
+
+class _Case(NamedTuple):
+    tensors: dict[str, tvm_ffi.Tensor]
+    settings: dict[str, str]
 
 
 class capture:  # in lower case, as other contexts are
@@ -75,7 +80,7 @@ class capture:  # in lower case, as other contexts are
         self._open: contextlib.ExitStack | None = None
         self._lock = threading.Lock()  # of all below
         self._state = "new"
-        self._recorded: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
+        self._recorded: dict[str, _Case | None] = {}  # None while it is being copied
         self._bytes = 0
         self._calls: Counter[str] = Counter()
         self._order: dict[str, int] = {}
@@ -86,7 +91,7 @@ class capture:  # in lower case, as other contexts are
     def cases(self) -> list[str]:
         """Names of what is recorded, sorted as ``compare`` shows them."""
         with self._lock:
-            return sorted(self._recorded)
+            return sorted(case for case, content in self._recorded.items() if content)
 
     @property
     def bytes(self) -> int:
@@ -136,15 +141,15 @@ class capture:  # in lower case, as other contexts are
         if _native.depth() > 1:
             return
         with self._guard():
-            name = self._wanted_layer(str(layer["prefix"]))
-            if name is None:
+            place = self._wanted_place(str(layer["prefix"]))
+            if place is None:
                 return
             tensors, settings = _described(metadata)
             tensors = {"query": query, "key": key, "value": value, **tensors}
             settings |= {"backend": str(layer["backend"])}
             if layer["role"]:
                 settings["role"] = str(layer["role"])
-            self._record(name, tensors, settings, layer["causal"], layer["softmax_scale"])
+            self._record(place, tensors, settings, layer["causal"], layer["softmax_scale"])
 
     def _see_sdpa(self, *args: Any, **kwargs: Any) -> None:
         """A call of PyTorch's attention; one of a back end of ditattn is part of that call."""
@@ -153,8 +158,8 @@ class capture:  # in lower case, as other contexts are
         from .torch_calls import attention_arguments
 
         with self._guard():
-            name = self._wanted_layer("")
-            if name is None:
+            place = self._wanted_place("")
+            if place is None:
                 return
             arguments = attention_arguments(*args, **kwargs)
             if arguments is None:
@@ -163,10 +168,10 @@ class capture:  # in lower case, as other contexts are
             on_gpu = views["query"].is_cuda
             with torch_stream(views["query"]) if on_gpu else contextlib.nullcontext():
                 tensors = {what: as_tensor(view, what) for what, view in views.items()}
-                self._record(name, tensors, {"backend": _SDPA_NAME}, causal, scale)
+                self._record(place, tensors, {"backend": _SDPA_NAME}, causal, scale)
 
     @contextlib.contextmanager
-    def _guard(self) -> Any:
+    def _guard(self) -> Iterator[None]:
         """A capture that fails must not fail what it watches: it stops, and raises at the end of the block."""
         try:
             yield
@@ -177,7 +182,7 @@ class capture:  # in lower case, as other contexts are
                 self._error = error
             _LOGGER.error("The capture of %s stops: %s: %s", self.path, type(error).__name__, error)
 
-    def _wanted_layer(self, prefix: str) -> tuple[int, str] | None:
+    def _wanted_place(self, prefix: str) -> tuple[int, str] | None:
         """Step and layer of the call that is made now; None where it is not asked for."""
         with self._lock:
             if self._state != "running" or self._error is not None:
@@ -207,13 +212,20 @@ class capture:  # in lower case, as other contexts are
         for what in _MASKS:
             if what in tensors and len(tensors[what].shape) == 4:
                 tensors[what] = _without_broadcasting(tensors[what])
-        case = self._reserve(f"step{step:06d}/{layer}", sum(map(_size, tensors.values())))
+        size = sum(map(_size, tensors.values()))
+        case = self._reserve(f"step{step:06d}/{layer}", size)
         if case is None:
             return
-        copies = {what: _host_copy(tensor, what) for what, tensor in tensors.items()}
+        try:
+            copies = {what: _host_copy(tensor, what) for what, tensor in tensors.items()}
+        except BaseException:
+            with self._lock:
+                del self._recorded[case]
+                self._bytes -= size
+            raise
         settings = settings | {"layer": layer, "causal": json.dumps(causal), "softmax_scale": repr(scale)}
         with self._lock:
-            self._recorded[case] = (copies, settings)
+            self._recorded[case] = _Case(copies, settings)
 
     def _reserve(self, case: str, size: int) -> str | None:
         with self._lock:
@@ -227,7 +239,7 @@ class capture:  # in lower case, as other contexts are
             while name in self._recorded:  # a module may attend more than once
                 again += 1
                 name = f"{case}#{again}"
-            self._recorded[name] = ({}, {})
+            self._recorded[name] = None
             self._bytes += size
         return name
 
@@ -237,16 +249,16 @@ class capture:  # in lower case, as other contexts are
 
     def _write(self) -> None:
         with self._lock:
-            recorded = {case: content for case, content in self._recorded.items() if content[0]}
+            recorded = {name: case for name, case in self._recorded.items() if case}
             reasons = dict(self._skipped)
         if reasons:
             told = "; ".join(f"{count} ({reason})" for reason, count in reasons.items())
             _LOGGER.warning("The capture of %s left out %d calls: %s", self.path, sum(reasons.values()), told)
         if not recorded:
-            _LOGGER.warning("The capture of %s saw no call it was asked for; nothing is written.", self.path)
+            _LOGGER.warning("The capture recorded nothing: %s is not written.", self.path)
             return
-        tensors = {f"{case}.{what}": tensor for case, (found, _) in recorded.items() for what, tensor in found.items()}
-        texts = {f"{case}.{key}": text for case, (_, found) in recorded.items() for key, text in found.items()}
+        tensors = {f"{name}.{what}": found for name, case in recorded.items() for what, found in case.tensors.items()}
+        texts = {f"{name}.{key}": text for name, case in recorded.items() for key, text in case.settings.items()}
         _save(os.fspath(self.path), tensors, texts)
 
 

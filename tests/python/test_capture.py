@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -314,6 +315,24 @@ def test_a_capture_that_fails_does_not_fail_the_model(path, caplog):
             raise RuntimeError("mine")
 
 
+def test_a_call_that_cannot_be_copied_leaves_nothing_behind(path, monkeypatch):
+    copy = sys.modules["ditattn.capture"]._host_copy
+
+    def failing(tensor, what):
+        if what == "value":
+            raise MemoryError("no more")
+        return copy(tensor, what)
+
+    arrays = inputs()
+    with pytest.raises(MemoryError, match="no more"):
+        with capture(path) as recording:
+            layer(prefix="a")(*arrays)
+            monkeypatch.setattr(sys.modules["ditattn.capture"], "_host_copy", failing)
+            layer(prefix="b")(*arrays)
+    assert recording.cases == ["step000000/a"] and recording.bytes == sum(array.nbytes for array in arrays)
+    assert len(load(path)) == 3
+
+
 def test_the_blocks_own_error_goes_before_that_of_writing(tmp_path, caplog):
     def record(error):
         folder = tmp_path / "gone"
@@ -335,7 +354,7 @@ def test_nothing_is_written_where_nothing_was_recorded(path, caplog):
     path.write_text("before")
     with capture(path):
         pass
-    assert path.read_text() == "before" and "saw no call" in caplog.text
+    assert path.read_text() == "before" and f"recorded nothing: {path} is not written" in caplog.text
 
 
 def test_a_capture_runs_once(path):
