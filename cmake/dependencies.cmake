@@ -6,7 +6,8 @@ find_package(spdlog REQUIRED)
 find_package(nlohmann_json REQUIRED)
 find_package(CLI11 REQUIRED)
 
-# Shared libraries, or headers alone: that takes half as long again to compile, but runs on machines without the libraries.
+# Shared libraries, or headers alone: the sources that use them take 60 % longer to compile then, but what comes out runs
+# on machines without the libraries.
 add_library(ditattn_fmt INTERFACE)
 add_library(ditattn_spdlog INTERFACE)
 if(DITATTN_HEADER_ONLY)

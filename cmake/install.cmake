@@ -1,5 +1,5 @@
-# `cmake --install`: library, tvm-ffi's library, backends, command, headers, CMake package. The component `package` is what
-# a wheel has: all that the Python package needs but tvm-ffi.
+# `cmake --install`: library, tvm-ffi's library, backends, command, headers, CMake package. The component `package` is
+# what a wheel has: all that the Python package needs but tvm-ffi.
 include(CMakePackageConfigHelpers)
 
 install(TARGETS ditattn EXPORT ditattn-targets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT package)

@@ -166,16 +166,25 @@ def test_numpy_is_not_needed(bare, tmp_path):
     succeeded(run(bare.python, "-c", program, cwd=tmp_path))
 
 
-def test_a_process_has_one_tvm_ffi(with_numpy, tmp_path):
-    program = "import ditattn, re\nfor m in ditattn.DiffusionAttentionBackendEnum:\n  try: m.get_class()\n" \
-              "  except Exception: pass\nprint(*{*re.findall(r'/\\S*(?:flash_attn|tvm_ffi)\\.so', open('/proc/self/maps').read())})"  # fmt: skip
-    loaded = sorted(Path(file).name for file in succeeded(run(with_numpy.python, "-c", program, cwd=tmp_path)).split())
-    assert loaded == ["flash_attn.so", "libtvm_ffi.so"]
+LOADS_ALL = """
+import re, ditattn
+for name in ("FLASH_ATTN", "TORCH_SDPA", "SAGE_ATTN", "SAGE_ATTN_3"):
+    ditattn.DiffusionAttentionBackendEnum[name].get_class()
+print(*set(re.findall(r"/\\S*(?:attn|sdpa|ffi)[^/]*\\.so", open("/proc/self/maps").read())))
+"""
+
+
+def test_a_process_has_one_tvm_ffi_for_all_back_ends(bare, tmp_path):
+    loaded = [Path(file) for file in succeeded(run(bare.python, "-c", LOADS_ALL, cwd=tmp_path)).split()]
+    assert [file.is_relative_to(bare.site / "tvm_ffi") for file in loaded if file.name == "libtvm_ffi.so"] == [True]
+    plugins = {file.stem for file in loaded if bare.site / PLUGINS in file.parents}
+    assert plugins == {"flash_attn", "sdpa", "sage_attn", "sage_attn3"}
 
 
 def test_it_needs_nothing_of_the_source_tree(bare, tmp_path):
     """The capture too is found in the wheel: the source tree is hidden behind an empty folder."""
-    hidden = ("unshare", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs none '{SOURCE}' && exec \"$@\"", "sh")
+    hide = f"mount -t tmpfs none '{SOURCE}' && exec \"$@\""
+    hidden = ("unshare", "--map-root-user", "--mount", "sh", "-c", hide, "sh")
     if run(*hidden, "true").returncode != 0:
         pytest.skip("this machine does not allow mount namespaces")
     assert run(*hidden, "test", "-e", SOURCE / "README.md").returncode != 0
