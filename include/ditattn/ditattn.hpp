@@ -21,6 +21,7 @@
 /// (tensor.hpp) and metadata such as masks (metadata.hpp). Errors: errors.hpp. Writing a backend: plugin.hpp.
 
 // IWYU pragma: begin_exports
+#include "ditattn/attention.hpp"
 #include "ditattn/attention_config.hpp"
 #include "ditattn/backend.hpp"
 #include "ditattn/cuda.hpp"

@@ -30,6 +30,12 @@ Any head_sizes(const HeadSizes& sizes) {
   return Dict{{"min", sizes.min}, {"max", sizes.max == 0 ? Any() : Any(sizes.max)}, {"multiple", sizes.multiple}};
 }
 
+AttentionSpec spec_from(const Any& value) {
+  const auto fields = value.cast<Dict>();
+  return {.backend = get_or(fields, "backend", String()),
+          .backend_kwargs = get_or(fields, "backend_kwargs", BackendKwargs())};
+}
+
 }  // namespace
 
 Array<String> strings(const std::vector<std::string>& texts) {
@@ -90,6 +96,14 @@ Problem problem_from(const Dict& fields) {
           .spans = get_or(fields, "spans", false),
           .fp8_kv = get_or(fields, "fp8_kv", false),
           .alignment = get_or<std::int64_t>(fields, "alignment", 16)};
+}
+
+AttentionConfig config_from(const Dict& fields) {
+  AttentionConfig config;
+  const auto given = fields.Get("default");
+  if (given && *given != nullptr) config.default_spec = spec_from(*given);
+  for (const auto& [role, spec] : get_or(fields, "per_role", Dict())) config.per_role[role] = spec_from(spec);
+  return config;
 }
 
 Dict capabilities_dict(const Capabilities& can) {
