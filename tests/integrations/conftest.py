@@ -46,34 +46,3 @@ def run_python(tmp_path):
                               text=True, timeout=timeout)  # fmt: skip
 
     return run
-
-
-# STAND-IN
-import json
-
-import torch
-
-import ditattn
-
-if not hasattr(torch.ops.ditattn, "attention"):
-    L = torch.library.Library("ditattn", "DEF")
-    A = 'Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, str backend="auto", float? softmax_scale=None, bool causal=False, str backend_kwargs=""'
-
-    def _call(query, key, value, attn_mask=None, backend="auto", softmax_scale=None, causal=False, backend_kwargs="", return_lse=False):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, attn_mask)):
-            raise NotImplementedError("forward only")
-        if query.is_meta or isinstance(query, torch._subclasses.FakeTensor):
-            b, s, h, _ = query.shape
-            out = query.new_empty(query.shape)
-            return (out, query.new_empty((b, h, s), dtype=torch.float32)) if return_lse else out
-        return ditattn.attention(
-            query, key, value, backend=backend, attn_mask=attn_mask, softmax_scale=softmax_scale, causal=causal,
-            return_lse=return_lse, backend_kwargs=json.loads(backend_kwargs or "{}"))
-
-    def _with(*args, **kwargs):
-        return _call(*args, **kwargs, return_lse=True)
-    for n, r, f in (("attention", "Tensor", _call), ("attention_with_lse", "(Tensor, Tensor)", _with)):
-        L.define(f"{n}({A}) -> {r}", tags=(torch.Tag.pt2_compliant_tag,))
-        L.impl(n, f, "CPU")
-        L.impl(n, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"ditattn::{n}", f, lib=L)
