@@ -2,12 +2,14 @@
 
 import torch
 from diffusers import (
+    CogVideoXTransformer3DModel,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    UNet2DConditionModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
@@ -115,14 +117,33 @@ def z_image():
                    "cap_feats": [torch.randn(TEXT, 48), torch.randn(40, 48)]}  # fmt: skip
 
 
+def cogvideox():
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=32, in_channels=4, out_channels=4, time_embed_dim=16,
+        text_embed_dim=48, num_layers=3, sample_width=10, sample_height=6, sample_frames=9,
+        max_text_seq_length=TEXT)  # fmt: skip
+    return model, {"hidden_states": torch.randn(2, 3, 4, 6, 10), "encoder_hidden_states": torch.randn(2, TEXT, 48),
+                   "timestep": 1000 * TIME}  # fmt: skip
+
+
+def unet():
+    model = UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=48, attention_head_dim=2,
+        norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    return model, {"sample": torch.randn(2, 4, 14, 10), "encoder_hidden_states": torch.randn(2, TEXT, 48),
+                   "timestep": 1000 * TIME}  # fmt: skip
+
+
 MODELS = {make.__name__: make for make in (flux, sd3, wan, qwen_image, hunyuan_video, ltx, pixart, z_image)}
+OTHERS = {make.__name__: make for make in (cogvideox, unet)}
 
 
 def built(name, dtype=torch.float32):
     """A model and its inputs, numbers in `dtype`; the same ones each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model, inputs = MODELS[name]()
+        model, inputs = (MODELS | OTHERS)[name]()
         for parameter in model.parameters():  # some start as zeros, which would hide the attention
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
