@@ -35,8 +35,8 @@ def tensors(batch=2, seq_q=9, seq_kv=9, heads=4, kv_heads=4, head_size=32, dtype
 def quantization_error(out, exact, value, attend, documented):
     """The error relative to sum P|V|, and its bound. `attend(value)` is exact attention in float64.
 
-    Errors of single keys average out: over the n keys that count (1 / sum P squared), they are sqrt(1024 / n) times those of
-    1,024 keys. A quarter more is left for chance.
+    Errors of single keys average out: over the n keys that count (1 / sum P squared), they are sqrt(1024 / n) times
+    those of 1,024 keys. A quarter more is left for chance.
     """
     weights = attend(torch.eye(value.shape[1], dtype=torch.float64)[:, None].expand(len(value), -1, value.shape[2], -1))
     keys = float(1 / weights.square().sum(-1).mean())

@@ -6,7 +6,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("names")
 
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
 from small_models import QUANTIZED, padding, quantization_error, tensors
 
 EXACT = ("ditattn", "ditattn_flash", "ditattn_sdpa")
@@ -26,8 +26,8 @@ def doubled(tensor):
 
 
 def check(name, query, key, value, mask=None, **arguments):
-    """Exact names are as near to native's result in float64 as native's in the inputs' dtype is; quantized ones have their
-    documented error."""
+    """Exact names are as near to native's result in float64 as native's in the inputs' dtype is; quantized ones have
+    their documented error."""
 
     def native(*inputs):
         return dispatch_attention_fn(*inputs, mask, backend="native", **arguments)
@@ -175,6 +175,22 @@ def test_no_keys_at_all_give_zeros():
     query, key, value = tensors(2, 5, 0)
     for name in EXACT:
         assert torch.equal(dispatch_attention_fn(query, key, value, backend=name), torch.zeros_like(query))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_under_autocast_the_dtype_is_that_of_native(name):
+    query, key, value = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dispatch_attention_fn(query, key, value, backend=name)
+        native = dispatch_attention_fn(query, key, value, backend="native")
+    assert out.dtype == native.dtype == torch.bfloat16
+    torch.testing.assert_close(out, native)
+
+
+def test_the_checks_of_diffusers_remove_no_argument(monkeypatch, caplog):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_checks_enabled", True)
+    dispatch_attention_fn(*tensors(), backend="ditattn", attention_kwargs={"return_lse": True})
+    assert "unsupported arguments" not in caplog.text
 
 
 def test_dropout_is_refused():

@@ -1,6 +1,7 @@
 """Transformers of diffusers under ditattn's names: exactness, scope, torch.compile, threads."""
 
 import contextlib
+import functools
 import logging
 import threading
 
@@ -16,6 +17,8 @@ from diffusers.models.attention_dispatch import (
     attention_backend,
     dispatch_attention_fn,
 )
+from diffusers.models.attention_processor import AttnProcessor, SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from small_models import MODELS, OTHERS, QUANTIZED, built, output, quantization_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -94,7 +97,7 @@ def test_every_call_of_a_quantized_name_has_its_documented_error(monkeypatch, wh
     for arguments, out in record:
         query, key, value = (arguments[name].double() for name in ("query", "key", "value"))
         mask = arguments["attn_mask"]
-        attend = lambda v: dispatch_attention_fn(query, key, v, mask, backend="native")  # noqa: B023, E731
+        attend = functools.partial(dispatch_attention_fn, query, key, attn_mask=mask, backend="native")
         error, bound = quantization_error(out, attend(value), value, attend, QUANTIZED[name])
         print(f"{which} {name} {dtype} {tuple(query.shape)}: {error:.2e}, bound {bound:.2e}")
         assert 0.05 * bound < error <= bound
@@ -143,6 +146,26 @@ def test_processors_that_models_share_are_left_alone(which):
     assert calls(model, inputs) == (expected, 0) and calls(other, inputs) == (0, expected)
 
 
+@pytest.mark.parametrize("name", ["ditattn_flash", "ditattn_sdpa", "native"])
+@pytest.mark.parametrize("mask", [(5, 7), (1, 7), (5, 5, 7), (5, 1, 5, 7)])
+def test_processors_of_ones_own_that_call_pytorch_get_what_pytorch_gives(name, mask):
+    class Own:
+        def __call__(self, query, key, mask):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, key, mask, scale=0.3, enable_gqa=True)
+
+    layer = torch.nn.Module()
+    layer.processor = Own()
+    generator = torch.Generator().manual_seed(6)
+    query, key = (torch.randn(shape, generator=generator) for shape in ((5, 5, 5, 32), (5, 1, 7, 32)))
+    mask = torch.randn(mask, generator=generator)
+    plain = layer.processor(query, key, mask)
+    with use(layer, name):
+        torch.testing.assert_close(layer.processor(query, key, mask), plain)
+        with Calls() as seen:
+            layer.processor(query=query, key=key, mask=None)
+    assert (seen.ours, seen.theirs) == ((0, 1) if name == "native" else (1, 0))
+
+
 @pytest.mark.parametrize("which", ["flux", "sd3"])
 def test_choices_nest_for_parts_and_may_stay(which):
     model, inputs = built(which)
@@ -156,6 +179,23 @@ def test_choices_nest_for_parts_and_may_stay(which):
     assert calls(model, inputs) == (expected, 0)
     whole.restore()
     assert calls(model, inputs) == (0, expected)
+
+
+@pytest.mark.parametrize("which", ["flux", "sd3"])
+def test_processors_with_weights_keep_them(which):
+    model, inputs = built(which)
+    layer = model.transformer_blocks[0].attn
+    if which == "flux":
+        layer.set_processor(FluxIPAdapterAttnProcessor(hidden_size=128, cross_attention_dim=48))
+        inputs["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(2, 3, 48)]}
+    else:
+        layer.set_processor(SD3IPAdapterJointAttnProcessor2_0(128, 128, head_dim=4, timesteps_emb_dim=64))
+    own, weights = layer.processor, dict(model.named_parameters())
+    _, expected = calls(model, inputs)
+    with use(model, "ditattn_flash"):
+        assert layer.processor is not own and calls(model, inputs) == (expected, 0)
+        assert all(weight is weights[name] for name, weight in model.named_parameters())
+    assert layer.processor is own and dict(model.named_parameters()).keys() == weights.keys()
 
 
 def test_what_others_set_meanwhile_stays():
@@ -181,7 +221,7 @@ def test_models_that_cannot_follow_are_refused_or_named(caplog):
     with pytest.raises(ValueError, match="Linear has no attention .*none"):
         use(torch.nn.Linear(2, 2), "ditattn")
     model, _ = built("pixart")
-    eager = diffusers.models.attention_processor.AttnProcessor()  # softmax by hand
+    eager = AttnProcessor()  # softmax by hand
     for block in model.transformer_blocks:
         block.attn2.processor = eager
     with caplog.at_level(logging.WARNING, "ditattn"), use(model, "ditattn"):
@@ -193,7 +233,9 @@ def test_models_that_cannot_follow_are_refused_or_named(caplog):
         use(model, "ditattn")
 
 
-def test_an_unknown_name_is_refused():
+def test_what_is_no_model_or_no_name_is_refused():
+    with pytest.raises(TypeError, match="pipeline.transformer .* got object"):
+        use(object(), "ditattn")
     with pytest.raises(ValueError, match="'ditattn_fast' is not known to diffusers.*ditattn_flash"):
         use(built("flux")[0], "ditattn_fast")
 

@@ -232,8 +232,10 @@ def use(module: torch.nn.Module, name: str) -> Use:
     `name` is any that diffusers' dispatcher knows. Each attention layer gets a copy of its processor, so what models
     share stays as it is. Processors that call PyTorch's attention themselves (SD 3, PixArt, CogVideoX, UNets) follow
     too. A processor that does neither keeps what it has, which is logged. ValueError where none follows, and for an
-    unknown name. Not while the model runs in another thread.
+    unknown name; TypeError for what is no module. Not while the model runs in another thread.
     """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"use takes a model, as pipeline.transformer is one, got {type(module).__name__}.")
     dispatcher = importlib.import_module(_DISPATCHER)
     registry = dispatcher._AttentionBackendRegistry
     if name not in registry._backends:
@@ -299,7 +301,7 @@ def _dispatch(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """PyTorch's attention, (B, H, S, D), by diffusers' dispatcher."""
-    if attn_mask is not None:  # four dimensions mean the same to both
+    if attn_mask is not None and attn_mask.ndim < 4:  # four dimensions mean the same to both
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     dispatch = sys.modules[_DISPATCHER].dispatch_attention_fn
