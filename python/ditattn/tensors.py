@@ -59,7 +59,7 @@ def _from_numpy(array: Any) -> tvm_ffi.Tensor:
     return tvm_ffi.from_dlpack(array.copy())
 
 
-FORWARD_ONLY = "it requires a gradient, and ditattn is forward only: call under torch.no_grad(), or give .detach()"
+FORWARD_ONLY = str(_native.function("forward_only")())
 
 
 def _from_torch(tensor: Any) -> tvm_ffi.Tensor:

@@ -4,7 +4,6 @@
 #include "ditattn/attention.hpp"
 
 #include <tvm/ffi/extra/c_env_api.h>
-#include <tvm/ffi/extra/json.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/reflection/registry.h>
@@ -21,7 +20,6 @@ namespace refl = tvm::ffi::reflection;
 using tvm::ffi::Any;
 using tvm::ffi::AnyView;
 using tvm::ffi::Array;
-using tvm::ffi::Map;
 using tvm::ffi::Optional;
 using tvm::ffi::PackedArgs;
 using tvm::ffi::String;
@@ -74,23 +72,6 @@ Any forward(const ImplRef& impl, const Tensor& query, const Tensor& key, const T
   return results_of(impl->impl->forward(query, key, value, metadata, outputs), outputs, return_lse);
 }
 
-// A map of options, or a JSON text of one: PyTorch's operators know no dictionaries.
-BackendKwargs kwargs_from(const AnyView& given) {
-  if (const auto map = given.as<BackendKwargs>()) return *map;
-  const auto text = given.cast<String>();
-  if (text.empty()) return {};
-  String error;
-  const Any parsed = tvm::ffi::json::Parse(text, &error);
-  const auto object = parsed.as<Map<Any, Any>>();
-  if (!error.empty() || !object) {
-    throw ValueError("backend_kwargs must be a JSON object such as {\"smooth_k\": false}, got '" + std::string(text) +
-                     "'" + (error.empty() ? "" : ": " + std::string(error)) + ".");
-  }
-  BackendKwargs kwargs;
-  for (const auto& [key, value] : *object) kwargs.Set(key.cast<String>(), value);
-  return kwargs;
-}
-
 // The arguments behind query, key and value, any number of them: PyTorch leaves out those at the end that are as by
 // default.
 struct CallArguments {
@@ -111,7 +92,7 @@ struct CallArguments {
       }
     }
     if (given()) options.causal = args[next++].cast<bool>();
-    if (given()) options.backend_kwargs = kwargs_from(args[next++]);
+    if (given()) set_kwargs(args[next++]);
     if (given()) options.role = args[next++].cast<String>();
     if (given()) options.role_category = args[next++].cast<String>();
     if (given()) options.config = config_from(args[next++].cast<Dict>());
@@ -127,6 +108,10 @@ struct CallArguments {
     } else {
       options.backend = given.cast<String>();
     }
+  }
+  void set_kwargs(const AnyView& given) {  // a JSON text in PyTorch's operators
+    const auto map = given.as<BackendKwargs>();
+    options.backend_kwargs = map ? *map : kwargs_from_json(given.cast<String>());
   }
 };
 

@@ -1,5 +1,7 @@
 #include "objects.hpp"
 
+#include <tvm/ffi/extra/json.h>
+
 #include "ditattn/errors.hpp"
 #include "ditattn/plugin.hpp"
 
@@ -104,6 +106,20 @@ AttentionConfig config_from(const Dict& fields) {
   if (given && *given != nullptr) config.default_spec = spec_from(*given);
   for (const auto& [role, spec] : get_or(fields, "per_role", Dict())) config.per_role[role] = spec_from(spec);
   return config;
+}
+
+BackendKwargs kwargs_from_json(const std::string& text) {
+  if (text.empty()) return {};
+  String error;
+  const Any parsed = tvm::ffi::json::Parse(text, &error);
+  const auto object = parsed.as<tvm::ffi::Map<Any, Any>>();
+  if (!error.empty() || !object) {
+    throw ValueError("backend_kwargs must be a JSON object such as {\"smooth_k\": false}, got '" + text + "'" +
+                     (error.empty() ? "" : ": " + std::string(error)) + ".");
+  }
+  BackendKwargs kwargs;
+  for (const auto& [key, value] : *object) kwargs.Set(key.cast<String>(), value);
+  return kwargs;
 }
 
 Dict capabilities_dict(const Capabilities& can) {

@@ -96,6 +96,9 @@ Problem problem_from(const Dict& fields);
 /// `AttentionConfig` from {"default": spec or None, "per_role": {role: spec}}; empty: none.
 AttentionConfig config_from(const Dict& fields);
 
+/// Options from a JSON object, empty for none: PyTorch's operators know no dictionaries.
+BackendKwargs kwargs_from_json(const std::string& text);
+
 /// A list of strings.
 tvm::ffi::Array<tvm::ffi::String> strings(const std::vector<std::string>& texts);
 
