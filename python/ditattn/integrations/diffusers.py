@@ -177,9 +177,10 @@ def _function(backend: str, options: str) -> Callable[..., Any]:
             key, value = key[:, : query.shape[1]], value[:, : query.shape[1]]
             if attn_mask is not None and attn_mask.shape[-1] > 1:
                 attn_mask = attn_mask[..., : query.shape[1]]
-        op = torch.ops.ditattn.attention_with_lse if return_lse else torch.ops.ditattn.attention
-        return op(
-            query, key, value, attn_mask, backend=backend, softmax_scale=scale, causal=is_causal, backend_kwargs=options
+        operator = torch.ops.ditattn.attention_with_lse if return_lse else torch.ops.ditattn.attention
+        mask = () if attn_mask is None else (attn_mask,)  # the overload without one is the faster
+        return operator(
+            query, key, value, *mask, backend=backend, softmax_scale=scale, causal=is_causal, backend_kwargs=options
         )
 
     return ditattn_attention
