@@ -4,7 +4,7 @@ CUDA_SET ?= full
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint neon cuda install wheel clean
+.PHONY: help setup configure build programs demo test test-full test-integrations sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint neon cuda install wheel clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test: build ## All tests but the full product
 
 test-full: build ## Conformance over the full product of all values (hours; prints progress)
 	@$(BUILD)/bin/conformance --full
+
+test-integrations: build ## Tests inside diffusers and others, on the CPU (2 GB from PyPI into .venv-integrations)
+	@scripts/test_integrations.sh $(BUILD) $(ARGS)
 
 sanitize: setup ## Unit, plug-in and CPU kernel tests under the address, undefined-behaviour and thread sanitizers
 	@scripts/sanitize.sh
