@@ -17,7 +17,11 @@ from typing import Any, ClassVar
 
 try:
     from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend, AttentionImpl, AttentionMetadata
-    from vllm_omni.diffusion.attention.backends.registry import DiffusionAttentionBackendEnum, register_diffusion_backend
+    from vllm_omni.diffusion.attention.backends.registry import (
+        _DIFFUSION_ATTN_OVERRIDES,
+        DiffusionAttentionBackendEnum,
+        register_diffusion_backend,
+    )
     from vllm_omni.platforms import current_omni_platform
     from vllm_omni.platforms.interface import UnspecifiedOmniPlatform
 except ModuleNotFoundError as error:
@@ -276,7 +280,7 @@ def uninstall(*members: str) -> None:
     """Gives vLLM-Omni's own classes back: for these members, or for all. Other people's registrations stay."""
     for member in _known(members):
         entry = DiffusionAttentionBackendEnum[member]
-        if entry.is_overridden() and entry.get_path(include_classname=False) == __name__:
+        if _DIFFUSION_ATTN_OVERRIDES.get(entry, "").startswith(f"{__name__}."):  # get_path() is an error for some
             entry.clear_override()
     answer = vars(UnspecifiedOmniPlatform).get("get_diffusion_attn_backend_cls")
     if not members and getattr(answer, "__func__", None) is _backend_path:
