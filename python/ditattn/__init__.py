@@ -41,7 +41,7 @@ _set_num_threads = _native.function("set_num_threads")
 
 def num_threads() -> int:
     """Threads that CPU kernels use, the caller's included."""
-    return _num_threads()
+    return int(_num_threads())
 
 
 def set_num_threads(count: int) -> None:

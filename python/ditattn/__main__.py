@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)  # what back ends print goes between what the command prints
-    return command(len(texts), argv)
+    return int(command(len(texts), argv))
 
 
 if __name__ == "__main__":

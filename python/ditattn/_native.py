@@ -56,6 +56,7 @@ class _Passing(threading.local):
 
 
 _passing = _Passing()
+_ATTACHED = "__tvm_ffi_error__"  # tvm_ffi's own error, on the exception that it becomes
 _MAX_DEPTH = 32  # tvm_ffi crashes where Python's own limit is met while an error is converted
 _running: list[None] = []  # one entry per call into C++ that has not returned; appending and popping are atomic
 _ending = False
@@ -78,7 +79,7 @@ def function(name: str) -> Callable[..., Any]:
             return found(*args)
         except BaseException as error:
             original = _passing.error
-            if original is None or str(error) != str(original.__tvm_ffi_error__.py_error()):
+            if original is None or str(error) != str(getattr(original, _ATTACHED).py_error()):
                 raise
         finally:
             _running.pop()
@@ -107,12 +108,12 @@ def callback(body: Callable[..., Any]) -> Callable[..., Any]:
                 )
             return body(*args)
         except BaseException as error:
-            if not hasattr(error, "__tvm_ffi_error__"):
+            if not hasattr(error, _ATTACHED):
                 known = next(kind for kind in type(error).__mro__ if kind in names)
                 text = str(error.args[0]) if isinstance(error, KeyError) and len(error.args) == 1 else str(error)
                 if known is not type(error):
                     text = f"{type(error).__name__}: {text}"
-                error.__tvm_ffi_error__ = tvm_ffi.core.Error(names[known], text, "")
+                setattr(error, _ATTACHED, tvm_ffi.core.Error(names[known], text, ""))
             _passing.error = error
             raise
         finally:

@@ -194,7 +194,7 @@ class NativeImpl(AttentionImpl):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(f"{type(self).__name__} holds C++ objects and cannot be pickled or copied; make it anew.")
 
 
@@ -291,7 +291,7 @@ def supported_head_sizes(cls: type) -> Sequence[int]:
     """A class's list, empty for any; also where it only answers `supports_head_size`."""
     sizes = list(getattr(cls, "get_supported_head_sizes", list)())
     asked = getattr(cls, "supports_head_size", None)
-    own = getattr(asked, "__func__", asked) is not AttentionBackend.supports_head_size.__func__
+    own = getattr(asked, "__func__", asked) is not vars(AttentionBackend)["supports_head_size"].__func__
     if sizes or asked is None or not own:
         return sizes
     limit = 1024  # no model comes near

@@ -77,7 +77,7 @@ class capture:  # in lower case, as other contexts are
         self._max_cases = math.inf if max_cases is None else max_cases
         self._sdpa = sdpa
         self._modules: Any = None
-        self._open: contextlib.ExitStack | None = None
+        self._open = contextlib.ExitStack()
         self._lock = threading.Lock()  # of all below
         self._state = "new"
         self._recorded: dict[str, _Case | None] = {}  # None while it is being copied
@@ -304,11 +304,11 @@ def _described(metadata: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _size(tensor: tvm_ffi.Tensor) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.bits // 8
+    return math.prod(tensor.shape) * int(tensor.dtype.bits) // 8
 
 
 def _host_copy(tensor: tvm_ffi.Tensor, what: str) -> tvm_ffi.Tensor:
     """Contiguous. On a GPU in the order of this thread's stream, for which it waits."""
-    made = _empty_on_host(tensor)
+    made: tvm_ffi.Tensor = _empty_on_host(tensor)
     copy_into(made, tensor if tensor.device.type == "cpu" else _copy_to_host(tensor), what)
     return made

@@ -131,7 +131,7 @@ class DiffusionAttentionBackendEnum(metaclass=_EnumMeta):
 
     def is_overridden(self) -> bool:
         """Whether `register_diffusion_backend` has given this member another class path."""
-        return _is_overridden(self._name_)
+        return bool(_is_overridden(self._name_))
 
     def clear_override(self) -> None:
         """Goes back to the default class path; nothing happens without an override."""
@@ -158,10 +158,10 @@ class DiffusionAttentionBackendEnum(metaclass=_EnumMeta):
     def __copy__(self) -> DiffusionAttentionBackendEnum:
         return self
 
-    def __deepcopy__(self, memo: dict) -> DiffusionAttentionBackendEnum:
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiffusionAttentionBackendEnum:
         return self
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, (self._name_, self._value_)
 
 

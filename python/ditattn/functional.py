@@ -15,9 +15,8 @@ from .python_backend import adapted
 from .selection import AttentionConfig, native_config
 from .tensors import torch
 
-if torch() is None:  # tvm_ffi imports it where it is installed
-    torch_ops = None
-else:
+torch_ops: Any = None
+if torch() is not None:  # tvm_ffi imports it where it is installed
     from . import torch_ops
 
 _attention = _native.function("attention")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
@@ -145,11 +146,14 @@ class Conversion:
             raise TypeError(f"attn_metadata must be an AttentionMetadata or None, got {type(metadata).__name__}.")
         made = self._make(**{name: value for name, value in zip(self._names, values) if value is not None})
         try:
-            reference = weakref.ref(metadata, lambda _, key=id(metadata): self._kept.pop(key, None))
+            reference = weakref.ref(metadata, functools.partial(self._forget, id(metadata)))
         except TypeError:  # some classes leave no room for one
             return made
         self._kept[id(metadata)] = (reference, values, made)
         return made
+
+    def _forget(self, key: int, _: weakref.ref[Any]) -> None:
+        self._kept.pop(key, None)
 
 
 _convert_all = Conversion(AttentionMetadata, _FIELD_NAMES)

@@ -81,7 +81,7 @@ def _accepts(function: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _make_impl(cls: type, num_heads: int, head_size: int, scale: float | None, causal: bool, num_kv_heads: int | None,
+def _make_impl(cls: Any, num_heads: int, head_size: int, scale: float | None, causal: bool, num_kv_heads: int | None,
                prefix: str, backend_kwargs: Any) -> Any:  # fmt: skip
     impl_cls = cls.get_impl_cls()
     arguments = {
@@ -115,7 +115,7 @@ def _forward_of(name: str, impl: Any, library: str | None) -> Callable[..., None
     return _native.callback(forward)
 
 
-def _describe(cls: type) -> dict[str, Any]:
+def _describe(cls: Any) -> dict[str, Any]:
     path = class_path_of(cls)
     for method in ("get_name", "get_impl_cls"):
         if not callable(getattr(cls, method, None)):

@@ -104,7 +104,7 @@ def native_config(config: AttentionConfig | Mapping[str, Any] | None) -> dict[st
 
 
 def _selection(found: Any) -> Selection:
-    member = DiffusionAttentionBackendEnum[str(found["member"])]
+    member: DiffusionAttentionBackendEnum = DiffusionAttentionBackendEnum[str(found["member"])]
     member.get_class()  # so that its class has its own name
     spec = found["spec"]
     return Selection(

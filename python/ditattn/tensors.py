@@ -10,6 +10,7 @@ import tvm_ffi
 
 from . import _native
 
+numpy: Any
 try:
     import numpy
 except ImportError:  # not needed
@@ -51,7 +52,8 @@ def _from_numpy(array: Any) -> tvm_ffi.Tensor:
     if array.dtype.kind == "V":  # not NumPy's own; asking each dtype's name would take longer than all the rest
         bits = _AS_BITS.get(array.dtype.name)
         if bits is not None:
-            return _reinterpret(_from_numpy(array.view(bits)), tvm_ffi.dtype(array.dtype.name))
+            words: tvm_ffi.Tensor = _reinterpret(_from_numpy(array.view(bits)), tvm_ffi.dtype(array.dtype.name))
+            return words
     if array.flags.writeable:
         return tvm_ffi.from_dlpack(array)
     if _NUMPY_KNOWS_IT:

@@ -28,7 +28,7 @@ from .tensors import FORWARD_ONLY
 
 _attention = _native.function("attention")
 _DEFAULTS = ("auto", None, False, "")
-_WITH_LSE = ("", "", {}, None, None, True)  # role, category, configuration, out, lse, return_lse
+_WITH_LSE: tuple[Any, ...] = ("", "", {}, None, None, True)  # role, category, configuration, out, lse, return_lse
 
 _LIBRARY = torch.library.Library("ditattn", "DEF")
 _TENSORS = "Tensor query, Tensor key, Tensor value"

@@ -111,6 +111,7 @@ Layer make(const AttentionOptions& options, const LayerShape& shape) {
                         .softmax_scale = options.softmax_scale,
                         .causal = options.causal,
                         .num_kv_heads = shape.num_kv_heads,
+                        .role = options.role,
                         .backend_kwargs = kwargs});
 }
 
