@@ -157,11 +157,14 @@ class NativeImpl(AttentionImpl):
         backend_kwargs: Mapping[str, Any] | None = None,
         **extra: Any,
     ) -> None:
-        """`extra` (vLLM-Omni gives `role`, `backend_explicit`) is ignored. ValueError for what is out of range."""
+        """Of `extra`, what vLLM-Omni gives, only `role` is used: captures tell it. ValueError for what is out of range."""
         if qkv_layout not in (None, "BSND", "BSHD"):
             raise ValueError(f"qkv_layout is {qkv_layout!r}; tensors are (batch, tokens, heads, head_size): 'BSND'.")
         kwargs = dict(backend_kwargs or {})
-        self._impl = _make(self._backend, num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, kwargs)
+        role = str(extra.get("role") or "")
+        self._impl = _make(
+            self._backend, num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, kwargs, role
+        )
         super().__init__(num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, qkv_layout, kwargs)
 
     def forward(

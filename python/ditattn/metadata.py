@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tvm_ffi
@@ -120,18 +121,47 @@ def _as_tuple(entry: Any) -> Sequence[int]:
     return entry if isinstance(entry, Sequence) else [getattr(entry, name) for name in QueryRange._fields]
 
 
+class Conversion:
+    """AttentionMetadata of objects of other classes: made once for an object, and anew where a field changed.
+
+    `make` gets the named fields that an object has and that are not None. A field, or a known key of `extra`, has changed
+    when it is another object: tensors and lists must not be changed in place.
+    """
+
+    def __init__(self, make: Callable[..., AttentionMetadata], names: Sequence[str]) -> None:
+        self._make = make
+        self._names = names
+        # By id, since dataclasses that compare by value cannot be hashed; an entry goes when its object does.
+        self._kept: dict[int, tuple[weakref.ref[Any], list[Any], AttentionMetadata]] = {}
+
+    def __call__(self, metadata: Any) -> AttentionMetadata:
+        values = [getattr(metadata, name, None) for name in self._names]
+        extra = getattr(metadata, "extra", None) or {}
+        values += [extra.get(key) for key in _KNOWN_KEYS]
+        kept = self._kept.get(id(metadata))
+        if kept is not None and kept[0]() is metadata and all(map(operator.is_, kept[1], values)):
+            return kept[2]
+        if not any(hasattr(metadata, name) for name in self._names):
+            raise TypeError(f"attn_metadata must be an AttentionMetadata or None, got {type(metadata).__name__}.")
+        made = self._make(**{name: value for name, value in zip(self._names, values) if value is not None})
+        try:
+            reference = weakref.ref(metadata, lambda _, key=id(metadata): self._kept.pop(key, None))
+        except TypeError:  # some classes leave no room for one
+            return made
+        self._kept[id(metadata)] = (reference, values, made)
+        return made
+
+
+_convert_all = Conversion(AttentionMetadata, _FIELD_NAMES)
+
+
 def native_metadata(metadata: Any) -> Any:
     """The C++ object of metadata: an AttentionMetadata, or anything with fields of that kind."""
     if metadata is None:
         return None
-    if isinstance(metadata, AttentionMetadata):
-        return metadata.to_native()
-    fields = {name: getattr(metadata, name) for name in _FIELD_NAMES if hasattr(metadata, name)}
-    if not fields:
-        raise TypeError(f"attn_metadata must be an AttentionMetadata or None, got {type(metadata).__name__}.")
-    if fields.get("extra") is None:
-        fields.pop("extra", None)
-    return AttentionMetadata(**fields).to_native()
+    if not isinstance(metadata, AttentionMetadata):
+        metadata = _convert_all(metadata)
+    return metadata.to_native()
 
 
 def metadata_for_python(native: Any, library: str | None = None) -> AttentionMetadata | None:

@@ -33,9 +33,10 @@ def _dtypes() -> list[str]:
 
 
 def _masks(cls: type) -> list[str]:
-    takes_masks = getattr(cls, "supports_attention_mask", bool)
-    takes_spans = getattr(cls, "supports_piecewise_spans", bool)
-    return (["padding", "bool", "additive"] if takes_masks() else []) + (["spans"] if takes_spans() else [])
+    takes_masks = getattr(cls, "supports_attention_mask", bool)()
+    takes_spans = getattr(cls, "supports_piecewise_spans", False)  # a method, or as in vLLM-Omni 0.30 an attribute
+    takes_spans = takes_spans() if callable(takes_spans) else takes_spans
+    return (["padding", "bool", "additive"] if takes_masks else []) + (["spans"] if takes_spans else [])
 
 
 def _declared(cls: type) -> dict[str, Any]:
@@ -196,8 +197,8 @@ def _hint(module: str) -> str:
 
 
 def import_class(class_path: str) -> Any:
-    """The last stage of class-path resolution."""
-    found = _find(str(class_path))
+    """The last stage of class-path resolution. vLLM-Omni's own classes, which run in vLLM-Omni only, are not imported."""
+    found = None if str(class_path).startswith("vllm_omni.") else _find(str(class_path))
     if found is None:
         return None
     if not isinstance(found, type):

@@ -91,14 +91,15 @@ void define_registry() {
 // --- Classes and implementations --------------------------------------------------------------------------------
 
 ImplRef make(const BackendRef& backend, std::int64_t num_heads, std::int64_t head_size, const Optional<double>& scale,
-             bool causal, const Optional<std::int64_t>& num_kv_heads, const String& prefix,
-             const BackendKwargs& kwargs) {
+             bool causal, const Optional<std::int64_t>& num_kv_heads, const String& prefix, const BackendKwargs& kwargs,
+             const String& role) {
   return ImplRef(backend->backend->make({.num_heads = num_heads,
                                          .head_size = head_size,
                                          .softmax_scale = to_std(scale),
                                          .causal = causal,
                                          .num_kv_heads = to_std(num_kv_heads),
                                          .prefix = prefix,
+                                         .role = role,
                                          .backend_kwargs = kwargs}));
 }
 
