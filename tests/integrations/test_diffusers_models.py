@@ -18,6 +18,7 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from diffusers.models.attention_processor import AttnProcessor, SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from small_models import MODELS, OTHERS, QUANTIZED, built, output, quantization_error
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -220,6 +221,10 @@ def test_the_methods_of_diffusers_work_within_a_block():
 def test_models_that_cannot_follow_are_refused_or_named(caplog):
     with pytest.raises(ValueError, match="Linear has no attention .*none"):
         use(torch.nn.Linear(2, 2), "ditattn")
+    layer = torch.nn.Module()
+    layer.processor = CosmosAttnProcessor2_0()  # always the active back end
+    with pytest.raises(ValueError, match="CosmosAttnProcessor2_0.*attention_backend"):
+        use(layer, "ditattn")
     model, _ = built("pixart")
     eager = AttnProcessor()  # softmax by hand
     for block in model.transformer_blocks:
