@@ -4,7 +4,7 @@ CUDA_SET ?= full
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint neon cuda install clean
+.PHONY: help setup configure build programs demo test test-full test-integrations sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint neon cuda install wheel clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test: build ## All tests but the full product
 
 test-full: build ## Conformance over the full product of all values (hours; prints progress)
 	@$(BUILD)/bin/conformance --full
+
+test-integrations: build ## Tests inside diffusers and others, on the CPU (2 GB from PyPI into .venv-integrations)
+	@scripts/test_integrations.sh $(BUILD) $(ARGS)
 
 sanitize: setup ## Unit, plug-in and CPU kernel tests under the address, undefined-behaviour and thread sanitizers
 	@scripts/sanitize.sh
@@ -66,6 +69,9 @@ cuda: setup ## The GPU back ends and their tests, skipped without a GPU (install
 
 install: build ## Install to PREFIX (default out/)
 	@cmake --install $(BUILD) --prefix $(or $(PREFIX),out)
+
+wheel: setup ## A Python wheel in out/ (CUDA=AUTO: with GPU back ends where there is nvcc; ON, OFF)
+	@scripts/wheel.sh out --config-settings=cmake.define.DITATTN_CUDA=$(or $(CUDA),AUTO)
 
 clean: ## Remove build products, keep .venv
 	@rm -rf build out

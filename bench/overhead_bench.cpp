@@ -50,5 +50,17 @@ void flash_forward_1_1_1_1_8(benchmark::State& state) {
 }
 BENCHMARK(flash_forward_1_1_1_1_8);
 
+void attention_layer_that_is_kept(benchmark::State& state) {
+  const AttentionOptions options{.backend = state.range(0) == 0 ? "auto" : "FLASH_ATTN"};
+  for (auto _ : state) benchmark::DoNotOptimize(attention_layer(options, {.head_size = 8}));
+}
+BENCHMARK(attention_layer_that_is_kept)->Arg(0)->Arg(1);
+
+void attention_1_1_1_1_8(benchmark::State& state) {
+  const Tensor tensor = wrap(tiny, {1, 1, 1, 8}, kFloat32);
+  for (auto _ : state) benchmark::DoNotOptimize(attention(tensor, tensor, tensor, {.backend = "FLASH_ATTN"}));
+}
+BENCHMARK(attention_1_1_1_1_8);
+
 }  // namespace
 }  // namespace ditattn

@@ -1,11 +1,29 @@
-# nvcc: what CUDACXX, CMAKE_CUDA_COMPILER or the PATH name, the toolkit in /usr/local/cuda, or PyPI's packages in .venv.
+# Settles DITATTN_CUDA: with AUTO it is off where there is no fitting nvcc.
+if(NOT DITATTN_CUDA)
+  return()
+endif()
+set(oldest_nvcc 12.8)  # the first that knows sm_100 and sm_120
+
+# nvcc: what CUDACXX, CMAKE_CUDA_COMPILER or the PATH name, the toolkit in /usr/local/cuda, or PyPI's packages.
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  file(GLOB pypi_nvcc ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu13/bin)
+  list(TRANSFORM ditattn_python_path APPEND /nvidia/cu13/bin OUTPUT_VARIABLE pypi_nvcc)
   find_program(ditattn_nvcc nvcc PATHS /usr/local/cuda/bin ${pypi_nvcc})
+  set(problem "")
   if(NOT ditattn_nvcc)
-    message(FATAL_ERROR "DITATTN_CUDA is on, but there is no nvcc on the PATH, in /usr/local/cuda/bin or in .venv. Install "
-                        "CUDA 13's toolkit, run `make cuda` (nvcc from PyPI), pass -DCMAKE_CUDA_COMPILER=…/nvcc, or "
-                        "configure with -DDITATTN_CUDA=OFF.")
+    set(problem "there is no nvcc on the PATH, in /usr/local/cuda/bin or among the packages of ${Python_EXECUTABLE}")
+  elseif(DITATTN_CUDA STREQUAL AUTO)
+    execute_process(COMMAND ${ditattn_nvcc} --version OUTPUT_VARIABLE nvcc_version)
+    if(NOT nvcc_version MATCHES "release ([0-9.]+)" OR CMAKE_MATCH_1 VERSION_LESS oldest_nvcc)
+      set(problem "${ditattn_nvcc} is not of CUDA ${oldest_nvcc} or newer")
+    endif()
+  endif()
+  if(problem AND DITATTN_CUDA STREQUAL AUTO)
+    message(STATUS "DITATTN_CUDA=AUTO: no GPU back ends, because ${problem}")
+    set(DITATTN_CUDA OFF)
+    return()
+  elseif(problem)
+    message(FATAL_ERROR "DITATTN_CUDA is on, but ${problem}. Install CUDA 13's toolkit, run `make cuda` (nvcc from "
+                        "PyPI), pass -DCMAKE_CUDA_COMPILER=…/nvcc, or configure with -DDITATTN_CUDA=OFF.")
   endif()
   set(CMAKE_CUDA_COMPILER ${ditattn_nvcc})
 endif()
@@ -28,9 +46,11 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES ${DITATTN_CUDA_ARCHITECTURES})
 endif()
 enable_language(CUDA)
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)  # the first that knows sm_100 and sm_120
-  message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_CUDA_COMPILER_VERSION}; 12.8 is the oldest that knows every "
-                      "architecture here.")
+message(STATUS "DITATTN_CUDA=${DITATTN_CUDA}: GPU back ends by ${CMAKE_CUDA_COMPILER}, ${CMAKE_CUDA_COMPILER_VERSION}")
+set(DITATTN_CUDA ON)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS oldest_nvcc)
+  message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_CUDA_COMPILER_VERSION}; ${oldest_nvcc} is the oldest that "
+                      "knows every architecture here.")
 endif()
 if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc has it
   set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)

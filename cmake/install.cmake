@@ -1,10 +1,12 @@
-# `cmake --install`: library, tvm-ffi's library, backends, command, headers, CMake package.
+# `cmake --install`: library, tvm-ffi's library, backends, command, headers, CMake package. The component `package` is
+# what a wheel has: all that the Python package needs but tvm-ffi.
 include(CMakePackageConfigHelpers)
 
-install(TARGETS ditattn EXPORT ditattn-targets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(TARGETS ditattn EXPORT ditattn-targets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT package)
 if(DITATTN_BUILD_TOOLS)
-  install(TARGETS ditattn_cli ditattn_command)
-  install(FILES examples/digits/capture.safetensors DESTINATION ${CMAKE_INSTALL_DATADIR}/ditattn)
+  install(TARGETS ditattn_cli)
+  install(TARGETS ditattn_command LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT package)
+  install(FILES examples/digits/capture.safetensors DESTINATION ${CMAKE_INSTALL_DATADIR}/ditattn COMPONENT package)
 endif()
 install(FILES ${PROJECT_BINARY_DIR}/lib/libtvm_ffi.so DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(DIRECTORY include/ditattn DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})

@@ -36,7 +36,7 @@ function(ditattn_add_backend folder)
   set_target_properties(ditattn_${folder}_plugin PROPERTIES INSTALL_RPATH "$ORIGIN/${to_lib}")
   set_property(GLOBAL APPEND PROPERTY ditattn_backend_plugins ditattn_${folder}_plugin)
   install(TARGETS ditattn_${folder}_plugin
-          LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/${DITATTN_BACKENDS_DIR}/${directory})
+          LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/${DITATTN_BACKENDS_DIR}/${directory} COMPONENT package)
 endfunction()
 
 # Where installed backends lie, relative to the library's own directory (src/registry/search_path.cpp agrees).
@@ -47,6 +47,6 @@ function(ditattn_backend_not_built module reason)
   ditattn_split_module(${module} directory stem)
   set(file ${PROJECT_BINARY_DIR}/lib/${DITATTN_BACKENDS_DIR}/${directory}/${stem}.not_built)
   file(WRITE ${file} "${reason}\n")
-  install(FILES ${file} DESTINATION ${CMAKE_INSTALL_LIBDIR}/${DITATTN_BACKENDS_DIR}/${directory})
+  install(FILES ${file} DESTINATION ${CMAKE_INSTALL_LIBDIR}/${DITATTN_BACKENDS_DIR}/${directory} COMPONENT package)
   message(STATUS "${module}: ${reason}")
 endfunction()

@@ -30,7 +30,8 @@ struct ImplConfig {
   std::optional<double> softmax_scale = std::nullopt;  ///< none: 1/√head_size
   bool causal = false;
   std::optional<std::int64_t> num_kv_heads = std::nullopt;  ///< none: num_heads
-  std::string prefix = {};                                  ///< the layer's name, for messages
+  std::string prefix = {};                                  ///< the layer's name, for messages and observers
+  std::string role = {};                                    ///< "self", "cross", …, for observers
   BackendKwargs backend_kwargs = {};                        ///< unknown keys: one warning
 };
 

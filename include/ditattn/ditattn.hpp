@@ -18,15 +18,18 @@
 ///
 /// Names are looked up in the registry (registry.hpp), where each has a class path that can be overridden; the class
 /// says what it can do (problem.hpp) and builds implementations (backend.hpp), whose `forward` takes tensors
-/// (tensor.hpp) and metadata such as masks (metadata.hpp). Errors: errors.hpp. Writing a backend: plugin.hpp.
+/// (tensor.hpp) and metadata such as masks (metadata.hpp). Errors: errors.hpp. Writing a backend: plugin.hpp. Seeing
+/// every call: observer.hpp.
 
 // IWYU pragma: begin_exports
+#include "ditattn/attention.hpp"
 #include "ditattn/attention_config.hpp"
 #include "ditattn/backend.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/metadata.hpp"
+#include "ditattn/observer.hpp"
 #include "ditattn/problem.hpp"
 #include "ditattn/registry.hpp"
 #include "ditattn/safetensors.hpp"

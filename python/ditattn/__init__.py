@@ -16,6 +16,7 @@ from __future__ import annotations
 from . import _native
 from ._native import set_log_handler
 from .backend import AttentionBackend, AttentionImpl
+from .capture import capture
 from .enum import DiffusionAttentionBackendEnum
 from .functional import attention
 from .metadata import AttentionMetadata, QueryRange
@@ -60,6 +61,7 @@ __all__ = [
     "QueryRange",
     "Selection",
     "attention",
+    "capture",
     "define_platform",
     "get_attn_backend_for_role",
     "num_threads",

@@ -121,6 +121,11 @@ def callback(body: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def depth() -> int:
+    """How many calls of C++ into Python this thread is in."""
+    return _passing.depth
+
+
 def _log(level: int, message: str) -> None:
     _LOGGER.log(_LEVELS[level], "%s", message)
 

@@ -14,7 +14,7 @@ import tvm_ffi
 from . import _native
 from .metadata import AttentionMetadata, native_metadata
 from .problem import Problem
-from .tensors import as_argument, is_taken_directly, is_torch, like, torch, torch_stream
+from .tensors import as_argument, is_torch, like, torch, torch_stream
 
 _address = _native.function("address")
 _get_name = _native.function("get_name")
@@ -157,11 +157,14 @@ class NativeImpl(AttentionImpl):
         backend_kwargs: Mapping[str, Any] | None = None,
         **extra: Any,
     ) -> None:
-        """`extra` (vLLM-Omni gives `role`, `backend_explicit`) is ignored. ValueError for what is out of range."""
+        """Of `extra`, what vLLM-Omni gives, only `role` is used: captures tell it. ValueError for what is out of range."""
         if qkv_layout not in (None, "BSND", "BSHD"):
             raise ValueError(f"qkv_layout is {qkv_layout!r}; tensors are (batch, tokens, heads, head_size): 'BSND'.")
         kwargs = dict(backend_kwargs or {})
-        self._impl = _make(self._backend, num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, kwargs)
+        role = str(extra.get("role") or "")
+        self._impl = _make(
+            self._backend, num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, kwargs, role
+        )
         super().__init__(num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, qkv_layout, kwargs)
 
     def forward(
@@ -181,29 +184,12 @@ class NativeImpl(AttentionImpl):
         or `lse` itself. Everything is checked first; nothing is written then. Runs without Python's lock. PyTorch's
         CUDA tensors: in PyTorch's current stream, without waiting, with new tensors from PyTorch's allocator.
         """
-        if not (is_torch(query) and query.is_cuda):
-            return self._call(query, key, value, attn_metadata, out, lse, return_lse)
-        if query.ndim == 4:  # else refused below
-            out, lse = _cuda_outputs(query, attn_metadata, out, lse, return_lse)
-        if is_taken_directly(query):
-            return self._call(query, key, value, attn_metadata, out, lse, return_lse)
-        with torch_stream(query):
-            return self._call(query, key, value, attn_metadata, out, lse, return_lse)
+        metadata = native_metadata(attn_metadata)
 
-    def _call(self, query: Any, key: Any, value: Any, metadata: Any, out: Any, lse: Any, return_lse: bool) -> Any:
-        result = _forward(
-            self._impl,
-            as_argument(query, "query"),
-            as_argument(key, "key"),
-            as_argument(value, "value"),
-            native_metadata(metadata),
-            _output(out, "out"),
-            _output(lse, "lse"),
-            return_lse,
-        )
-        if not return_lse:
-            return like(result, query) if out is None else out
-        return (like(result[0], query) if out is None else out), (like(result[1], query) if lse is None else lse)
+        def call(query: Any, key: Any, value: Any, out: Any, lse: Any) -> Any:
+            return _forward(self._impl, query, key, value, metadata, out, lse, return_lse)
+
+        return call_native(call, query, key, value, out, lse, return_lse)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
@@ -212,16 +198,25 @@ class NativeImpl(AttentionImpl):
         raise TypeError(f"{type(self).__name__} holds C++ objects and cannot be pickled or copied; make it anew.")
 
 
-def _cuda_outputs(query: Any, metadata: Any, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any]:
-    """What is not given, from PyTorch's allocator: its cache is warm, and graphs may be captured over it."""
-    batch, rows, heads, head_size = query.shape
-    joint = getattr(metadata, "joint_query", None)
-    rows += joint.shape[1] if getattr(joint, "ndim", 0) == 4 else 0
-    if out is None:
-        out = query.new_empty((batch, rows, heads, head_size))
-    if lse is None and return_lse:
-        lse = query.new_empty((batch, heads, rows), dtype=torch().float32)
-    return out, lse
+def call_native(
+    call: Callable[..., Any], query: Any, key: Any, value: Any, out: Any, lse: Any, return_lse: bool
+) -> Any:
+    """`call(query, key, value, out, lse)` with tensors as C++ takes them; results as `NativeImpl.forward` gives them."""
+    arguments = (
+        as_argument(query, "query"),
+        as_argument(key, "key"),
+        as_argument(value, "value"),
+        _output(out, "out"),
+        _output(lse, "lse"),
+    )
+    if arguments[0] is not query and is_torch(query) and query.is_cuda:
+        with torch_stream(query):  # for what C++ reads itself, the stream comes with it
+            result = call(*arguments)
+    else:
+        result = call(*arguments)
+    if not return_lse:
+        return like(result, query) if out is None else out
+    return (like(result[0], query) if out is None else out), (like(result[1], query) if lse is None else lse)
 
 
 def _output(array: Any, what: str) -> Any:

@@ -3,54 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from .backend import NativeImpl, class_for
+from . import _native
+from .backend import call_native
 from .enum import DiffusionAttentionBackendEnum
-from .metadata import AttentionMetadata
+from .metadata import AttentionMetadata, native_metadata
 from .python_backend import adapted
-from .selection import AttentionConfig, resolve_role
+from .selection import AttentionConfig, native_config
+from .tensors import torch
 
-_KEPT = 256  # implementations: more than a model has kinds of layers
-_DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda", 10: "rocm"}  # DLDeviceType
+if torch() is None:  # tvm_ffi imports it where it is installed
+    torch_ops = None
+else:
+    from . import torch_ops
 
-
-@functools.lru_cache(maxsize=_KEPT)
-def _impl_cls(cls: type) -> type[NativeImpl]:
-    """A class's implementation as C++ runs it: checked, whatever it is written in."""
-    native = class_for(adapted(cls), lambda: cls.__qualname__)
-    native.validate_available()
-    return native.get_impl_cls()
+_attention = _native.function("attention")
 
 
-@functools.lru_cache(maxsize=_KEPT)
-def _impl(cls: type, num_heads: int, head_size: int, scale: float | None, causal: bool, num_kv_heads: int,
-          options: tuple[tuple[str, type, Any], ...]) -> NativeImpl:  # fmt: skip
-    kwargs = {key: value for key, _, value in options}  # types are there because 1, 1.0 and True are equal
-    return _impl_cls(cls)(num_heads, head_size, scale, causal, num_kv_heads, backend_kwargs=kwargs)
+def _named(backend: Any) -> Any:
+    """A name, or C++'s object for a class."""
+    if isinstance(backend, DiffusionAttentionBackendEnum):
+        return backend.name
+    if isinstance(backend, type):
+        return adapted(backend)
+    raise TypeError(f"backend must be a name, a member or a class, got {backend!r}.")
 
 
-def _impl_for(cls: type, *config: Any, kwargs: Mapping[str, Any]) -> NativeImpl:
-    options = tuple((key, type(value), value) for key, value in sorted(kwargs.items()))
-    try:
-        return _impl(cls, *config, options)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-    return _impl.__wrapped__(cls, *config, options)
-
-
-def _shape_of(tensor: Any, what: str) -> tuple[int, ...]:
-    shape = getattr(tensor, "shape", None)
-    if shape is None:
-        raise TypeError(
-            f"{what} must be a tensor with __dlpack__ (NumPy, PyTorch, tvm_ffi, …), got {type(tensor).__name__}."
-        )
-    if len(shape) != 4:
-        raise ValueError(f"{what} must have 4 dimensions (batch, tokens, heads, head_size), got shape {tuple(shape)}.")
-    return tuple(shape)
+def _that_differ(backend: str, softmax_scale: Any, causal: bool, backend_kwargs: Any) -> dict[str, Any]:
+    """Options of PyTorch's operator that are not as by default: each takes it a third of a microsecond."""
+    given: dict[str, Any] = {}
+    if backend != "auto":
+        given["backend"] = backend
+    if softmax_scale is not None:
+        given["softmax_scale"] = softmax_scale
+    if causal:
+        given["causal"] = True
+    if backend_kwargs:
+        given["backend_kwargs"] = json.dumps(dict(backend_kwargs))
+    return given
 
 
 def _with_mask(metadata: Any, attn_mask: Any) -> Any:
@@ -86,23 +79,22 @@ def attention(
     `backend` is a member, its name in any case, or a class. "auto" is the selector's choice for `role` in `config`;
     with neither, DIFFUSION_ATTENTION_BACKEND, else the first of the platform's back ends that takes this problem.
     Classes written in Python are checked as those in C++ are. Implementations are kept for the next call of the kind.
-    Arguments and result are those of `NativeImpl.forward`.
+    Arguments and result are those of `NativeImpl.forward`. For PyTorch tensors without `metadata`, `out`, `lse`, `role`
+    and `config` this is ``torch.ops.ditattn.attention``, and torch.compile sees that.
     """
-    _, _, num_heads, head_size = _shape_of(query, "query")
-    num_kv_heads = _shape_of(key, "key")[2]
-    kwargs = dict(backend_kwargs or {})
-    if isinstance(backend, str) and backend.upper() == "AUTO":
-        device = _DEVICES.get(query.__dlpack_device__()[0], "unknown") if hasattr(query, "__dlpack_device__") else "cpu"
-        selection = resolve_role(role, head_size, config, role_category, device)
-        cls = selection.backend
-        kwargs = {**(selection.spec.backend_kwargs if selection.spec else {}), **kwargs}
-    elif isinstance(backend, str):
-        cls = DiffusionAttentionBackendEnum[backend.upper()].get_class()
-    elif isinstance(backend, DiffusionAttentionBackendEnum):
-        cls = backend.get_class()
-    elif isinstance(backend, type):
-        cls = backend
-    else:
-        raise TypeError(f"backend must be a name, a member or a class, got {backend!r}.")
-    impl = _impl_for(cls, num_heads, head_size, softmax_scale, causal, num_kv_heads, kwargs=kwargs)
-    return impl.forward(query, key, value, _with_mask(metadata, attn_mask), out, lse, return_lse)
+    name = backend if isinstance(backend, str) else _named(backend)
+    if (metadata is None and out is None and lse is None and role is None and config is None and role_category is None
+            and torch_ops is not None and isinstance(name, str) and isinstance(query, torch_ops.Tensor)):  # fmt: skip
+        operator = torch_ops.attention_with_lse if return_lse else torch_ops.attention
+        given = _that_differ(name, softmax_scale, causal, backend_kwargs)
+        if attn_mask is None:
+            return operator.default(query, key, value, **given)
+        return operator.masked(query, key, value, attn_mask, **given)
+    options = (name, softmax_scale, causal, dict(backend_kwargs or {}))
+    selection = (role or "", role_category or "", native_config(config))
+    known = native_metadata(_with_mask(metadata, attn_mask))
+
+    def call(query: Any, key: Any, value: Any, out: Any, lse: Any) -> Any:
+        return _attention(query, key, value, known, *options, *selection, out, lse, return_lse)
+
+    return call_native(call, query, key, value, out, lse, return_lse)

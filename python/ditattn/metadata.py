@@ -18,7 +18,9 @@ _fields = _native.function("metadata_fields")
 
 # Keys of `extra` that C++ knows.
 _TENSOR_KEYS = ("cu_seqlens_q", "cu_seqlens_k")
-_KNOWN_KEYS = (*_TENSOR_KEYS, "max_seqlen_q", "max_seqlen_k", "valid_kv_length", "kv_cache_dtype")
+_KNOWN_KEYS = (
+    *_TENSOR_KEYS, "max_seqlen_q", "max_seqlen_k", "valid_kv_length", "kv_cache_dtype", "attention_mask_mode"
+)  # fmt: skip
 _ORIGIN_KEY = "ditattn.origin"
 
 

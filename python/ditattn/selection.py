@@ -96,7 +96,8 @@ class Selection(NamedTuple):
     is_explicit: bool
 
 
-def _native_config(config: AttentionConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+def native_config(config: AttentionConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    """A configuration's fields as C++ takes them; none for None."""
     if config is None:
         return {}
     return (config if isinstance(config, AttentionConfig) else AttentionConfig.from_dict(config)).to_native()
@@ -124,7 +125,7 @@ def resolve_role(
 ) -> Selection:
     """`get_attn_backend_for_role` with everything that is known about the choice."""
     return _selection(
-        _get_attn_backend_for_role(role or "", head_size, _native_config(config), role_category or "", device)
+        _get_attn_backend_for_role(role or "", head_size, native_config(config), role_category or "", device)
     )
 
 
@@ -159,7 +160,7 @@ def select_backend(
 ) -> Selection:
     """As `get_attn_backend_for_role`, for a problem that is known, given whole or by its fields."""
     problem = dataclasses.replace(problem or Problem(), **fields)
-    return _selection(_select_backend(problem.to_native(), role or "", _native_config(config), role_category or ""))
+    return _selection(_select_backend(problem.to_native(), role or "", native_config(config), role_category or ""))
 
 
 def platform_candidates(device: str = "cpu") -> list[DiffusionAttentionBackendEnum]:

@@ -59,12 +59,13 @@ def _from_numpy(array: Any) -> tvm_ffi.Tensor:
     return tvm_ffi.from_dlpack(array.copy())
 
 
+FORWARD_ONLY = str(_native.function("forward_only")())
+
+
 def _from_torch(tensor: Any) -> tvm_ffi.Tensor:
     if tensor.requires_grad:
         if torch().is_grad_enabled():
-            raise NotImplementedError(
-                "it requires a gradient, and ditattn is forward only: call under torch.no_grad(), or give .detach()"
-            )
+            raise NotImplementedError(FORWARD_ONLY)
         tensor = tensor.detach()
     return tvm_ffi.from_dlpack(tensor)
 

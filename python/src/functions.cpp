@@ -91,38 +91,16 @@ void define_registry() {
 // --- Classes and implementations --------------------------------------------------------------------------------
 
 ImplRef make(const BackendRef& backend, std::int64_t num_heads, std::int64_t head_size, const Optional<double>& scale,
-             bool causal, const Optional<std::int64_t>& num_kv_heads, const String& prefix,
-             const BackendKwargs& kwargs) {
+             bool causal, const Optional<std::int64_t>& num_kv_heads, const String& prefix, const BackendKwargs& kwargs,
+             const String& role) {
   return ImplRef(backend->backend->make({.num_heads = num_heads,
                                          .head_size = head_size,
                                          .softmax_scale = to_std(scale),
                                          .causal = causal,
                                          .num_kv_heads = to_std(num_kv_heads),
                                          .prefix = prefix,
+                                         .role = role,
                                          .backend_kwargs = kwargs}));
-}
-
-// Room for the LSE of this call; null where the query is malformed, which `forward` then says.
-Tensor lse_for(const Tensor& query, const AttentionMetadata& metadata) {
-  if (!query.defined() || query.ndim() != 4) return {};
-  std::int64_t rows = query.size(1);
-  if (metadata.defined() && metadata->fields.joint_query.has_value()) {
-    const Tensor joint = metadata->fields.joint_query.value();
-    if (joint.ndim() != 4) return {};
-    rows += joint.size(1);
-  }
-  return empty({query.size(0), query.size(2), rows}, kFloat32);
-}
-
-// Returns out, and the LSE behind it where it is wanted or given.
-Any forward(const ImplRef& impl, const Tensor& query, const Tensor& key, const Tensor& value,
-            const AttentionMetadata& metadata, const Optional<Tensor>& out, const Optional<Tensor>& lse,
-            bool return_lse) {
-  ForwardOutputs outputs{.out = out.value_or(Tensor()), .lse = lse.value_or(Tensor())};
-  if (return_lse && !outputs.lse.defined()) outputs.lse = lse_for(query, metadata);
-  const Tensor result = impl->impl->forward(query, key, value, metadata, outputs);
-  if (!return_lse) return result;
-  return Array<Tensor>{result, outputs.lse};
 }
 
 void define_backends() {
@@ -154,8 +132,7 @@ void define_backends() {
            [](const BackendRef& backend, const Dict& problem) {
              return String(backend->backend->kernel_name(problem_from(problem)));
            })
-      .def("ditattn.make", make)
-      .def("ditattn.forward", forward);
+      .def("ditattn.make", make);
 }
 
 // --- Metadata ---------------------------------------------------------------------------------------------------
@@ -255,20 +232,6 @@ Dict parse_config(const String& text, bool may_be_file) {
   Dict per_role;
   for (const auto& [role, spec] : config.per_role) per_role.Set(role, spec_dict(spec));
   return {{"default", spec_dict(config.default_spec)}, {"per_role", per_role}};
-}
-
-AttentionSpec spec_from(const Any& value) {
-  const auto fields = value.cast<Dict>();
-  return {.backend = get_or(fields, "backend", String()),
-          .backend_kwargs = get_or(fields, "backend_kwargs", BackendKwargs())};
-}
-
-AttentionConfig config_from(const Dict& fields) {
-  AttentionConfig config;
-  const auto given = fields.Get("default");
-  if (given && *given != nullptr) config.default_spec = spec_from(*given);
-  for (const auto& [role, spec] : get_or(fields, "per_role", Dict())) config.per_role[role] = spec_from(spec);
-  return config;
 }
 
 Dict selection_dict(const Selection& selection) {

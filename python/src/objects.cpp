@@ -1,5 +1,7 @@
 #include "objects.hpp"
 
+#include <tvm/ffi/extra/json.h>
+
 #include "ditattn/errors.hpp"
 #include "ditattn/plugin.hpp"
 
@@ -28,6 +30,12 @@ Any head_sizes(const HeadSizes& sizes) {
   if (sizes.any()) return {};
   if (!sizes.list.empty()) return Array<std::int64_t>(sizes.list.begin(), sizes.list.end());
   return Dict{{"min", sizes.min}, {"max", sizes.max == 0 ? Any() : Any(sizes.max)}, {"multiple", sizes.multiple}};
+}
+
+AttentionSpec spec_from(const Any& value) {
+  const auto fields = value.cast<Dict>();
+  return {.backend = get_or(fields, "backend", String()),
+          .backend_kwargs = get_or(fields, "backend_kwargs", BackendKwargs())};
 }
 
 }  // namespace
@@ -90,6 +98,28 @@ Problem problem_from(const Dict& fields) {
           .spans = get_or(fields, "spans", false),
           .fp8_kv = get_or(fields, "fp8_kv", false),
           .alignment = get_or<std::int64_t>(fields, "alignment", 16)};
+}
+
+AttentionConfig config_from(const Dict& fields) {
+  AttentionConfig config;
+  const auto given = fields.Get("default");
+  if (given && *given != nullptr) config.default_spec = spec_from(*given);
+  for (const auto& [role, spec] : get_or(fields, "per_role", Dict())) config.per_role[role] = spec_from(spec);
+  return config;
+}
+
+BackendKwargs kwargs_from_json(const std::string& text) {
+  if (text.empty()) return {};
+  String error;
+  const Any parsed = tvm::ffi::json::Parse(text, &error);
+  const auto object = parsed.as<tvm::ffi::Map<Any, Any>>();
+  if (!error.empty() || !object) {
+    throw ValueError("backend_kwargs must be a JSON object such as {\"smooth_k\": false}, got '" + text + "'" +
+                     (error.empty() ? "" : ": " + std::string(error)) + ".");
+  }
+  BackendKwargs kwargs;
+  for (const auto& [key, value] : *object) kwargs.Set(key.cast<String>(), value);
+  return kwargs;
 }
 
 Dict capabilities_dict(const Capabilities& can) {

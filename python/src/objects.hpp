@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "ditattn/attention_config.hpp"
 #include "ditattn/backend.hpp"
 
 namespace ditattn::python {
@@ -91,6 +92,12 @@ tvm::ffi::Any to_python(const BackendClass& backend);
 
 /// `Problem` from Python's fields of the same names.
 Problem problem_from(const Dict& fields);
+
+/// `AttentionConfig` from {"default": spec or None, "per_role": {role: spec}}; empty: none.
+AttentionConfig config_from(const Dict& fields);
+
+/// Options from a JSON object, empty for none: PyTorch's operators know no dictionaries.
+BackendKwargs kwargs_from_json(const std::string& text);
 
 /// A list of strings.
 tvm::ffi::Array<tvm::ffi::String> strings(const std::vector<std::string>& texts);

@@ -110,10 +110,22 @@ void warn_of_zeros_and_ones(const Tensor& mask) {
                   shape_name(mask), dtype_name(mask.dtype())));
 }
 
-const MaskDescription& described(const tvm::ffi::Optional<Tensor>& mask, std::once_flag& once,
-                                 MaskDescription& description) {
+// vLLM-Omni's hint "arbitrary": the mask is read element by element, and nobody looks at it, or waits for it, first.
+// "none" and "padding" would have to be believed.
+bool is_not_to_be_looked_at(const MetadataExtra& extra) {
+  const auto mode = extra.Get(tvm::ffi::String("attention_mask_mode"));
+  const auto text = mode ? mode->as<tvm::ffi::String>() : std::nullopt;
+  return text && *text == "arbitrary";
+}
+
+const MaskDescription& described(const tvm::ffi::Optional<Tensor>& mask, const MetadataExtra& extra,
+                                 std::once_flag& once, MaskDescription& description) {
   std::call_once(once, [&] {
     if (!mask.has_value()) return;
+    if (is_not_to_be_looked_at(extra)) {
+      description.kind = MaskDescription::Kind::dense;
+      return;
+    }
     const bool on_gpu = mask.value().device().device_type == kDLCUDA;
     const Tensor on_host = on_gpu ? copy_to(mask.value(), kCpu) : mask.value();
     description = describe(on_host);
@@ -125,11 +137,11 @@ const MaskDescription& described(const tvm::ffi::Optional<Tensor>& mask, std::on
 }  // namespace
 
 const MaskDescription& AttentionMetadataObj::mask_description() const {
-  return described(fields.attn_mask, mask_.once, mask_.description);
+  return described(fields.attn_mask, fields.extra, mask_.once, mask_.description);
 }
 
 const MaskDescription& AttentionMetadataObj::joint_mask_description() const {
-  return described(fields.joint_attn_mask, joint_mask_.once, joint_mask_.description);
+  return described(fields.joint_attn_mask, fields.extra, joint_mask_.once, joint_mask_.description);
 }
 
 }  // namespace ditattn

@@ -8,6 +8,7 @@
 #include "ditattn/errors.hpp"
 #include "ditattn/registry.hpp"
 #include "registry/check_call.hpp"
+#include "registry/observer.hpp"
 
 namespace ditattn {
 namespace {
@@ -32,6 +33,16 @@ std::string other_backend_for(const Problem& problem, const AttentionBackend& re
   throw ValueError(other.empty() ? verdict.text() : fmt::format("{} {} would do.", verdict.text(), other));
 }
 
+// `run`, with those told who observe calls.
+void run_observed(const AttentionImpl& impl, const Problem& problem, const AttentionCall& call) {
+  const auto observers = forward_observers();
+  if (!observers) return impl.run(call);  // nobody any more
+  const ForwardEvent event{.impl = impl, .problem = problem, .call = call};
+  for (const auto& observer : *observers) observer->before(event);
+  impl.run(call);
+  for (const auto& observer : *observers) observer->after(event);
+}
+
 }  // namespace
 
 AttentionImpl::AttentionImpl(ImplConfig config)
@@ -53,7 +64,13 @@ Tensor AttentionImpl::forward(const Tensor& query, const Tensor& key, const Tens
                 query.device());
   }
   if (out.numel() > 0) {
-    run({.query = query, .key = key, .value = value, .out = out, .lse = outputs.lse, .metadata = metadata});
+    const AttentionCall call{
+        .query = query, .key = key, .value = value, .out = out, .lse = outputs.lse, .metadata = metadata};
+    if (forwards_are_observed.load(std::memory_order_acquire)) {
+      run_observed(*this, problem, call);
+    } else {
+      run(call);
+    }
   }
   return out;
 }

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <atomic>
 #include <deque>
 #include <mutex>
 #include <optional>
@@ -28,7 +29,7 @@ struct Member {
 // Readers share the lock: a look-up of a loaded class is one shared lock and one reference count.
 struct Table {
   std::shared_mutex mutex;
-  std::uint64_t changes = 0;  // counts registrations; tells whether a class resolved meanwhile is still wanted
+  std::atomic<std::uint64_t> changes = 0;  // counts registrations; tells whether what was resolved is still wanted
   std::deque<Member> members;
 };
 
@@ -178,6 +179,8 @@ void forget_resolved_members() {
   for (Member& member : table().members) member.resolved.reset();
   ++table().changes;
 }
+
+std::uint64_t registration_changes() { return table().changes.load(std::memory_order_acquire); }
 
 std::ostream& operator<<(std::ostream& stream, Enum member) { return stream << member.name(); }
 

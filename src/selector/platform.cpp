@@ -10,6 +10,7 @@
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/selector.hpp"
+#include "registry/enum.hpp"
 
 namespace ditattn {
 namespace {
@@ -99,8 +100,11 @@ void define_platform(const std::string& device, std::vector<Enum> candidates) {
   if (candidates.empty()) throw ValueError(fmt::format("Platform '{}' needs at least one candidate.", device));
   Generation all{.min_compute_capability = 0, .candidates = {}};
   for (const Enum member : candidates) all.candidates.push_back({member});
-  std::lock_guard lock(platforms_mutex());
-  platforms().insert_or_assign(device, Generations{std::move(all)});
+  {
+    std::lock_guard lock(platforms_mutex());
+    platforms().insert_or_assign(device, Generations{std::move(all)});
+  }
+  forget_resolved_members();
 }
 
 }  // namespace ditattn

@@ -37,8 +37,8 @@ def encode(header, data, length=None):
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def save(path, tensors):
-    header, data = {}, b""
+def save(path, tensors, metadata=None):
+    header, data = {"__metadata__": metadata} if metadata else {}, b""
     for name, tensor in tensors.items():
         is_bf16 = isinstance(tensor, BFloat16)
         raw = (tensor.bits if is_bf16 else tensor).tobytes()
@@ -52,15 +52,20 @@ def save(path, tensors):
     return path
 
 
-def load(path):
-    """Name → (dtype as the file calls it, float64 numbers)."""
+def header_of(path):
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def load(path):
+    """Name → (dtype as the file calls it, float64 numbers)."""
+    header, data = header_of(path)
+    header.pop("__metadata__", None)
     result = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        raw = content[8 + length + begin : 8 + length + end]
+        raw = data[begin:end]
         if entry["dtype"] == "BF16":
             numbers = BFloat16(bits=np.frombuffer(raw, np.uint16)).numbers()
         else:

@@ -39,6 +39,13 @@ def expected(query, key, value, **options):
     return functional.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options).transpose(1, 2)
 
 
+QUANTIZED = {"SAGE_ATTN": 6e-2, "SAGE_ATTN_3": 0.25}  # of standard normals
+
+
+def bound(name):
+    return QUANTIZED.get(name, 1e-2)
+
+
 def error(out, reference):
     return ((out.double() - reference).norm() / reference.norm()).item()
 
@@ -49,7 +56,7 @@ def test_results_are_torch_tensors_on_the_device(name):
     out, lse = attention(query, key, value, backend=name, return_lse=True)
     assert type(out) is torch.Tensor and out.device == query.device and out.dtype == query.dtype
     assert type(lse) is torch.Tensor and lse.device == query.device and lse.shape == (2, 4, 130)
-    assert error(out, expected(query, key, value)) < 1e-2
+    assert error(out, expected(query, key, value)) < bound(name)
     given = torch.empty_like(query)
     assert attention(query, key, value, backend=name, out=given) is given
     assert torch.equal(given, attention(query, key, value, backend=name))  # the LSE may be another engine's
@@ -60,7 +67,7 @@ def test_masks_on_the_device(name):
     query, key, value = inputs()
     mask = torch.arange(300, device="cuda")[None] < torch.tensor([[250], [17]], device="cuda")
     out = attention(query, key, value, backend=name, metadata=AttentionMetadata(attn_mask=mask))
-    assert error(out, expected(query, key, value, attn_mask=mask[:, None, None])) < 1e-2
+    assert error(out, expected(query, key, value, attn_mask=mask[:, None, None])) < bound(name)
 
 
 @pytest.mark.parametrize("name", names())
@@ -78,7 +85,7 @@ def test_the_current_stream_is_used(name):
         out = attention(late, key, value, backend=name)
     assert not stream.query(), "the call waited"
     stream.synchronize()
-    assert error(out, reference) < 1e-2
+    assert error(out, reference) < bound(name)
 
 
 @pytest.mark.parametrize("name", names())

@@ -15,9 +15,9 @@ import tvm_ffi
 from conftest import inputs, layer
 
 import ditattn
-from ditattn import AttentionMetadata, _native, attention
+from ditattn import AttentionBackend, AttentionImpl, AttentionMetadata, _native, attention, register_diffusion_backend
 from ditattn import DiffusionAttentionBackendEnum as Enum
-from ditattn.functional import _impl
+
 
 BACKENDS = ["FLASH_ATTN", "TORCH_SDPA"]
 
@@ -319,14 +319,54 @@ def test_attention_refuses_what_is_no_back_end(backend, kind, text):
 
 
 def test_attention_keeps_implementations_but_not_for_ever():
-    arrays = inputs()
-    _impl.cache_clear()
+    alive = weakref.WeakSet()
+
+    class Impl(AttentionImpl):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            alive.add(self)
+
+        def forward(self, query, key, value, attn_metadata=None):
+            return query
+
+    class Backend(AttentionBackend):
+        get_name = staticmethod(lambda: "COUNTED")
+        get_impl_cls = staticmethod(lambda: Impl)
+
+    query, key, value = inputs(kv_heads=4)
     for _ in range(3):
-        attention(*arrays, backend="flash_attn")
-    assert (_impl.cache_info().misses, _impl.cache_info().hits) == (1, 2)
-    for index in range(300):
-        attention(*arrays, backend="flash_attn", softmax_scale=1 + index)
-    assert _impl.cache_info().currsize <= 256
+        attention(query, key, value, backend=Backend)
+    assert len(alive) == 1
+    different = [{"softmax_scale": 0.5}, {"backend_kwargs": {"a": 1}}, {"backend_kwargs": {"a": "1"}}]
+    for count, options in enumerate(different, 2):
+        attention(query, key, value, backend=Backend, **options)
+        assert len(alive) == count
+    for index in range(1100):
+        attention(query, key, value, backend=Backend, softmax_scale=1 + index)
+    gc.collect()
+    assert 1 <= len(alive) <= 512
+
+
+def test_attention_sees_registrations_at_once():
+    query, key, value = inputs(kv_heads=4)
+
+    def answering(number):
+        class Impl(AttentionImpl):
+            def forward(self, query, key, value, attn_metadata=None):
+                return query * 0 + number
+
+        class Backend(AttentionBackend):
+            get_name = staticmethod(lambda: f"ANSWERS_{number}")
+            get_impl_cls = staticmethod(lambda: Impl)
+
+        return Backend
+
+    for number in (1, 2):
+        register_diffusion_backend(Enum.CUSTOM)(answering(number))
+        assert (attention(query, key, value, backend="custom") == number).all()
+    Enum.CUSTOM.clear_override()
+    with pytest.raises(ValueError, match="must be registered before use"):
+        attention(query, key, value, backend="custom")
 
 
 def test_options_that_cannot_be_hashed_are_passed_too(caplog):

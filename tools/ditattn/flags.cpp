@@ -105,10 +105,11 @@ void register_backends(const std::vector<std::string>& registrations) {
 void add_json_flag(CLI::App& verb, bool& json) { verb.add_flag("--json", json, "Print one JSON document instead"); }
 
 void add_call_flags(CLI::App& verb, CallOptions& options) {
-  verb.add_option("--joint-strategy", options.joint_strategy, "Text tokens stand in front or at the rear")
-      ->capture_default_str()
+  verb.add_option("--joint-strategy", options.joint_strategy,
+                  "Text tokens stand in front or at the rear (default: as the file says, or else front)")
       ->check(CLI::IsMember({"front", "rear"}));
-  verb.add_option("--valid-kv-length", options.valid_kv_length, "Only the first N keys of a file's tensors exist");
+  verb.add_option("--valid-kv-length", options.valid_kv_length,
+                  "Only the first N keys of a file's tensors exist (default: as the file says)");
 }
 
 CLI::Validator number_from(double lowest) {

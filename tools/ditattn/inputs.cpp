@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <set>
 
@@ -12,6 +13,7 @@
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/safetensors.hpp"
+#include "tools/ditattn/output.hpp"
 
 namespace ditattn::cli {
 namespace {
@@ -56,7 +58,37 @@ std::int64_t whole_number(const std::string& where, const std::string& name, con
   return static_cast<std::int64_t>(load_element(data_pointer(tensor), 0, tensor.dtype()));
 }
 
-MetadataExtra make_extra(const std::string& where, const Tensors& tensors, const CallOptions& options) {
+// What a file's metadata says of one case: the texts under `prefix` + key.
+class Settings {
+ public:
+  Settings(const SafetensorsFile& file, std::string where, std::string prefix)
+      : metadata_(file.metadata), where_(std::move(where)), prefix_(std::move(prefix)) {}
+
+  [[nodiscard]] std::optional<std::string> text(const std::string& key) const {
+    const auto found = metadata_.find(prefix_ + key);
+    return found == metadata_.end() ? std::nullopt : std::optional(found->second);
+  }
+
+  /// The text as JSON of a type; FileError says what was `expected`.
+  template <class T>
+  [[nodiscard]] std::optional<T> get(const std::string& key, const char* expected) const {
+    const std::optional<std::string> given = text(key);
+    if (!given) return std::nullopt;
+    try {
+      return Json::parse(*given).get<T>();
+    } catch (const Json::exception&) {
+      throw FileError(fmt::format("{}: its metadata has {}='{}', expected {}.", where_, key, *given, expected));
+    }
+  }
+
+ private:
+  const std::map<std::string, std::string>& metadata_;
+  std::string where_;
+  std::string prefix_;
+};
+
+MetadataExtra make_extra(const std::string& where, const Tensors& tensors,
+                         std::optional<std::int64_t> valid_kv_length) {
   MetadataExtra extra;
   for (const char* side : {"q", "k"}) {
     const std::string offsets = fmt::format("cu_seqlens_{}", side);
@@ -69,29 +101,50 @@ MetadataExtra make_extra(const std::string& where, const Tensors& tensors, const
       extra.Set(longest, whole_number(where, longest, found->second));
     }
   }
-  if (options.valid_kv_length) extra.Set("valid_kv_length", *options.valid_kv_length);
+  if (valid_kv_length) extra.Set("valid_kv_length", *valid_kv_length);
   return extra;
 }
 
+void set_spans(AttentionMetadataFields& fields, const Settings& settings) {
+  using Samples = std::vector<std::vector<std::array<std::int64_t, 2>>>;
+  using Ranges = std::vector<std::array<std::int64_t, 3>>;
+  const auto samples = settings.get<Samples>("full_attn_spans", "lists of [begin, end], one for each sample");
+  if (!samples) return;
+  fields.full_attn_spans.emplace();
+  for (const auto& sample : *samples) {
+    std::vector<Span>& spans = fields.full_attn_spans->emplace_back();
+    for (const auto& [begin, end] : sample) spans.push_back({begin, end});
+  }
+  const auto ranges = settings.get<Ranges>("query_ranges", "a list of [local_start, local_end, global_start]");
+  if (!ranges) return;
+  for (const auto& [begin, end, global] : *ranges) fields.query_ranges.push_back({begin, end, global});
+}
+
 // Null where there is nothing to say.
-AttentionMetadata make_metadata(const std::string& where, const Tensors& tensors, const CallOptions& options) {
+AttentionMetadata make_metadata(const std::string& where, const Tensors& tensors, const Settings& settings,
+                                const CallOptions& options) {
   const auto optional = [&](const char* name) {
     const auto found = tensors.find(name);
     return found == tensors.end() ? tvm::ffi::Optional<Tensor>() : tvm::ffi::Optional<Tensor>(found->second);
   };
+  std::optional<std::int64_t> valid_kv_length = options.valid_kv_length;
+  if (!valid_kv_length) valid_kv_length = settings.get<std::int64_t>("valid_kv_length", "a whole number");
   const bool any = std::ranges::any_of(kOptional, [&](const char* name) { return tensors.contains(name); });
-  if (!any && !options.valid_kv_length) return {};
-  return AttentionMetadata({.attn_mask = optional("attn_mask"),
-                            .joint_query = optional("joint_query"),
-                            .joint_key = optional("joint_key"),
-                            .joint_value = optional("joint_value"),
-                            .joint_attn_mask = optional("joint_attn_mask"),
-                            .joint_strategy = options.joint_strategy,
-                            .extra = make_extra(where, tensors, options)});
+  if (!any && !valid_kv_length && !settings.text("full_attn_spans")) return {};
+  AttentionMetadataFields fields{.attn_mask = optional("attn_mask"),
+                                 .joint_query = optional("joint_query"),
+                                 .joint_key = optional("joint_key"),
+                                 .joint_value = optional("joint_value"),
+                                 .joint_attn_mask = optional("joint_attn_mask"),
+                                 .extra = make_extra(where, tensors, valid_kv_length)};
+  fields.joint_strategy = options.joint_strategy.value_or(settings.text("joint_strategy").value_or("front"));
+  set_spans(fields, settings);
+  return AttentionMetadata(std::move(fields));
 }
 
 // `where` names the file, and the case in it, for messages.
-Inputs make_inputs(const std::string& where, const Tensors& tensors, const CallOptions& options) {
+Inputs make_inputs(const std::string& where, const Tensors& tensors, const Settings& settings,
+                   const CallOptions& options) {
   for (const char* name : kRequired) {
     if (!tensors.contains(name)) {
       throw FileError(fmt::format("{} has no tensor '{}'. Expected query, key, value and optionally {}; it holds {}.",
@@ -106,7 +159,14 @@ Inputs make_inputs(const std::string& where, const Tensors& tensors, const CallO
   return {.query = tensors.at("query"),
           .key = tensors.at("key"),
           .value = tensors.at("value"),
-          .metadata = make_metadata(where, tensors, options)};
+          .metadata = make_metadata(where, tensors, settings, options),
+          .softmax_scale = settings.get<double>("softmax_scale", "a number"),
+          .causal = settings.get<bool>("causal", "true or false").value_or(false)};
+}
+
+// A file that is one case.
+Inputs whole_file(const SafetensorsFile& file, const std::string& where, const CallOptions& options) {
+  return make_inputs(where, file.tensors, Settings(file, where, ""), options);
 }
 
 std::string quoted(const std::filesystem::path& file) { return fmt::format("'{}'", file.string()); }
@@ -159,22 +219,23 @@ class CallChecker final : public AttentionBackend {
 }  // namespace
 
 Inputs load_inputs(const std::filesystem::path& file, const CallOptions& options) {
-  return make_inputs(quoted(file), load_safetensors(file).tensors, options);
+  return whole_file(load_safetensors(file), quoted(file), options);
 }
 
 std::vector<Case> load_cases(const std::filesystem::path& file, const CallOptions& options) {
-  const Tensors tensors = load_safetensors(file).tensors;
+  const SafetensorsFile content = load_safetensors(file);
   std::map<std::string, Tensors> groups;
-  for (const auto& [name, tensor] : tensors) {
+  for (const auto& [name, tensor] : content.tensors) {
     const std::size_t dot = name.rfind('.');
     if (dot != std::string::npos) groups[name.substr(0, dot)].emplace(name.substr(dot + 1), tensor);
   }
   const std::string stem = file.stem().string();
-  if (groups.empty() || tensors.contains("query")) return {{stem, make_inputs(quoted(file), tensors, options)}};
+  if (groups.empty() || content.tensors.contains("query")) return {{stem, whole_file(content, quoted(file), options)}};
   std::vector<Case> cases;
   for (const auto& [name, group] : groups) {
     const std::string where = fmt::format("Case '{}' of {}", name, quoted(file));
-    cases.push_back({fmt::format("{}/{}", stem, name), make_inputs(where, group, options)});
+    const Settings settings(content, where, name + ".");
+    cases.push_back({fmt::format("{}/{}", stem, name), make_inputs(where, group, settings, options)});
   }
   return cases;
 }
@@ -202,10 +263,8 @@ Inputs converted(const Inputs& inputs, DLDataType dtype) {
     const void* data = data_pointer(tensor);
     return map_elements(tensor, dtype, [&](std::int64_t i) { return load_element(data, i, tensor.dtype()); });
   };
-  Inputs result{.query = convert(inputs.query),
-                .key = convert(inputs.key),
-                .value = convert(inputs.value),
-                .metadata = inputs.metadata};
+  Inputs result = inputs;
+  for (Tensor* tensor : {&result.query, &result.key, &result.value}) *tensor = convert(*tensor);
   if (inputs.metadata.defined()) {
     AttentionMetadataFields fields = inputs.metadata->fields;
     for (auto* joint : {&fields.joint_query, &fields.joint_key, &fields.joint_value}) {
@@ -226,7 +285,11 @@ ImplConfig config_for(const Inputs& inputs) {
   check_rank("query", inputs.query);
   check_rank("key", inputs.key);
   check_rank("value", inputs.value);
-  return {.num_heads = inputs.query.size(2), .head_size = inputs.query.size(3), .num_kv_heads = inputs.key.size(2)};
+  return {.num_heads = inputs.query.size(2),
+          .head_size = inputs.query.size(3),
+          .softmax_scale = inputs.softmax_scale,
+          .causal = inputs.causal,
+          .num_kv_heads = inputs.key.size(2)};
 }
 
 Problem check_inputs(const Inputs& inputs, const ImplConfig& config) {
@@ -242,10 +305,10 @@ Tensor allocate_out(const Problem& problem) {
 }
 
 Inputs inputs_on(const Inputs& inputs, DLDevice device) {
-  return {.query = copy_to(inputs.query, device),
-          .key = copy_to(inputs.key, device),
-          .value = copy_to(inputs.value, device),
-          .metadata = copy_to(inputs.metadata, device)};
+  Inputs result = inputs;
+  for (Tensor* tensor : {&result.query, &result.key, &result.value}) *tensor = copy_to(*tensor, device);
+  result.metadata = copy_to(inputs.metadata, device);
+  return result;
 }
 
 }  // namespace ditattn::cli

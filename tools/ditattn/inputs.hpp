@@ -14,10 +14,12 @@ namespace ditattn::cli {
 
 /// The tensors of one attention call.
 struct Inputs {
-  Tensor query;                ///< (B, Sq, H, D)
-  Tensor key;                  ///< (B, Skv, Hkv, D)
-  Tensor value;                ///< (B, Skv, Hkv, D)
-  AttentionMetadata metadata;  ///< null where the call has nothing else
+  Tensor query;                                        ///< (B, Sq, H, D)
+  Tensor key;                                          ///< (B, Skv, Hkv, D)
+  Tensor value;                                        ///< (B, Skv, Hkv, D)
+  AttentionMetadata metadata;                          ///< null where the call has nothing else
+  std::optional<double> softmax_scale = std::nullopt;  ///< none: 1/√D
+  bool causal = false;
 };
 
 /// Inputs and how to call them.
@@ -28,17 +30,18 @@ struct Case {
 
 /// What a call knows beside the tensors of its file.
 struct CallOptions {
-  std::string joint_strategy = "front";
-  std::optional<std::int64_t> valid_kv_length = std::nullopt;  ///< none: all keys
+  std::optional<std::string> joint_strategy = std::nullopt;    ///< none: the file's, or else "front"
+  std::optional<std::int64_t> valid_kv_length = std::nullopt;  ///< none: the file's, or else all keys
 };
 
 /// `query`, `key`, `value` of a safetensors file, and what it has of `attn_mask`, `joint_query`, `joint_key`,
 /// `joint_value`, `joint_attn_mask`, `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q` and `max_seqlen_k` (without the
-/// last two: the longest sequence). FileError for missing tensors; unknown ones are warned about.
+/// last two: the longest sequence). The file's metadata may say how the call was made (docs/capture.md lists the keys).
+/// FileError for missing tensors and malformed metadata; unknown tensors are warned about, unknown keys are not read.
 Inputs load_inputs(const std::filesystem::path& file, const CallOptions& options);
 
-/// A file as `load_inputs` takes it, or a capture: `<case>.query`, `<case>.key`, … for any number of cases. Cases are
-/// named "stem" or "stem/case", in the order of their names.
+/// A file as `load_inputs` takes it, or a capture: `<case>.query`, `<case>.key`, … for any number of cases, keys of the
+/// metadata likewise. Cases are named "stem" or "stem/case", in the order of their names.
 std::vector<Case> load_cases(const std::filesystem::path& file, const CallOptions& options);
 
 /// Standard normal tensors one after the other, rounded to `dtype`; the same for the same seed.
@@ -63,7 +66,8 @@ Inputs converted(const Inputs& inputs, DLDataType dtype);
 /// The same inputs in the memory of `device`.
 Inputs inputs_on(const Inputs& inputs, DLDevice device);
 
-/// The configuration for a layer that takes these inputs. ValueError where they have no 4 dimensions.
+/// The configuration for a layer that takes these inputs, scale and causality included. ValueError where they have no 4
+/// dimensions.
 ImplConfig config_for(const Inputs& inputs);
 
 /// Checks everything that a call's tensors can have wrong for any backend (ValueError), and says what it asks for: its

@@ -189,7 +189,7 @@ void recommend(CaseResult& result) {
 CaseResult measure_case(const Case& problem_case, const std::vector<BackendInfo>& backends,
                         const MeasureOptions& options, const StepReport& report) {
   ImplConfig config = config_for(problem_case.inputs);
-  config.causal = options.causal;
+  config.causal |= options.causal;
   CaseResult result{.name = problem_case.name};
   CaseMeasurement measurement(problem_case.inputs, config, options, result.problem);
   result.sample_rows = measurement.oracle().sample_rows();

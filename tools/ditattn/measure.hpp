@@ -13,8 +13,8 @@
 namespace ditattn::cli {
 
 struct MeasureOptions {
-  DLDevice device = kCpu;  ///< where the backends compute
-  bool causal = false;
+  DLDevice device = kCpu;           ///< where the backends compute
+  bool causal = false;              ///< of every case, also where it does not say so itself
   std::uint64_t seed = 0;           ///< draws the sample of rows that errors are measured on
   std::optional<int> repeats;       ///< rounds; none: as many as fit in about a second, 3 to 50
   std::optional<double> max_error;  ///< none: what the dtype allows

@@ -78,9 +78,9 @@ int run(const Options& options) {
   Inputs inputs = load_inputs(options.input, options.call);
   if (device.device_type != kDLCPU) inputs = inputs_on(inputs, device);
   ImplConfig config = config_for(inputs);
-  config.softmax_scale = options.scale;
-  config.causal = options.causal;
-  config.prefix = options.selection.role;
+  if (options.scale) config.softmax_scale = options.scale;
+  config.causal |= options.causal;
+  config.prefix = config.role = options.selection.role;
   Problem problem = check_inputs(inputs, config);
   problem.lse = options.lse;
   ForwardOutputs outputs{.out = allocate_out(problem)};
@@ -118,7 +118,8 @@ void add_run_verb(CLI::App& app, Action& action) {
       ->required();
   verb->add_option("--output", options->output, "safetensors file to write `out` to, in query's dtype")->required();
   verb->add_flag("--causal", options->causal, "Queries do not see later keys");
-  verb->add_option("--scale", options->scale, "Factor of the logits (default: 1/sqrt(D))")->check(number_from());
+  verb->add_option("--scale", options->scale, "Factor of the logits (default: the file's, or else 1/sqrt(D))")
+      ->check(number_from());
   verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
   add_call_flags(*verb, options->call);
   verb->add_flag("--lse", options->lse, "Write the log-sum-exp too: `lse`, float32 (B, H, Sq + joint)");

@@ -138,6 +138,19 @@ TEST(MaskDescription, IsComputedOnce) {
   EXPECT_EQ(metadata->mask_description().kv_lengths, Lengths{1});
 }
 
+TEST(MaskDescription, TheHintArbitraryIsTakenAtItsWordAndNoOther) {
+  const Tensor mask = bools({1, 3}, {1, 1, 0});
+  const auto kind = [&](const char* mode) {
+    MetadataExtra extra;
+    extra.Set("attention_mask_mode", tvm::ffi::String(mode));
+    return AttentionMetadata({.attn_mask = mask, .extra = extra})->mask_description().kind;
+  };
+  EXPECT_EQ(kind("arbitrary"), MaskDescription::Kind::dense);
+  for (const char* mode : {"none", "padding", "Arbitrary", ""}) {
+    EXPECT_EQ(kind(mode), MaskDescription::Kind::key_prefix) << mode;
+  }
+}
+
 TEST(MaskDescription, ManyThreadsAtOnceSeeOneDescription) {
   constexpr int kThreads = 16;
   const AttentionMetadata metadata({.attn_mask = bools({2, 3}, {1, 1, 0, 1, 0, 0})});

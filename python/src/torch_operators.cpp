@@ -1,0 +1,345 @@
+// `torch.ops.ditattn` in C++: kernels for PyTorch's dispatcher, which calls them without Python. They go through
+// PyTorch's stable C interface (torch/csrc/stable/c/shim.h, from 2.10 on), whose functions are looked up in the
+// process: one binary serves every PyTorch, and none. Where they are missing torch_ops.py registers kernels in Python.
+
+#include <dlfcn.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/reflection/registry.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "ditattn/attention.hpp"
+#include "ditattn/errors.hpp"
+#include "objects.hpp"
+
+// pybind11, which PyTorch's binding is made with, lets errors of this class set Python's exception themselves. Only the
+// declaration is needed: what catches it is in PyTorch.
+namespace pybind11 {
+class __attribute__((visibility("default"))) builtin_exception : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+  virtual void set_error() const = 0;
+};
+}  // namespace pybind11
+
+namespace ditattn::python {
+namespace {
+
+// An argument or a result: a number's bits, a handle, or, where the schema says optional, null or a pointer to such.
+using StableIValue = std::uint64_t;
+using TensorHandle = void*;
+using LibraryHandle = void*;
+using Kernel = void (*)(StableIValue* stack, std::uint64_t num_arguments, std::uint64_t num_results);
+constexpr std::uint64_t kInterface = 0x020A000000000000;  // of PyTorch 2.10.0
+
+// PyTorch's functions, under their names without prefixes. All return 0 for success where they return an int.
+struct Torch {
+  int (*library_init_impl)(const char* name, const char* key, const char* file, std::uint32_t line, LibraryHandle*);
+  int (*library_impl)(LibraryHandle, const char* name, Kernel, std::uint64_t interface);
+  int (*call_dispatcher)(const char* name, const char* overload, StableIValue* stack, std::uint64_t interface);
+  bool (*grad_mode_is_enabled)();
+  int (*delete_tensor_object)(TensorHandle);
+  int (*new_tensor_handle)(TensorHandle, TensorHandle*);
+  int (*get_data_ptr)(TensorHandle, void**);
+  int (*get_dim)(TensorHandle, std::int64_t*);
+  int (*get_sizes)(TensorHandle, std::int64_t**);
+  int (*get_strides)(TensorHandle, std::int64_t**);
+  int (*get_dtype)(TensorHandle, std::int32_t*);
+  int (*get_device_type)(TensorHandle, std::int32_t*);
+  int (*get_device_index)(TensorHandle, std::int32_t*);
+  int (*empty_strided)(std::int64_t, const std::int64_t*, const std::int64_t*, std::int32_t dtype, std::int32_t type,
+                       std::int32_t index, TensorHandle*);
+  int (*string_c_str)(void*, const char**);
+  int (*delete_string)(void*);
+  int (*get_current_cuda_stream)(std::int32_t, void**);  // null without CUDA
+
+  struct Type {
+    std::int32_t torch;
+    DLDataType dtype;
+  };
+  std::array<Type, 7> types;
+  std::int32_t cpu_device;
+  std::int32_t cuda_device;
+};
+
+template <class F>
+bool find(void* library, const char* name, F& function) {
+  function = reinterpret_cast<F>(::dlsym(library, name));
+  return function != nullptr;
+}
+
+std::optional<Torch> find_torch() {
+  void* cpu = ::dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+  if (cpu == nullptr) return std::nullopt;
+  Torch torch{};
+  bool found =
+      find(cpu, "aoti_torch_library_init_impl", torch.library_init_impl) &&
+      find(cpu, "torch_library_impl", torch.library_impl) &&
+      find(cpu, "torch_call_dispatcher", torch.call_dispatcher) &&
+      find(cpu, "aoti_torch_grad_mode_is_enabled", torch.grad_mode_is_enabled) &&
+      find(cpu, "aoti_torch_delete_tensor_object", torch.delete_tensor_object) &&
+      find(cpu, "aoti_torch_new_tensor_handle", torch.new_tensor_handle) &&
+      find(cpu, "aoti_torch_get_data_ptr", torch.get_data_ptr) && find(cpu, "aoti_torch_get_dim", torch.get_dim) &&
+      find(cpu, "aoti_torch_get_sizes", torch.get_sizes) && find(cpu, "aoti_torch_get_strides", torch.get_strides) &&
+      find(cpu, "aoti_torch_get_dtype", torch.get_dtype) &&
+      find(cpu, "aoti_torch_get_device_type", torch.get_device_type) &&
+      find(cpu, "aoti_torch_get_device_index", torch.get_device_index) &&
+      find(cpu, "aoti_torch_empty_strided", torch.empty_strided) &&
+      find(cpu, "torch_string_c_str", torch.string_c_str) && find(cpu, "torch_delete_string", torch.delete_string);
+  const auto constant = [&](const char* name) {
+    std::int32_t (*get)() = nullptr;
+    found = found && find(cpu, name, get);
+    return found ? get() : -1;
+  };
+  torch.types = {{{constant("aoti_torch_dtype_float32"), kFloat32},
+                  {constant("aoti_torch_dtype_float16"), kFloat16},
+                  {constant("aoti_torch_dtype_bfloat16"), kBFloat16},
+                  {constant("aoti_torch_dtype_float64"), kFloat64},
+                  {constant("aoti_torch_dtype_bool"), kBool},
+                  {constant("aoti_torch_dtype_int32"), kInt32},
+                  {constant("aoti_torch_dtype_int64"), kInt64}}};
+  torch.cpu_device = constant("aoti_torch_device_type_cpu");
+  torch.cuda_device = constant("aoti_torch_device_type_cuda");
+  if (!found) return std::nullopt;
+  if (void* gpu = ::dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD); gpu != nullptr) {
+    find(gpu, "aoti_torch_get_current_cuda_stream", torch.get_current_cuda_stream);
+  }
+  return torch;
+}
+
+const Torch& torch() {
+  static const std::optional<Torch> found = find_torch();
+  if (!found) throw ImportError("PyTorch is not in this process, or older than 2.10.");
+  return *found;
+}
+
+// An error for PyTorch to raise in Python under its own type; in C++ it is a std::runtime_error.
+class __attribute__((visibility("default"))) PythonError final : public pybind11::builtin_exception {
+ public:
+  explicit PythonError(const tvm::ffi::Error& error)
+      : builtin_exception(std::string(error.message())), kind_(error.kind()) {}
+
+  void set_error() const override {
+    void (*set)(void* type, const char* text) = nullptr;
+    void** type = nullptr;
+    find(RTLD_DEFAULT, "PyErr_SetString", set);
+    if (!find(RTLD_DEFAULT, ("PyExc_" + kind_).c_str(), type)) find(RTLD_DEFAULT, "PyExc_RuntimeError", type);
+    set(*type, what());
+  }
+
+ private:
+  std::string kind_;
+};
+
+void check(int status, const char* what) {
+  if (status != 0) throw ValueError(std::string(what) + " cannot be taken over: PyTorch does not give its memory.");
+}
+
+// A tensor of PyTorch that belongs to the kernel.
+class Held {
+ public:
+  explicit Held(TensorHandle handle = nullptr) : handle_(handle) {}
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+  ~Held() {
+    if (handle_ != nullptr) torch().delete_tensor_object(handle_);
+  }
+
+  [[nodiscard]] TensorHandle get() const { return handle_; }
+  TensorHandle* receive() { return &handle_; }
+  [[nodiscard]] StableIValue release() { return std::bit_cast<StableIValue>(std::exchange(handle_, nullptr)); }
+  [[nodiscard]] StableIValue another() const {
+    TensorHandle made = nullptr;
+    check(torch().new_tensor_handle(handle_, &made), "A tensor");
+    return std::bit_cast<StableIValue>(made);
+  }
+
+  // The same memory. `what` names it in errors.
+  [[nodiscard]] Tensor view(const char* what) const {
+    void* data = nullptr;
+    std::int64_t rank = 0;
+    std::int64_t* sizes = nullptr;
+    std::int64_t* strides = nullptr;
+    std::int32_t dtype = 0;
+    check(torch().get_data_ptr(handle_, &data), what);
+    check(torch().get_dim(handle_, &rank), what);
+    check(torch().get_sizes(handle_, &sizes), what);
+    check(torch().get_strides(handle_, &strides), what);
+    check(torch().get_dtype(handle_, &dtype), what);
+    const auto count = static_cast<std::size_t>(rank);
+    return wrap(data, {sizes, count}, dtype_of(dtype, what), {strides, count}, device());
+  }
+  [[nodiscard]] DLDevice device() const {
+    std::int32_t type = 0;
+    std::int32_t index = 0;
+    torch().get_device_type(handle_, &type);
+    torch().get_device_index(handle_, &index);
+    return type == torch().cuda_device ? DLDevice{kDLCUDA, index} : DLDevice(kCpu);
+  }
+
+ private:
+  static DLDataType dtype_of(std::int32_t dtype, const char* what) {
+    for (const Torch::Type& type : torch().types) {
+      if (type.torch == dtype) return type.dtype;
+    }
+    throw ValueError(std::string(what) + " has a dtype that no back end takes. Give float32, float16 or bfloat16.");
+  }
+
+  TensorHandle handle_;
+};
+
+std::string take_string(StableIValue value) {
+  void* handle = std::bit_cast<void*>(value);
+  const char* text = "";
+  torch().string_c_str(handle, &text);
+  std::string result = text;
+  torch().delete_string(handle);
+  return result;
+}
+
+std::optional<double> take_optional_double(StableIValue value) {
+  const std::unique_ptr<StableIValue> box(std::bit_cast<StableIValue*>(value));
+  return box == nullptr ? std::nullopt : std::optional(std::bit_cast<double>(*box));
+}
+
+// Takes what the dispatcher gives, in the order of torch_ops.py's schema, all of it before anything can fail.
+struct Arguments {
+  explicit Arguments(const StableIValue* stack)
+      : query(std::bit_cast<TensorHandle>(stack[0])),
+        key(std::bit_cast<TensorHandle>(stack[1])),
+        value(std::bit_cast<TensorHandle>(stack[2])),
+        backend(take_string(stack[3])),
+        softmax_scale(take_optional_double(stack[4])),
+        causal((stack[5] & 1) != 0),
+        backend_kwargs(take_string(stack[6])) {}
+
+  Held query;
+  Held key;
+  Held value;
+  std::string backend;
+  std::optional<double> softmax_scale;
+  bool causal;
+  std::string backend_kwargs;
+};
+
+// PyTorch's current stream of a device is this thread's, as long as this lives.
+class StreamScope {
+ public:
+  explicit StreamScope(DLDevice device) : device_(device) {
+    if (device.device_type != kDLCUDA || torch().get_current_cuda_stream == nullptr) return;
+    void* stream = nullptr;
+    torch().get_current_cuda_stream(device.device_id, &stream);
+    TVMFFIEnvSetStream(device.device_type, device.device_id, stream, &before_);
+    is_set_ = true;
+  }
+  StreamScope(const StreamScope&) = delete;
+  StreamScope& operator=(const StreamScope&) = delete;
+  ~StreamScope() {
+    if (is_set_) TVMFFIEnvSetStream(device_.device_type, device_.device_id, before_, nullptr);
+  }
+
+ private:
+  DLDevice device_;
+  TVMFFIStreamHandle before_ = nullptr;
+  bool is_set_ = false;
+};
+
+constexpr const char* kForwardOnly =
+    "it requires a gradient, and ditattn is forward only: call under torch.no_grad(), or give .detach()";
+
+// Gradients cannot be asked for in C: a small operator in Python does, where they may be wanted at all.
+void refuse_gradients(const Arguments& arguments) {
+  if (!torch().grad_mode_is_enabled()) return;
+  std::array<StableIValue, 3> stack{arguments.query.another(), arguments.key.another(), arguments.value.another()};
+  check(torch().call_dispatcher("ditattn::requires_gradient", "", stack.data(), kInterface), "A tensor");
+  const auto which = static_cast<std::int64_t>(stack[0]);
+  if (which < 0) return;
+  throw NotImplementedError(std::string(which == 0   ? "query"
+                                        : which == 1 ? "key"
+                                                     : "value") +
+                            " cannot be taken over: " + kForwardOnly);
+}
+
+// A new contiguous tensor of PyTorch's, float32 or of `like`'s dtype, on `like`'s device.
+void make(std::span<const std::int64_t> shape, const Tensor& like, bool is_float32, Held& made) {
+  std::array<std::int64_t, 4> strides{};
+  std::int64_t step = 1;
+  for (std::size_t i = shape.size(); i-- > 0; step *= std::max<std::int64_t>(shape[i], 1)) strides[i] = step;
+  const DLDataType dtype = is_float32 ? kFloat32 : like.dtype();
+  const auto type = std::ranges::find(torch().types, dtype, &Torch::Type::dtype);
+  const DLDevice device = like.device();
+  const std::int32_t device_type = device.device_type == kDLCUDA ? torch().cuda_device : torch().cpu_device;
+  if (torch().empty_strided(static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(), type->torch,
+                            device_type, device.device_id, made.receive()) != 0) {
+    throw MemoryError("There is no memory for a tensor of shape " + shape_name(shape) + " and dtype " +
+                      dtype_name(dtype) + " on " + device_name(device) + ".");
+  }
+}
+
+void run(const Arguments& arguments, Held& out, Held* lse) {
+  refuse_gradients(arguments);
+  const Tensor query = arguments.query.view("query");
+  const Tensor key = arguments.key.view("key");
+  const Tensor value = arguments.value.view("value");
+  const StreamScope stream(query.device());
+  ForwardOutputs outputs;
+  if (query.ndim() == 4) {  // else refused below
+    make(query.shape(), query, false, out);
+    outputs.out = out.view("out");
+    if (lse != nullptr) {
+      make(std::array{query.size(0), query.size(2), query.size(1)}, query, true, *lse);
+      outputs.lse = lse->view("lse");
+    }
+  }
+  attention(query, key, value,
+            {.backend = arguments.backend,
+             .softmax_scale = arguments.softmax_scale,
+             .causal = arguments.causal,
+             .backend_kwargs = kwargs_from_json(arguments.backend_kwargs)},
+            {}, outputs);
+}
+
+template <bool kReturnsLse>
+void kernel(StableIValue* stack, std::uint64_t /*num_arguments*/, std::uint64_t /*num_results*/) {
+  const Arguments arguments(stack);
+  Held out;
+  Held lse;
+  try {
+    run(arguments, out, kReturnsLse ? &lse : nullptr);
+  } catch (const tvm::ffi::Error& error) {
+    throw PythonError(error);
+  }
+  stack[0] = out.release();
+  if constexpr (kReturnsLse) stack[1] = lse.release();
+}
+
+// Registers the kernels of operators that torch_ops.py has defined; false where this PyTorch has no such interface.
+bool register_torch_kernels() {
+  if (!find_torch()) return false;
+  for (const char* key : {"CPU", "CUDA"}) {
+    LibraryHandle library = nullptr;  // PyTorch's for ever
+    if (torch().library_init_impl("ditattn", key, __FILE__, __LINE__, &library) != 0 ||
+        torch().library_impl(library, "attention", kernel<false>, kInterface) != 0 ||
+        torch().library_impl(library, "attention_with_lse", kernel<true>, kInterface) != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+TVM_FFI_STATIC_INIT_BLOCK() {
+  tvm::ffi::reflection::GlobalDef()
+      .def("ditattn.register_torch_kernels", register_torch_kernels)
+      .def("ditattn.forward_only", [] { return tvm::ffi::String(kForwardOnly); });
+}
+
+}  // namespace
+}  // namespace ditattn::python

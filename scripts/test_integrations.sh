@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Tests inside diffusers and others, in an environment of their own that is made once.
+# Usage: scripts/test_integrations.sh BUILD_DIR [pytest's arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+build=$1
+shift
+environment=.venv-integrations
+if ! cmp -s requirements-integrations.txt "$environment/requirements.stamp"; then
+  echo "test-integrations: making $environment"
+  python3 -m venv --clear "$environment"
+  "$environment/bin/pip" install --quiet --disable-pip-version-check -r requirements-integrations.txt
+  cp requirements-integrations.txt "$environment/requirements.stamp"
+fi
+export PYTHONPATH="$PWD/$build/python" PYTHONDONTWRITEBYTECODE=1
+exec "$environment/bin/python" -m pytest -q -p no:cacheprovider tests/integrations "$@"

@@ -1,0 +1,163 @@
+#include "ditattn/attention.hpp"
+
+#include <fmt/format.h>
+
+#include <functional>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+#include "core/environment.hpp"
+#include "core/text.hpp"
+#include "ditattn/selector.hpp"
+#include "registry/check_tensor.hpp"
+#include "registry/enum.hpp"
+
+namespace ditattn {
+namespace {
+
+using Layer = std::shared_ptr<const AttentionImpl>;
+
+// All that a layer depends on beside the registrations. A class is kept alive by its layer: its address is its own.
+struct Key {
+  const AttentionBackend* backend_class;
+  std::string backend;
+  std::string role;
+  std::string role_category;
+  std::string environment;
+  std::string kwargs;
+  std::string device;
+  std::optional<double> softmax_scale;
+  bool causal;
+  std::int64_t num_heads;
+  std::int64_t num_kv_heads;
+  std::int64_t head_size;
+
+  bool operator==(const Key&) const = default;
+};
+
+struct KeyHash {
+  std::size_t operator()(const Key& key) const {
+    std::size_t seed = 0;
+    const auto mix = [&](const auto& value) {
+      seed = seed * 1'000'003 + std::hash<std::decay_t<decltype(value)>>()(value);
+    };
+    mix(key.backend_class);
+    mix(key.backend);
+    mix(key.role);
+    mix(key.kwargs);
+    mix(key.softmax_scale.value_or(0));
+    mix(key.num_heads);
+    mix(key.head_size);
+    return seed;
+  }
+};
+
+struct Layers {
+  std::shared_mutex mutex;
+  std::uint64_t changes = 0;  // registrations when these were made
+  std::unordered_map<Key, Layer, KeyHash> kept;
+};
+
+Layers& layers() {
+  static auto& instance = *new Layers;  // never destroyed: plug-ins' objects are in it
+  return instance;
+}
+
+constexpr std::size_t kMostKept = 512;  // more than models have kinds of layers; then all are made anew
+
+// Options as one text that differs where they do; none for values that cannot be compared.
+std::optional<std::string> text_of(const BackendKwargs& kwargs) {
+  std::string text;
+  for (const auto& [key, value] : kwargs) {
+    std::string entry;
+    if (const auto flag = value.as<bool>()) {
+      entry = *flag ? "true" : "false";
+    } else if (const auto integer = value.as<std::int64_t>()) {
+      entry = fmt::format("{}", *integer);
+    } else if (const auto number = value.as<double>()) {
+      entry = fmt::format("{:a}", *number);
+    } else if (const auto string = value.as<tvm::ffi::String>()) {
+      entry = "\"" + std::string(*string);
+    } else {
+      return std::nullopt;
+    }
+    text += fmt::format("{}:{}={}:{};", key.size(), std::string(key), entry.size(), entry);
+  }
+  return text;
+}
+
+bool names_nobody(const AttentionOptions& options) {
+  return options.backend_class == nullptr && upper_case(options.backend) == "AUTO";
+}
+
+Layer make(const AttentionOptions& options, const LayerShape& shape) {
+  BackendClass backend = options.backend_class;
+  BackendKwargs kwargs = options.backend_kwargs;
+  if (names_nobody(options)) {
+    const Selection selection =
+        get_attn_backend_for_role(options.role, shape.head_size, options.config, options.role_category, shape.device);
+    backend = selection.backend;
+    kwargs = selection.backend_kwargs();
+    for (const auto& [key, value] : options.backend_kwargs) kwargs.Set(key, value);
+  } else {
+    if (backend == nullptr) {
+      backend = DiffusionAttentionBackendEnum::from_name(upper_case(options.backend)).get_class();
+    }
+    backend->validate_available();
+  }
+  return backend->make({.num_heads = shape.num_heads,
+                        .head_size = shape.head_size,
+                        .softmax_scale = options.softmax_scale,
+                        .causal = options.causal,
+                        .num_kv_heads = shape.num_kv_heads,
+                        .backend_kwargs = kwargs});
+}
+
+}  // namespace
+
+Layer attention_layer(const AttentionOptions& options, const LayerShape& shape) {
+  const std::optional<std::string> kwargs = text_of(options.backend_kwargs);
+  const bool is_configured = options.config.default_spec || !options.config.per_role.empty();
+  if (!kwargs || (is_configured && names_nobody(options))) return make(options, shape);
+
+  Key key{.backend_class = options.backend_class.get(),
+          .backend = options.backend,
+          .role = options.role,
+          .role_category = options.role_category,
+          .environment = environment(Env::DIFFUSION_ATTENTION_BACKEND).value_or(""),
+          .kwargs = *kwargs,
+          .device = shape.device,
+          .softmax_scale = options.softmax_scale,
+          .causal = options.causal,
+          .num_heads = shape.num_heads,
+          .num_kv_heads = shape.num_kv_heads,
+          .head_size = shape.head_size};
+  const std::uint64_t changes = registration_changes();
+  {
+    const std::shared_lock lock(layers().mutex);
+    if (layers().changes == changes) {
+      if (const auto found = layers().kept.find(key); found != layers().kept.end()) return found->second;
+    }
+  }
+  Layer made = make(options, shape);                // may load a plug-in, which may come back here: no lock is held
+  std::unordered_map<Key, Layer, KeyHash> dropped;  // destroyed when the lock is free again, for the same reason
+  const std::unique_lock lock(layers().mutex);
+  if (layers().changes != changes || layers().kept.size() == kMostKept) layers().kept.swap(dropped);
+  layers().changes = changes;
+  layers().kept.emplace(std::move(key), made);
+  return made;
+}
+
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
+                 const AttentionMetadata& metadata, const ForwardOutputs& outputs) {
+  check_rank_4("query", query);
+  check_rank_4("key", key);
+  const Layer layer = attention_layer(options, {.num_heads = query.size(2),
+                                                .num_kv_heads = key.size(2),
+                                                .head_size = query.size(3),
+                                                .device = std::string(device_type_name(query.device()))});
+  return layer->forward(query, key, value, metadata, outputs);
+}
+
+}  // namespace ditattn
