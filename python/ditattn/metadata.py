@@ -125,8 +125,8 @@ def _as_tuple(entry: Any) -> Sequence[int]:
 class Conversion:
     """AttentionMetadata of objects of other classes: made once for an object, and anew where a field changed.
 
-    `make` gets the named fields that an object has and that are not None. A field, or a known key of `extra`, has changed
-    when it is another object: tensors and lists must not be changed in place.
+    `make` gets the named fields that an object has and that are not None. A field, or a known key of `extra`, has
+    changed when it is another object: tensors and lists must not be changed in place.
     """
 
     def __init__(self, make: Callable[..., AttentionMetadata], names: Sequence[str]) -> None:

@@ -2,6 +2,22 @@
 
 import torch
 
+from ditattn import DiffusionAttentionBackendEnum
+from ditattn.integrations import vllm_omni
+
+CLASSES = {
+    "FLASH_ATTN": "FlashAttention",
+    "TORCH_SDPA": "SDPA",
+    "SAGE_ATTN": "SageAttention",
+    "SAGE_ATTN_3": "SageAttention3",
+    "CUDNN_ATTN": "CuDNNAttention",
+    "FLASHINFER_ATTN": "FlashInferAttention",
+}
+HERE = ["FLASH_ATTN", "TORCH_SDPA", "SAGE_ATTN", "SAGE_ATTN_3"]  # of a build without CUDA
+NOT_HERE = [name for name in CLASSES if name not in HERE]
+EXACT = HERE[:2]
+TOLERANCE = {"FLASH_ATTN": 1e-5, "TORCH_SDPA": 1e-5, "SAGE_ATTN": 0.05, "SAGE_ATTN_3": 0.5}
+
 
 def inputs(batch=2, seq_q=7, seq_kv=9, heads=4, kv_heads=2, head_size=64, dtype=torch.float32, seed=1):
     """Query, key, value with standard normal numbers."""
@@ -13,7 +29,9 @@ def inputs(batch=2, seq_q=7, seq_kv=9, heads=4, kv_heads=2, head_size=64, dtype=
 def expected(query, key, value, keep=None, bias=None, scale=None):
     """softmax(scale · query · keyᵀ + bias, where `keep`) · value in float64; both broadcast to (B, H, Sq, Skv)."""
     groups = query.shape[2] // key.shape[2]
-    query, key, value = (x.double() for x in (query, key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)))
+    query, key, value = (
+        x.double() for x in (query, key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2))
+    )
     logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         logits = logits + bias.double()
@@ -47,7 +65,42 @@ def stand_in_flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, caus
     """Stands in for flash_attn_varlen_func: one document after the other."""
     spans = zip(*(torch.stack((cu[:-1], cu[1:]), 1).tolist() for cu in (cu_seqlens_q, cu_seqlens_k)))
     outputs = [
-        stand_in_flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], causal=causal, softmax_scale=softmax_scale)[0]
+        stand_in_flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], causal=causal, softmax_scale=softmax_scale)[
+            0
+        ]
         for (a, b), (c, d) in spans
     ]
     return torch.cat(outputs)
+
+
+def backend(member):
+    return getattr(vllm_omni, f"{CLASSES[member]}Backend")
+
+
+def impl(member="FLASH_ATTN", heads=4, kv_heads=2, head_size=64, **config):
+    scale = config.pop("softmax_scale", head_size**-0.5)
+    return backend(member).get_impl_cls()(heads, head_size, scale, num_kv_heads=kv_heads, **config)
+
+
+def assert_close(out, wanted, member="FLASH_ATTN"):
+    """By the norms of the two, and no row may be far off."""
+    assert out.shape == wanted.shape and out.dtype == torch.float32
+    assert torch.linalg.norm(out - wanted) <= TOLERANCE[member] * torch.linalg.norm(wanted)
+
+
+def outcome(action, *args):
+    """What it returns, or its error's kind and text."""
+    try:
+        return action(*args)
+    except Exception as error:
+        return type(error), str(error)
+
+
+def own_layer(member="FLASH_ATTN", heads=4, kv_heads=2, head_size=64, **config):
+    """ditattn's own layer, without vLLM-Omni."""
+    cls = DiffusionAttentionBackendEnum[member].get_class()
+    return cls.get_impl_cls()(heads, head_size, num_kv_heads=kv_heads, **config)
+
+
+def close(out, wanted):
+    return torch.allclose(out.double(), wanted.double(), atol=2e-5)

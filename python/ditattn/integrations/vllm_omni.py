@@ -4,8 +4,8 @@
 
     vllm_omni.install()  # or: vllm_omni.install("FLASH_ATTN", "SAGE_ATTN")
 
-The classes have vLLM-Omni's names and derive from its `AttentionBackend` and `AttentionImpl`. A class asks for its plug-in
-when it is first used, not when this module is imported. What a back end cannot do is its error.
+The classes have vLLM-Omni's names and derive from its `AttentionBackend` and `AttentionImpl`. A class asks for its
+plug-in when it is first used, not when this module is imported. What a back end cannot do is its error.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _device() -> str:
 
 
 def _own_class(member: str | None) -> type[ditattn.AttentionBackend]:
-    """ditattn's class that computes, whatever it is written in; None: its selector's choice. ImportError with why not."""
+    """ditattn's class, whatever it is written in; None: its selector's choice. ImportError where it cannot be had."""
     if member is None:
         return ditattn.get_attn_backend_for_role(device=_device())[0]
     found = ditattn.DiffusionAttentionBackendEnum[member].get_class()
@@ -74,8 +74,8 @@ def _make_metadata(**fields: Any) -> ditattn.AttentionMetadata:
     return ditattn.AttentionMetadata(**{**fields, "extra": extra})
 
 
-# joint_* are for vLLM-Omni's parallel strategies: where there is one it has joined them to query, key, value and the mask
-# before a back end is called, and left the fields as they were.
+# joint_* are for vLLM-Omni's parallel strategies: where there is one it has joined them to query, key, value and the
+# mask before a back end is called, and left the fields as they were.
 _converted = Conversion(_make_metadata, ("attn_mask", "extra", "full_attn_spans", "query_ranges"))
 
 
@@ -253,9 +253,9 @@ def install(*members: str) -> list[str]:
     """Registers ditattn's classes for members of vLLM-Omni's enumeration, and returns these members' names.
 
     Without names: for all that can be had here; the others stay vLLM-Omni's own. With names: for those, or ImportError
-    with the reason and nothing is changed. ValueError for unknown names. A platform for which vLLM-Omni has no back ends
-    ("unspecified", the CPU) can choose among the registered ones then; its default is the choice of ditattn's selector.
-    Layers that were made before are not changed.
+    with the reason and nothing is changed. ValueError for unknown names. A platform for which vLLM-Omni has no back
+    ends ("unspecified", the CPU) can choose among the registered ones then; its default is the choice of ditattn's
+    selector. Layers that were made before are not changed.
     """
     chosen = []
     for member in _known(members):
