@@ -6,11 +6,13 @@ cd "$(dirname "$0")/.."
 build=$1
 shift
 environment=.venv-integrations
-if ! cmp -s requirements-integrations.txt "$environment/requirements.stamp"; then
+lists=(requirements-integrations.txt requirements-vllm-omni.txt)
+if ! cat "${lists[@]}" | cmp -s - "$environment/requirements.stamp"; then
   echo "test-integrations: making $environment"
   python3 -m venv --clear "$environment"
-  "$environment/bin/pip" install --quiet --disable-pip-version-check -r requirements-integrations.txt
-  cp requirements-integrations.txt "$environment/requirements.stamp"
+  "$environment/bin/pip" install --quiet --disable-pip-version-check -r "${lists[0]}"
+  "$environment/bin/pip" install --quiet --disable-pip-version-check --no-deps -r "${lists[1]}"
+  cat "${lists[@]}" >"$environment/requirements.stamp"
 fi
 export PYTHONPATH="$PWD/$build/python" PYTHONDONTWRITEBYTECODE=1
 exec "$environment/bin/python" -m pytest -q -p no:cacheprovider tests/integrations "$@"

@@ -273,7 +273,7 @@ def _follows(processor: Any) -> bool:
 def _copy_with(processor: Any, backend: Any) -> Any:
     made = copy.copy(processor)
     if not hasattr(made, "_attention_backend"):
-        made.__class__ = _dispatching(type(processor))
+        made.__class__ = _dispatching(processor.__class__)
     made._attention_backend = backend
     return made
 
@@ -285,7 +285,7 @@ class _ToDispatcher(TorchFunctionMode):
         super().__init__()
         self.backend = backend
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = functools.partial(_dispatch, self.backend) if func is F.scaled_dot_product_attention else func
         return call(*args, **(kwargs or {}))
 
@@ -330,6 +330,6 @@ def _dispatching(cls: type) -> type:
     return type(cls.__name__, (cls,), body)
 
 
-def _blank(cls: type) -> Any:
-    made = _dispatching(cls)
+def _blank(cls: Any) -> Any:
+    made: Any = _dispatching(cls)
     return made.__new__(made)
