@@ -231,11 +231,26 @@ def test_layers_can_be_copied_and_pickled():
         assert torch.equal(other.forward(*inputs()), wanted)
 
 
-def test_under_inference_mode_and_torch_compile():
+@pytest.mark.parametrize("options", [{}, {"smooth_k": False}])
+def test_torch_compile_sees_one_operator(options):
+    made = impl("SAGE_ATTN" if options else "FLASH_ATTN", backend_kwargs=options)
+    query, key, value = inputs()
+    keep = torch.arange(9) < torch.tensor([[4], [9]])
+    for metadata, mask in ((None, None), (AttentionMetadata(attn_mask=keep.int()), keep[:, None, None])):
+        torch._dynamo.reset()
+        called = lambda query, metadata=metadata: made.forward(query * 2, key, value, metadata) + 1  # noqa: E731
+        compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(query), called(query))
+        if not options:
+            assert_close(compiled(query), expected(query * 2, key, value, mask) + 1)
+
+
+def test_under_inference_mode_and_torch_compile_with_more_metadata():
     made, (query, key, value) = impl(), inputs()
-    called = lambda query: made.forward(query * 2, key, value) + 1  # noqa: E731
+    metadata = AttentionMetadata(extra={"valid_kv_length": 5})
+    called = lambda query: made.forward(query * 2, key, value, metadata) + 1  # noqa: E731
     assert torch._dynamo.explain(called)(query).graph_count == 2  # one before the layer, one after it
-    assert_close(torch.compile(called)(query), expected(query * 2, key, value) + 1)
+    assert_close(torch.compile(called)(query), expected(query * 2, key[:, :5], value[:, :5]) + 1)
     with torch.inference_mode():
         query, key, value = inputs()
         assert_close(made.forward(query, key, value), expected(query, key, value))

@@ -11,6 +11,7 @@ plug-in when it is first used, not when this module is imported. What a back end
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -86,6 +87,18 @@ def _metadata(given: AttentionMetadata, query: torch.Tensor, key: torch.Tensor) 
         # Rows are the last ones in vLLM-Omni, the first ones in ditattn.
         return dataclasses.replace(metadata, query_ranges=[ditattn.QueryRange(0, query.shape[1], first)])
     return metadata
+
+
+def _as_json(options: Mapping[str, Any]) -> str | None:
+    """As PyTorch's operator takes them; None for what is no JSON."""
+    try:
+        return json.dumps(options) if options else ""
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_mask_at_most(given: AttentionMetadata | None) -> bool:
+    return given is None or (not given.extra and given.full_attn_spans is None and given.query_ranges is None)
 
 
 class _ClassAnswer:
@@ -190,6 +203,7 @@ class _Impl(AttentionImpl):
         self.prefix = prefix
         self.qkv_layout = qkv_layout
         self.backend_kwargs = dict(backend_kwargs or {})
+        self._options = _as_json(self.backend_kwargs)
         self.role = role
         self.softmax_scale = softmax_scale
         self._layers: dict[tuple[int, int], ditattn.AttentionImpl] = {}
@@ -214,7 +228,6 @@ class _Impl(AttentionImpl):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layers": {}}  # they hold C++ objects, and are made anew
 
-    @torch.compiler.disable
     def forward(
         self,
         query: torch.Tensor,
@@ -222,7 +235,26 @@ class _Impl(AttentionImpl):
         value: torch.Tensor,
         attn_metadata: AttentionMetadata | None = None,
     ) -> torch.Tensor:
-        """Attention of (batch, tokens, heads, head size); not traced by torch.compile, forward only."""
+        """Attention of (batch, tokens, heads, head size), forward only.
+
+        torch.compile sees one operator where the metadata has nothing but a mask; with more its graph breaks here.
+        """
+        if torch.compiler.is_compiling() and _is_mask_at_most(attn_metadata) and self._options is not None:
+            return self._operator(query, key, value, None if attn_metadata is None else attn_metadata.attn_mask)
+        return self._forward(query, key, value, attn_metadata)
+
+    def _operator(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        if mask is not None and mask.ndim == 2:
+            mask = mask.to(torch.bool)  # as _make_metadata has it
+        options = (self.member or "auto", self.softmax_scale, self.causal, self._options)
+        return torch.ops.ditattn.attention.masked(query, key, value, mask, *options)
+
+    @torch.compiler.disable
+    def _forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: AttentionMetadata | None
+    ) -> torch.Tensor:
         if query.ndim != 4 or key.ndim != 4:
             return self._layer(self.num_heads, self.num_kv_heads).forward(query, key, value)  # it says what is wrong
         metadata = None if attn_metadata is None else _metadata(attn_metadata, query, key)
