@@ -157,7 +157,8 @@ def like(tensor: tvm_ffi.Tensor, model: Any) -> Any:
         return _to_numpy(tensor)
     if is_torch(model):
         return torch().from_dlpack(tensor)
-    library = sys.modules.get(type(model).__module__.partition(".")[0])
+    namespace = getattr(model, "__array_namespace__", None)  # of the array API standard: JAX, CuPy and others
+    library = sys.modules.get(type(model).__module__.partition(".")[0]) if namespace is None else namespace()
     from_dlpack = getattr(library, "from_dlpack", None)
     return tensor if from_dlpack is None else from_dlpack(tensor)
 
