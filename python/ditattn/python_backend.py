@@ -197,8 +197,8 @@ def _hint(module: str) -> str:
 
 
 def import_class(class_path: str) -> Any:
-    """The last stage of class-path resolution. vLLM-Omni's own classes, which run in vLLM-Omni only, are not imported."""
-    found = None if str(class_path).startswith("vllm_omni.") else _find(str(class_path))
+    """The last stage of class-path resolution."""
+    found = _find(str(class_path))
     if found is None:
         return None
     if not isinstance(found, type):

@@ -63,7 +63,7 @@ class Search {
 
   BackendClass run(const Importer& importer) {
     BackendClass backend = in_files();
-    if (!backend && importer.import) backend = in_host(importer);
+    if (!backend && importer.import && !is_left_out_) backend = in_host(importer);
     if (!backend) throw ImportError(failure());
     for (const std::string& other : broken_) log(LogLevel::warning, "Skipped a broken plug-in: " + other);
     return backend;
@@ -98,7 +98,10 @@ class Search {
 
   void note_missing(const fs::path& file) {
     const std::string not_built = reason_not_built(file);
-    if (!not_built.empty()) reason_ = not_built;
+    if (!not_built.empty()) {  // the module is this build's own: another of its name must not stand in for it
+      reason_ = not_built;
+      is_left_out_ = true;
+    }
     tried_.push_back(fmt::format("{}: {}", file.string(), not_built.empty() ? "no such file" : not_built));
   }
 
@@ -124,6 +127,7 @@ class Search {
   std::vector<std::string> tried_;
   std::vector<std::string> broken_;
   std::string reason_ = "no such module";
+  bool is_left_out_ = false;
 };
 
 BackendClass find_in_linked_module(const std::string& text, const ClassPath& path, FindBackend find) {

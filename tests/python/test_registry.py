@@ -245,6 +245,14 @@ def test_a_missing_back_end_leaves_the_others_alone(not_built):
     assert Enum.TORCH_SDPA.get_class().get_name() == "SDPA"
 
 
+def test_what_a_build_left_out_is_not_imported_from_elsewhere(not_built, module):
+    """As the classes of vLLM-Omni, which have the same paths, where that is installed."""
+    module("left_out", MODULE.replace("MyBackend", "LeftOutBackend"))
+    with pytest.raises(ImportError, match="not built: there was no compiler") as caught:
+        not_built.get_class()
+    assert "importlib" not in str(caught.value)
+
+
 # --- Classes over C++ -------------------------------------------------------------------------------------------
 
 
