@@ -31,6 +31,14 @@ def _named(backend: Any) -> Any:
     raise TypeError(f"backend must be a name, a member or a class, got {backend!r}.")
 
 
+def _are_of_torch(query: Any, key: Any, value: Any, attn_mask: Any) -> bool:
+    if torch_ops is None:
+        return False
+    tensor = torch_ops.Tensor
+    mask_fits = attn_mask is None or isinstance(attn_mask, tensor)
+    return isinstance(query, tensor) and isinstance(key, tensor) and isinstance(value, tensor) and mask_fits
+
+
 def _that_differ(backend: str, softmax_scale: Any, causal: bool, backend_kwargs: Any) -> dict[str, Any]:
     """Options of PyTorch's operator that are not as by default: each takes it a third of a microsecond."""
     given: dict[str, Any] = {}
@@ -83,7 +91,7 @@ def attention(
     """
     name = backend if isinstance(backend, str) else _named(backend)
     if (metadata is None and out is None and lse is None and role is None and config is None and role_category is None
-            and torch_ops is not None and isinstance(name, str) and isinstance(query, torch_ops.Tensor)):  # fmt: skip
+            and isinstance(name, str) and _are_of_torch(query, key, value, attn_mask)):  # fmt: skip
         operator = torch_ops.attention_with_lse if return_lse else torch_ops.attention
         given = _that_differ(name, softmax_scale, causal, backend_kwargs)
         if attn_mask is None:

@@ -226,6 +226,14 @@ def test_compiled_without_a_break_for_any_length(device, backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_the_function_takes_arrays_of_several_libraries():
+    query, key, value = inputs()
+    mask = torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) < 0.6
+    out = ditattn.attention(query, key.numpy(), value, attn_mask=mask.numpy())
+    assert type(out) is torch.Tensor
+    assert_close(out, expected(query, key, value, mask)[0])
+
+
 def test_the_function_too_is_compiled_without_a_break():
     torch._dynamo.reset()
     function = torch.compile(lambda *t: ditattn.attention(*t, backend="torch_sdpa", causal=True) + 1, fullgraph=True,
