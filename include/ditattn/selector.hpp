@@ -65,4 +65,28 @@ DITATTN_API Selection get_attn_backend_for_role(const std::string& role, std::in
 DITATTN_API Selection select_backend(const Problem& problem, const std::string& role = {},
                                      const AttentionConfig& config = {}, const std::string& role_category = {});
 
+/// One member's answer to a problem.
+struct MemberVerdict {
+  DiffusionAttentionBackendEnum member;
+  BackendClass backend;       ///< null where the class cannot be imported
+  bool is_candidate = false;  ///< would be tried; the others only tell what they would say
+  Verdict verdict;            ///< what speaks against it here, unavailability included
+  std::string kernel = {};    ///< which would compute, if it takes the problem and its engine tells
+};
+
+/// What `select_backend` would choose, and why not something else.
+struct Explanation {
+  std::string source;        ///< as `Selection::source`
+  bool is_explicit = false;  ///< one candidate only, which nothing replaces
+  /// Candidates in the order in which they are tried, then all other members.
+  std::vector<MemberVerdict> members;
+  std::optional<DiffusionAttentionBackendEnum> chosen;  ///< none where every candidate refuses
+};
+
+/// Explains a choice before anything runs, with every reason and its values, where `select_backend` would throw or
+/// choose. Loads what has to be loaded to ask. Throws for a configuration or a device that does not exist, as
+/// `select_backend`; never because a backend is broken or refuses. Nothing is logged. Thread-safe.
+DITATTN_API Explanation explain(const Problem& problem, const std::string& role = {},
+                                const AttentionConfig& config = {}, const std::string& role_category = {});
+
 }  // namespace ditattn

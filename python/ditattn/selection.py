@@ -16,6 +16,7 @@ from .problem import Problem
 _parse_config = _native.function("parse_config")
 _get_attn_backend_for_role = _native.function("get_attn_backend_for_role")
 _select_backend = _native.function("select_backend")
+_explain_choice = _native.function("explain_choice")
 _platform_candidates = _native.function("platform_candidates")
 _define_platform = _native.function("define_platform")
 
@@ -161,6 +162,60 @@ def select_backend(
     """As `get_attn_backend_for_role`, for a problem that is known, given whole or by its fields."""
     problem = dataclasses.replace(problem or Problem(), **fields)
     return _selection(_select_backend(problem.to_native(), role or "", native_config(config), role_category or ""))
+
+
+class MemberVerdict(NamedTuple):
+    """One member's answer to a problem."""
+
+    member: DiffusionAttentionBackendEnum
+    is_candidate: bool  #: would be tried; the others only tell what they would say
+    reasons: tuple[str, ...]  #: against it; empty: it takes the problem
+    engine: str  #: empty where the class cannot be had
+    kernel: str  #: which would compute, where it takes the problem and its engine tells
+
+
+class Explanation(NamedTuple):
+    """What `select_backend` would choose, and why not something else."""
+
+    source: str  #: as `Selection.source`
+    is_explicit: bool
+    members: tuple[MemberVerdict, ...]  #: candidates in the order in which they are tried, then all others
+    chosen: DiffusionAttentionBackendEnum | None  #: None where every candidate refuses
+
+
+def explain(
+    problem: Problem | None = None,
+    *,
+    role: str | None = None,
+    config: AttentionConfig | Mapping[str, Any] | None = None,
+    role_category: str | None = None,
+    **fields: Any,
+) -> Explanation:
+    """`select_backend` explained before anything runs: every candidate, accepted or refused, with every reason.
+
+    An error only for a configuration or device that does not exist, never because a back end is broken or refuses.
+    """
+    problem = dataclasses.replace(problem or Problem(), **fields)
+    found = _native.plain(
+        _explain_choice(problem.to_native(), role or "", native_config(config), role_category or "")
+    )
+    members = tuple(
+        MemberVerdict(
+            member=DiffusionAttentionBackendEnum[entry["member"]],
+            is_candidate=entry["is_candidate"],
+            reasons=tuple(entry["reasons"]),
+            engine=entry["engine"],
+            kernel=entry["kernel"],
+        )
+        for entry in found["members"]
+    )
+    chosen = found["chosen"]
+    return Explanation(
+        source=found["source"],
+        is_explicit=found["is_explicit"],
+        members=members,
+        chosen=None if chosen is None else DiffusionAttentionBackendEnum[chosen],
+    )
 
 
 def platform_candidates(device: str = "cpu") -> list[DiffusionAttentionBackendEnum]:

@@ -242,8 +242,27 @@ Dict selection_dict(const Selection& selection) {
           {"is_explicit", selection.is_explicit}};
 }
 
+Dict explanation_dict(const Explanation& explanation) {
+  Array<Any> members;
+  for (const MemberVerdict& answer : explanation.members) {
+    members.push_back(Dict{{"member", String(answer.member.name())},
+                           {"is_candidate", answer.is_candidate},
+                           {"engine", String(answer.backend ? answer.backend->capabilities().engine : "")},
+                           {"kernel", String(answer.kernel)},
+                           {"reasons", strings(answer.verdict.reasons)}});
+  }
+  return {{"source", String(explanation.source)},
+          {"is_explicit", explanation.is_explicit},
+          {"members", members},
+          {"chosen", explanation.chosen ? Any(String(explanation.chosen->name())) : Any()}};
+}
+
 void define_selection() {
   refl::GlobalDef()
+      .def("ditattn.explain_choice",
+           [](const Dict& problem, const String& role, const Dict& config, const String& category) {
+             return explanation_dict(explain(problem_from(problem), role, config_from(config), category));
+           })
       .def("ditattn.parse_config", parse_config)
       .def("ditattn.get_attn_backend_for_role",
            [](const String& role, std::int64_t head_size, const Dict& config, const String& category,

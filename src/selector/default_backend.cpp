@@ -124,17 +124,23 @@ class DefaultBackend final : public AttentionBackend {
 
 }  // namespace
 
+Verdict verdict_on(const Candidate& candidate, const Candidate& first, const Problem& problem) {
+  Verdict verdict = candidate.backend->explain(problem);
+  const auto alignment = [](const Candidate& of) { return of.backend->capabilities().causal_alignment; };
+  if (verdict && depends_on_alignment(problem) && alignment(candidate) != alignment(first)) {
+    verdict.reasons.push_back(fmt::format("{} aligns causality otherwise than {} ({} queries, {} keys{})",
+                                          candidate.member.name(), first.member.name(), problem.seq_q, problem.seq_kv,
+                                          problem.packed ? ", packed" : ""));
+  }
+  return verdict;
+}
+
 std::size_t first_that_takes(const std::vector<Candidate>& candidates, const Problem& problem,
                              std::vector<std::string>& refusals) {
-  const CausalAlignment alignment = candidates.front().backend->capabilities().causal_alignment;
   for (std::size_t i = 0; i < candidates.size(); ++i) {
-    const Verdict verdict = candidates[i].backend->explain(problem);
-    const bool same_rule = candidates[i].backend->capabilities().causal_alignment == alignment;
-    if (verdict && (same_rule || !depends_on_alignment(problem))) return i;
-    refusals.push_back(verdict ? fmt::format("{} aligns causality otherwise than {} ({} queries, {} keys{})",
-                                             candidates[i].member.name(), candidates.front().member.name(),
-                                             problem.seq_q, problem.seq_kv, problem.packed ? ", packed" : "")
-                               : verdict.text());
+    const Verdict verdict = verdict_on(candidates[i], candidates.front(), problem);
+    if (verdict) return i;
+    refusals.push_back(verdict.text());
   }
   return candidates.size();
 }

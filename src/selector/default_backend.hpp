@@ -15,6 +15,9 @@ struct Candidate {
   friend bool operator==(const Candidate&, const Candidate&) = default;
 };
 
+/// What speaks against a candidate for `problem`: its own reasons, or that it aligns causality otherwise than `first`.
+Verdict verdict_on(const Candidate& candidate, const Candidate& first, const Problem& problem);
+
 /// The first candidate that takes `problem`, `candidates.size()` if none does; the reasons of those before it, each
 /// with its member's name, are appended to `refusals`. A causal problem whose diagonal the first candidate aligns
 /// otherwise than a later one is refused for that one, unless both rules come to the same.

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <mutex>
 #include <set>
 
@@ -124,7 +125,46 @@ Selection select(const Request& request, const AttentionConfig& config, const Pr
   return selection;
 }
 
+// The member's answer, whatever is wrong with it. `first`, the candidate whose causal rule holds, is this one if none
+// yet.
+MemberVerdict ask(Enum member, const Problem& problem, std::optional<Candidate>& first) {
+  MemberVerdict answer{.member = member};
+  try {
+    answer.backend = member.get_class();
+    answer.backend->validate_available();
+    const Candidate candidate{.member = member, .backend = answer.backend};
+    if (!first) first = candidate;
+    answer.verdict = verdict_on(candidate, *first, problem);
+    if (answer.verdict) answer.kernel = answer.backend->kernel_name(problem);
+  } catch (const tvm::ffi::Error& error) {  // of any language
+    answer.verdict.reasons.push_back(std::string(error.message()));
+  }
+  return answer;
+}
+
 }  // namespace
+
+Explanation explain(const Problem& problem, const std::string& role, const AttentionConfig& config,
+                    const std::string& role_category) {
+  const std::string device(device_type_name(problem.device));
+  const Choice choice =
+      choose({.role = role, .category = role_category, .head_size = problem.head_size, .device = device}, config);
+  Explanation explanation{.source = choice.source, .is_explicit = choice.spec.has_value(), .members = {}, .chosen = {}};
+  std::vector<Enum> order =
+      choice.spec ? std::vector{Enum::from_name(choice.spec->backend)} : platform_candidates(device);
+  const std::size_t candidates = order.size();
+  for (const Enum member : Enum::members()) {
+    if (std::ranges::find(order, member) == order.end()) order.push_back(member);
+  }
+  std::optional<Candidate> first;
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    if (i >= candidates && choice.spec) first.reset();  // the others go by their own rules
+    MemberVerdict& answer = explanation.members.emplace_back(ask(order[i], problem, first));
+    answer.is_candidate = i < candidates;
+    if (answer.is_candidate && answer.verdict && !explanation.chosen) explanation.chosen = order[i];
+  }
+  return explanation;
+}
 
 Selection get_attn_backend_for_role(const std::string& role, std::int64_t head_size, const AttentionConfig& config,
                                     const std::string& role_category, const std::string& device) {

@@ -6,8 +6,8 @@ import pytest
 from numpy_backends import NumpyBackend
 
 from ditattn import (
-    HEAD_SIZE_UNKNOWN, AttentionConfig, AttentionSpec, Problem, define_platform, get_attn_backend_for_role,
-    platform_candidates, register_diffusion_backend, select_backend,
+    HEAD_SIZE_UNKNOWN, AttentionConfig, AttentionSpec, Problem, define_platform, explain,
+    get_attn_backend_for_role, platform_candidates, register_diffusion_backend, select_backend,
 )  # fmt: skip
 from ditattn import DiffusionAttentionBackendEnum as Enum
 
@@ -104,3 +104,30 @@ def test_platforms():
         assert get_attn_backend_for_role()[0] is Enum.TORCH_SDPA.get_class()
     finally:
         define_platform("cpu", before)
+
+
+# --- explain ----------------------------------------------------------------------------------------------------
+
+
+def test_an_explanation_has_every_member_with_its_reasons(not_built):
+    found = explain(head_size=64, mask="additive", num_heads=4, num_kv_heads=2)
+    assert (found.source, found.is_explicit, found.chosen) == ("platform default", False, Enum.FLASH_ATTN)
+    assert [answer.member for answer in found.members] == list(Enum)
+    assert [answer.member.name for answer in found.members if answer.is_candidate] == ["FLASH_ATTN", "TORCH_SDPA"]
+    answers = {answer.member: answer for answer in found.members}
+    assert answers[Enum.TORCH_SDPA].reasons == () and answers[Enum.TORCH_SDPA].engine
+    assert "does not support a mask of kind additive" in answers[Enum.SAGE_ATTN].reasons[0]
+    assert "not built: there was no compiler" in answers[not_built].reasons[0] and answers[not_built].engine == ""
+
+
+def test_an_explanation_chooses_as_select_backend_does(monkeypatch):
+    config = {"default": "flash_attn", "per_role": {"cross": "torch_sdpa"}}
+    for options in ({}, {"config": config}, {"config": config, "role": "cross"}, {"head_size": 300}):
+        found, chosen = explain(Problem(), **options), select_backend(Problem(), **options)
+        assert (found.chosen, found.source, found.is_explicit) == (chosen.member, chosen.source, chosen.is_explicit)
+    monkeypatch.setenv("DIFFUSION_ATTENTION_BACKEND", "sage_attn")
+    found = explain(head_size=300)
+    assert found.is_explicit and found.chosen is None
+    assert "head_size=300" in found.members[0].reasons[0] and found.members[0].member is Enum.SAGE_ATTN
+    with pytest.raises(ValueError, match="Unknown diffusion attention backend: 'NOPE'"):
+        explain(config={"default": "nope"})

@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "tests/unit/registry/registry_fixture.hpp"
 #include "tests/unit/testing.hpp"
 #include "tests/unit/toy_backend.hpp"
@@ -118,6 +120,72 @@ TEST_F(Selector, ExplicitChoiceIsNeverReplaced) {
   EXPECT_EQ(error_text<ImportError>([] { select_backend({}); }), "UNAVAILABLE needs a device of its own");
   register_diffusion_backend(Enum::FLASH_ATTN, "selector_test.nowhere.Backend");
   error_text<ImportError>([] { select_backend({}); });
+}
+
+// --- explain
+
+const MemberVerdict& answer_of(const Explanation& explanation, Enum member) {
+  return *std::ranges::find(explanation.members, member, &MemberVerdict::member);
+}
+
+TEST_F(Selector, ExplanationHasCandidatesInOrderAndThenAllOthers) {
+  const ScopedEnvironment unset(kVariable, nullptr);
+  const Explanation small = explain({.head_size = 64});
+  EXPECT_EQ(small.source, "platform default");
+  EXPECT_FALSE(small.is_explicit);
+  EXPECT_EQ(small.chosen, Enum::FLASH_ATTN);
+  ASSERT_EQ(small.members.size(), Enum::members().size());
+  EXPECT_EQ(small.members[0].member, Enum::FLASH_ATTN);
+  EXPECT_EQ(small.members[1].member, Enum::TORCH_SDPA);
+  for (std::size_t i = 0; i < small.members.size(); ++i) EXPECT_EQ(small.members[i].is_candidate, i < 2) << i;
+  EXPECT_TRUE(small.members[1].verdict) << "would do, but is not reached";
+
+  const Explanation large = explain({.head_size = 72});
+  EXPECT_EQ(large.chosen, Enum::TORCH_SDPA);
+  expect_contains(large.members[0].verdict.text(), {"head_size=72", "1 to 64"});
+}
+
+TEST_F(Selector, ExplanationNeverThrowsForABackendAndChoosesAsSelectBackend) {
+  const ScopedEnvironment unset(kVariable, nullptr);
+  use(Enum::FLASH_ATTN, std::make_shared<Unavailable>());
+  register_diffusion_backend(Enum::SAGE_ATTN, "selector_test.nowhere.Backend");
+  const Explanation explanation = explain({.head_size = 64});
+  EXPECT_EQ(explanation.chosen, select_backend({.head_size = 64}).member);
+  EXPECT_EQ(explanation.members[0].verdict.text(), "UNAVAILABLE needs a device of its own");
+  expect_contains(answer_of(explanation, Enum::SAGE_ATTN).verdict.text(), {"selector_test.nowhere.Backend"});
+  EXPECT_EQ(answer_of(explanation, Enum::SAGE_ATTN).backend, nullptr);
+  expect_contains(answer_of(explanation, Enum::CUSTOM).verdict.text(), {"must be registered before use"});
+
+  use(Enum::TORCH_SDPA, std::make_shared<Unavailable>());
+  EXPECT_FALSE(explain({}).chosen);
+}
+
+TEST_F(Selector, ExplanationOfAnExplicitChoiceHasOneCandidate) {
+  const ScopedEnvironment variable(kVariable, "flash_attn");
+  const Explanation explanation = explain({.head_size = 72});
+  EXPECT_TRUE(explanation.is_explicit);
+  EXPECT_EQ(explanation.source, "attention_config.default (DIFFUSION_ATTENTION_BACKEND)");
+  EXPECT_FALSE(explanation.chosen) << "TORCH_SDPA would do, but nothing replaces an explicit choice";
+  EXPECT_TRUE(answer_of(explanation, Enum::TORCH_SDPA).verdict);
+  EXPECT_EQ(std::ranges::count(explanation.members, true, &MemberVerdict::is_candidate), 1);
+
+  const AttentionConfig config = AttentionConfig::from_json(R"({"per_role": {"cross": "TORCH_SDPA"}})");
+  EXPECT_EQ(explain({}, "cross", config).source, "attention_config.per_role['cross']");
+  EXPECT_EQ(explain({}, "cross", config).chosen, Enum::TORCH_SDPA);
+  error_text<UnknownBackendError>([&] { explain({}, "", AttentionConfig::from_json(R"({"default": "NOPE"})")); });
+}
+
+TEST_F(Selector, ExplanationNamesTheCausalRuleThatDiffers) {
+  const ScopedEnvironment unset(kVariable, nullptr);
+  Capabilities other = testing::toy_capabilities();
+  other.causal_alignment = CausalAlignment::top_left;
+  use(Enum::TORCH_SDPA, std::make_shared<ToyBackend>("OTHER", 1, other));
+  const Problem problem{.seq_q = 3, .seq_kv = 5, .head_size = 72, .causal = true};
+  const Explanation explanation = explain(problem);
+  EXPECT_FALSE(explanation.members[0].verdict);
+  expect_contains(explanation.members[1].verdict.text(), {"TORCH_SDPA aligns causality otherwise than FLASH_ATTN"});
+  EXPECT_FALSE(explanation.chosen);
+  EXPECT_EQ(explain({.seq_q = 5, .seq_kv = 5, .head_size = 72, .causal = true}).chosen, Enum::TORCH_SDPA);
 }
 
 TEST_F(Selector, ExplicitCustomMustBeRegistered) {
