@@ -8,6 +8,7 @@
 #include <tvm/ffi/string.h>
 
 #include <array>
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -124,11 +125,17 @@ class DITATTN_API AttentionImpl {
   [[nodiscard]] double softmax_scale() const { return scale_; }
   [[nodiscard]] std::int64_t num_kv_heads() const { return config_.num_kv_heads.value_or(config_.num_heads); }
 
+ protected:
+  /// For implementations that pass calls on to others: these are counted (`launch_counts`).
+  void leave_counting_to_others() { is_counted_ = false; }
+
  private:
   friend struct BackendAccess;
   ImplConfig config_;
   double scale_;
   std::shared_ptr<const AttentionBackend> backend_;
+  bool is_counted_ = true;
+  std::atomic<std::uint64_t>* launches_ = nullptr;  // null where nothing is counted
 };
 
 using ImplFactory = std::function<std::unique_ptr<AttentionImpl>(const ImplConfig&)>;

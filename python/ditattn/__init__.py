@@ -19,6 +19,7 @@ from .backend import AttentionBackend, AttentionImpl
 from .capture import capture
 from .enum import DiffusionAttentionBackendEnum
 from .functional import attention
+from .launches import LaunchCount, launch_counts, reset_launch_counts
 from .metadata import AttentionMetadata, QueryRange
 from .problem import Problem
 from .registry import plugin_search_path, register_diffusion_backend, resolve_class_path
@@ -61,6 +62,7 @@ __all__ = [
     "AttentionSpec",
     "DiffusionAttentionBackendEnum",
     "Explanation",
+    "LaunchCount",
     "MemberVerdict",
     "Problem",
     "QueryRange",
@@ -70,10 +72,12 @@ __all__ = [
     "define_platform",
     "explain",
     "get_attn_backend_for_role",
+    "launch_counts",
     "num_threads",
     "platform_candidates",
     "plugin_search_path",
     "register_diffusion_backend",
+    "reset_launch_counts",
     "resolve_class_path",
     "select_backend",
     "set_log_handler",

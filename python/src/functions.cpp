@@ -343,6 +343,17 @@ void define_rest() {
   refl::GlobalDef()
       .def("ditattn.reinterpret", reinterpret)
       .def("ditattn.copy_result", copy_result)
+      .def("ditattn.launch_counts",
+           [] {
+             Array<Dict> counts;
+             for (const LaunchCount& count : launch_counts()) {
+               counts.push_back(Dict{{"role", String(count.role)},
+                                     {"backend", String(count.backend)},
+                                     {"calls", static_cast<std::int64_t>(count.calls)}});
+             }
+             return counts;
+           })
+      .def("ditattn.reset_launch_counts", reset_launch_counts)
       .def("ditattn.num_threads", [] { return static_cast<std::int64_t>(num_threads()); })
       .def("ditattn.set_num_threads", [](int count) { set_num_threads(count); })
       .def("ditattn.version", [] { return String(DITATTN_VERSION); })

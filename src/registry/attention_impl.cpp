@@ -9,6 +9,7 @@
 #include "ditattn/registry.hpp"
 #include "registry/check_call.hpp"
 #include "registry/observer.hpp"
+#include "registry/table_backend.hpp"
 
 namespace ditattn {
 namespace {
@@ -71,6 +72,7 @@ Tensor AttentionImpl::forward(const Tensor& query, const Tensor& key, const Tens
     } else {
       run(call);
     }
+    BackendAccess::count_launch(*this);
   }
   return out;
 }

@@ -5,6 +5,7 @@
 
 #include "ditattn/errors.hpp"
 #include "ditattn/plugin.hpp"
+#include "registry/launches.hpp"
 #include "registry/table_backend.hpp"
 
 namespace ditattn {
@@ -86,6 +87,7 @@ Function problem_function(const std::string& name, Body body) {
 std::unique_ptr<AttentionImpl> BackendAccess::create(const BackendClass& backend, const ImplConfig& config) {
   std::unique_ptr<AttentionImpl> impl = backend->create(config);
   impl->backend_ = backend;
+  if (impl->is_counted_) impl->launches_ = &launch_counter(config.role, backend->get_name());
   return impl;
 }
 

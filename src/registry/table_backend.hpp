@@ -38,6 +38,9 @@ Capabilities capabilities_from_map(const tvm::ffi::Map<tvm::ffi::String, tvm::ff
 struct BackendAccess {
   static std::unique_ptr<AttentionImpl> create(const BackendClass& backend, const ImplConfig& config);
   static std::vector<std::string> known_kwargs(const AttentionBackend& backend) { return backend.known_kwargs(); }
+  static void count_launch(const AttentionImpl& impl) {
+    if (impl.launches_ != nullptr) impl.launches_->fetch_add(1, std::memory_order_relaxed);
+  }
 };
 
 /// Calls `function` and turns whatever it throws into a `ditattn::Error` of the same kind; things that are not

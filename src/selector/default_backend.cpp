@@ -51,7 +51,9 @@ Capabilities joined_capabilities(const std::vector<Candidate>& candidates) {
 class DefaultImpl final : public AttentionImpl {
  public:
   DefaultImpl(const ImplConfig& config, const std::vector<Candidate>& candidates)
-      : AttentionImpl(config), candidates_(candidates), slots_(candidates.size()) {}
+      : AttentionImpl(config), candidates_(candidates), slots_(candidates.size()) {
+    leave_counting_to_others();
+  }
 
   void run(const AttentionCall& call) const override {
     Problem problem = check_call(*this, call.query, call.key, call.value, call.metadata);
@@ -63,6 +65,7 @@ class DefaultImpl final : public AttentionImpl {
     if (chosen == candidates_.size()) throw ValueError(fmt::format("{}", fmt::join(refusals, "; ")));
     if (chosen > 0) log_move(chosen, refusals);
     impl(chosen).run(call);
+    BackendAccess::count_launch(impl(chosen));
   }
 
  private:

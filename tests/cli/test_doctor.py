@@ -17,6 +17,7 @@ KEYS = {
     "devices": ["name", "present", "usable", "reason", "evidence"],
     "backends": ["name", "class_path", "overridden", "available", "engine", "reason", "remedy"],
     "defaults": ["device", "candidates", "platform_default", "explicit", "in_effect"],
+    "launches": ["role", "backend", "calls"],
 }
 FEATURES = "sse2 avx2 fma avx512f avx512bw avx512vl avx512_bf16 avx512_vnni amx_tile amx_bf16 amx_int8".split()
 MISSING_FILE = MODULES / "sage_attn3.so"

@@ -374,6 +374,21 @@ def test_options_that_cannot_be_hashed_are_passed_too(caplog):
     assert "ignoring backend_kwargs: ['odd']" in caplog.text
 
 
+def test_launches_are_counted_by_role():
+    query, key, value = inputs()
+    ditattn.reset_launch_counts()
+    assert ditattn.launch_counts() == []
+    for role in ("self", "self", "cross"):
+        layer("FLASH_ATTN", role=role)(query, key, value)
+    attention(query, key, value, role="cross", config={"default": "torch_sdpa"})
+    attention(query, key, value)
+    with pytest.raises(ValueError):
+        attention(query, key[:1], value)
+    assert sorted(ditattn.launch_counts()) == [
+        ("", "FLASH_ATTN", 1), ("cross", "FLASH_ATTN", 1), ("cross", "SDPA", 1), ("self", "FLASH_ATTN", 2)
+    ]  # fmt: skip
+
+
 # --- Threads ----------------------------------------------------------------------------------------------------
 
 

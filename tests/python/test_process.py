@@ -183,6 +183,17 @@ def test_the_commands_output_comes_before_what_python_says_last(ditattn, tmp_pat
     assert first.startswith("ditattn ") and last == "last"
 
 
+def test_doctor_tells_what_computed_in_its_process(run_python):
+    program = START + (
+        "import ditattn.__main__\nq = np.ones((1, 2, 1, 16), 'float32')\nattention(q, q, q, role='self')\n"
+        "ditattn.__main__.main(['doctor', '--json'])\n"
+    )
+    document = json.loads(ok(run_python("-c", program)))
+    assert document["launches"] == [{"role": "self", "backend": "FLASH_ATTN", "calls": 1}]
+    text = ok(run_python("-c", program.replace(", '--json'", "")))
+    assert "launches, by role" in text
+
+
 def test_interrupt_ends_it(tmp_path):
     (tmp_path / "slow.py").write_text(
         "from numpy_backends import *\nimport time\nclass Impl(NumpyImpl):\n"

@@ -16,6 +16,7 @@
 #include "core/text.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
+#include "ditattn/launches.hpp"
 #include "ditattn/selector.hpp"
 #include "ditattn/threads.hpp"
 #include "ditattn/version.hpp"
@@ -301,6 +302,14 @@ Json default_on(const std::string& device, const std::vector<BackendInfo>& backe
           {"in_effect", std::move(in_effect)}};
 }
 
+Json launches_part() {
+  Json launches = Json::array();
+  for (const LaunchCount& count : launch_counts()) {
+    launches.push_back({{"role", count.role}, {"backend", count.backend}, {"calls", count.calls}});
+  }
+  return launches;
+}
+
 }  // namespace
 
 Json diagnose() {
@@ -314,7 +323,8 @@ Json diagnose() {
           {"libraries", libraries_part()},
           {"devices", devices_part(backends)},
           {"backends", backends_part(backends)},
-          {"defaults", Json::array({default_on("cpu", backends)})}};
+          {"defaults", Json::array({default_on("cpu", backends)})},
+          {"launches", launches_part()}};
 }
 
 }  // namespace ditattn::cli

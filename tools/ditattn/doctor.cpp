@@ -14,6 +14,8 @@
 //   defaults     list of {"device", "candidates" (list of {"backend", "accepted", "reason"}), "platform_default",
 //                "explicit" (null, or {"source", "value", "reason" (why it cannot be followed)}), "in_effect" (null
 //                where nothing can be used)}
+//   launches     list of {"role", "backend", "calls"}: what computed in this process so far, which is of interest where
+//                the command is called in a process of Python
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -177,11 +179,23 @@ std::string default_text(const Json& entry) {
   return section.text();
 }
 
+std::string launches_text(const Json& launches) {
+  Table table{.columns = {{"launches, by role"}, {"back end"}, {"calls", true}}, .rows = {}};
+  for (const Json& entry : launches) {
+    const std::string role = line_of(entry["role"]);
+    table.rows.push_back({{role.empty() ? "(none)" : role},
+                          {line_of(entry["backend"])},
+                          {std::to_string(entry["calls"].get<std::uint64_t>())}});
+  }
+  return format_table(table, use_colour()) + "\n";
+}
+
 std::string text_document(const Json& document) {
   std::string text = machine_text(document["machine"]) + library_text(document["library"]) +
                      environment_text(document["environment"]) + libraries_text(document["libraries"]) +
                      devices_text(document["devices"]) + backends_text(document["backends"]);
   for (const Json& entry : document["defaults"]) text += default_text(entry);
+  if (!document["launches"].empty()) text += launches_text(document["launches"]);
   text.pop_back();  // the empty line after the last section
   return text;
 }
