@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+
 #include "ditattn/selector.hpp"
 #include "tools/ditattn/backend_info.hpp"
 #include "tools/ditattn/exit_status.hpp"
@@ -168,8 +170,8 @@ int run(const Options& options) {
     for (const Explained& entry : all) cases.push_back(to_json(entry));
     print_json({{"cases", cases}});
   } else {
-    std::vector<std::string> texts;
-    for (const Explained& entry : all) texts.push_back(text_of(entry));
+    std::vector<std::string> texts(all.size());
+    std::ranges::transform(all, texts.begin(), text_of);
     print(fmt::format("{}", fmt::join(texts, "\n")));
   }
   return kDone;

@@ -28,7 +28,7 @@ std::map<std::pair<std::string, std::string>, std::uint64_t> counts() {
 }
 
 Tensor zeros(std::initializer_list<std::int64_t> shape) {
-  const Tensor tensor = empty(shape, kFloat32);
+  Tensor tensor = empty(shape, kFloat32);
   std::fill_n(static_cast<float*>(tensor.data_ptr()), tensor.numel(), 0.0F);
   return tensor;
 }
@@ -81,9 +81,9 @@ TEST_F(Launches, BehindAPlatformsDefaultTheOneThatRanIsCounted) {
 
 TEST_F(Launches, ThreadsLoseNone) {
   const auto layer = std::make_shared<ToyBackend>("TOY_A")->make({.num_heads = 2, .head_size = 8, .role = "many"});
-  std::vector<std::thread> threads;
-  for (int i = 0; i < 4; ++i) {
-    threads.emplace_back([&] {
+  std::vector<std::thread> threads(4);
+  for (std::thread& thread : threads) {
+    thread = std::thread([&] {
       for (int call = 0; call < 250; ++call) layer->forward(tensor_, tensor_, tensor_);
     });
   }
