@@ -33,8 +33,8 @@ struct LayerShape {
   std::string device = "cpu";
 };
 
-/// The layer that `attention` would use: for a new combination it is built, then kept (some hundreds, the oldest are
-/// dropped), and after any registration chosen anew. Errors are those of `get_attn_backend_for_role` and
+/// The layer that `attention` would use: for a new combination it is built, then kept (512; then all are built anew),
+/// and after any registration chosen anew. Errors are those of `get_attn_backend_for_role` and
 /// `AttentionBackend::make`; ImportError where the back end cannot run here. Thread-safe.
 DITATTN_API std::shared_ptr<const AttentionImpl> attention_layer(const AttentionOptions& options,
                                                                  const LayerShape& shape);

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, fallthrough_kernel, register_fake
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _native
@@ -30,7 +31,7 @@ _attention = _native.function("attention")
 _DEFAULTS = ("auto", None, False, "")
 _WITH_LSE: tuple[Any, ...] = ("", "", {}, None, None, True)  # role, category, configuration, out, lse, return_lse
 
-_LIBRARY = torch.library.Library("ditattn", "DEF")
+_OPERATORS = Library("ditattn", "DEF")
 _TENSORS = "Tensor query, Tensor key, Tensor value"
 _OPTIONS = 'str backend="auto", float? softmax_scale=None, bool causal=False, str backend_kwargs=""'
 _OVERLOADS = {"": f"{_TENSORS}, *, {_OPTIONS}", ".masked": f"{_TENSORS}, Tensor? attn_mask, {_OPTIONS}"}
@@ -108,22 +109,22 @@ def _in_autocast_dtype(operator: Any, device: str) -> Any:
 def _define(name: str, result: str, run: Any, fake: Any) -> Any:
     for overload, arguments in _OVERLOADS.items():
         full = name + overload
-        _LIBRARY.define(f"{full}({arguments}) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
+        _OPERATORS.define(f"{full}({arguments}) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
         operator = getattr(getattr(torch.ops.ditattn, name), overload[1:] or "default")
         for key in ("CPU", "CUDA"):
             if overload or not _HAS_KERNELS_IN_CPP:
-                _LIBRARY.impl(full, run, key)
-            _LIBRARY.impl(full, _in_autocast_dtype(operator, key.lower()), f"Autocast{key}")
-        _LIBRARY.impl(full, torch.library.fallthrough_kernel, "Autograd")  # kernels refuse, at no cost for others
-        torch.library.register_fake(f"ditattn::{full}", fake, lib=_LIBRARY)
+                _OPERATORS.impl(full, run, key)
+            _OPERATORS.impl(full, _in_autocast_dtype(operator, key.lower()), f"Autocast{key}")
+        _OPERATORS.impl(full, fallthrough_kernel, "Autograd")  # kernels refuse, at no cost for others
+        register_fake(f"ditattn::{full}", fake, lib=_OPERATORS)
     return getattr(torch.ops.ditattn, name)
 
 
 _HAS_KERNELS_IN_CPP = _native.function("register_torch_kernels")()
 if _HAS_KERNELS_IN_CPP:  # which ask
-    _LIBRARY.define(f"requires_gradient({_TENSORS}) -> int")
-    _LIBRARY.impl("requires_gradient", _requires_gradient, "CompositeExplicitAutograd")
-    _LIBRARY.impl("requires_gradient", torch.library.fallthrough_kernel, "Autograd")
+    _OPERATORS.define(f"requires_gradient({_TENSORS}) -> int")
+    _OPERATORS.impl("requires_gradient", _requires_gradient, "CompositeExplicitAutograd")
+    _OPERATORS.impl("requires_gradient", fallthrough_kernel, "Autograd")
 
 attention = _define("attention", "Tensor", _run, _fake)
 attention_with_lse = _define("attention_with_lse", "(Tensor, Tensor)", _run_with_lse, _fake_with_lse)

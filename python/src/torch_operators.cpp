@@ -40,10 +40,10 @@ using LibraryHandle = void*;
 using Kernel = void (*)(StableIValue* stack, std::uint64_t num_arguments, std::uint64_t num_results);
 constexpr std::uint64_t kInterface = 0x020A000000000000;  // of PyTorch 2.10.0
 
-// PyTorch's functions, under their names without prefixes. All return 0 for success where they return an int.
+// PyTorch's functions. All return 0 for success where they return an int.
 struct Torch {
-  int (*library_init_impl)(const char* name, const char* key, const char* file, std::uint32_t line, LibraryHandle*);
-  int (*library_impl)(LibraryHandle, const char* name, Kernel, std::uint64_t interface);
+  int (*begin_registration)(const char* name, const char* key, const char* file, std::uint32_t line, LibraryHandle*);
+  int (*register_kernel)(LibraryHandle, const char* name, Kernel, std::uint64_t interface);
   int (*call_dispatcher)(const char* name, const char* overload, StableIValue* stack, std::uint64_t interface);
   bool (*grad_mode_is_enabled)();
   int (*delete_tensor_object)(TensorHandle);
@@ -81,8 +81,8 @@ std::optional<Torch> find_torch() {
   if (cpu == nullptr) return std::nullopt;
   Torch torch{};
   bool found =
-      find(cpu, "aoti_torch_library_init_impl", torch.library_init_impl) &&
-      find(cpu, "torch_library_impl", torch.library_impl) &&
+      find(cpu, "aoti_torch_library_init_impl", torch.begin_registration) &&
+      find(cpu, "torch_library_impl", torch.register_kernel) &&
       find(cpu, "torch_call_dispatcher", torch.call_dispatcher) &&
       find(cpu, "aoti_torch_grad_mode_is_enabled", torch.grad_mode_is_enabled) &&
       find(cpu, "aoti_torch_delete_tensor_object", torch.delete_tensor_object) &&
@@ -115,11 +115,12 @@ std::optional<Torch> find_torch() {
   return torch;
 }
 
-const Torch& torch() {
+// Looked up once; only kernels, which exist where it was found, use it without asking.
+const std::optional<Torch>& found_torch() {
   static const std::optional<Torch> found = find_torch();
-  if (!found) throw ImportError("PyTorch is not in this process, or older than 2.10.");
-  return *found;
+  return found;
 }
+const Torch& torch() { return *found_torch(); }
 
 // An error for PyTorch to raise in Python under its own type; in C++ it is a std::runtime_error.
 class __attribute__((visibility("default"))) PythonError final : public pybind11::builtin_exception {
@@ -323,12 +324,12 @@ void kernel(StableIValue* stack, std::uint64_t /*num_arguments*/, std::uint64_t 
 
 // Registers the kernels of operators that torch_ops.py has defined; false where this PyTorch has no such interface.
 bool register_torch_kernels() {
-  if (!find_torch()) return false;
+  if (!found_torch()) return false;
   for (const char* key : {"CPU", "CUDA"}) {
     LibraryHandle library = nullptr;  // PyTorch's for ever
-    if (torch().library_init_impl("ditattn", key, __FILE__, __LINE__, &library) != 0 ||
-        torch().library_impl(library, "attention", kernel<false>, kInterface) != 0 ||
-        torch().library_impl(library, "attention_with_lse", kernel<true>, kInterface) != 0) {
+    if (torch().begin_registration("ditattn", key, __FILE__, __LINE__, &library) != 0 ||
+        torch().register_kernel(library, "attention", kernel<false>, kInterface) != 0 ||
+        torch().register_kernel(library, "attention_with_lse", kernel<true>, kInterface) != 0) {
       return false;
     }
   }

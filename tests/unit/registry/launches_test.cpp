@@ -36,11 +36,6 @@ Tensor zeros(std::initializer_list<std::int64_t> shape) {
 class Launches : public testing::RegistryTest {
  protected:
   void SetUp() override { reset_launch_counts(); }
-  static void use(Enum member, BackendClass backend) {
-    const std::string path = "launches_test." + member.name() + ".Backend";
-    register_backend_class(path, std::move(backend));
-    register_diffusion_backend(member, path);
-  }
   const testing::ScopedEnvironment unset_{"DIFFUSION_ATTENTION_BACKEND", nullptr};
   Tensor tensor_ = zeros({1, 3, 2, 8});
 };

@@ -27,11 +27,6 @@ class AttentionCall : public testing::RegistryTest {
     use(Enum::FLASH_ATTN, std::make_shared<ToyBackend>("FIRST"));
     use(Enum::TORCH_SDPA, std::make_shared<ToyBackend>("SECOND"));
   }
-  static void use(Enum member, BackendClass backend) {
-    const std::string path = "attention_test." + member.name() + ".Backend";
-    register_backend_class(path, std::move(backend));
-    register_diffusion_backend(member, path);
-  }
   static std::string chosen(const AttentionOptions& options) {
     return attention_layer(options, {.head_size = 8})->backend().get_name();
   }

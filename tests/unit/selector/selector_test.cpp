@@ -30,11 +30,6 @@ class Selector : public testing::RegistryTest {
     use(Enum::FLASH_ATTN, std::make_shared<ToyBackend>("SMALL", 1, small));
     use(Enum::TORCH_SDPA, std::make_shared<ToyBackend>("ANY"));
   }
-  static void use(Enum member, BackendClass backend) {
-    const std::string path = "selector_test." + member.name() + ".Backend";
-    register_backend_class(path, std::move(backend));
-    register_diffusion_backend(member, path);
-  }
 };
 
 struct Unavailable : ToyBackend {
