@@ -14,11 +14,14 @@ namespace ditattn {
 
 /// Who computes, and what. Heads, sizes, dtype and device are those of the tensors.
 struct AttentionOptions {
-  /// A member's name in any case; "auto": the selector's choice for `role` in `config`.
+  /// A member's name in any case; "auto": the selector's choice for `role` in `config`: without one, the fastest that
+  /// was measured (tuner.hpp), or else the platform's default.
   std::string backend = "auto";
   BackendClass backend_class = nullptr;  ///< not null: this class, whatever `backend` says
   std::optional<double> softmax_scale = std::nullopt;
   bool causal = false;
+  /// Of "auto" by measurement, where the configuration does not say: `AttentionSpec::max_error`.
+  std::optional<double> max_error = std::nullopt;
   BackendKwargs backend_kwargs = {};  ///< on top of those that `config` has for the role
   std::string role = {};
   std::string role_category = {};

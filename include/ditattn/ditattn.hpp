@@ -37,5 +37,6 @@
 #include "ditattn/selector.hpp"
 #include "ditattn/tensor.hpp"
 #include "ditattn/threads.hpp"
+#include "ditattn/tuner.hpp"
 #include "ditattn/version.hpp"
 // IWYU pragma: end_exports

@@ -10,6 +10,7 @@
 #include "ditattn/attention_config.hpp"
 #include "ditattn/export.hpp"
 #include "ditattn/registry.hpp"
+#include "ditattn/tuner.hpp"
 
 namespace ditattn {
 
@@ -38,7 +39,7 @@ inline constexpr std::int64_t kHeadSizeUnknown = -1;
 struct Selection {
   DiffusionAttentionBackendEnum member;  ///< for a platform default: its first candidate
   BackendClass backend;
-  std::optional<AttentionSpec> spec = std::nullopt;  ///< what named it; none for a platform default
+  std::optional<AttentionSpec> spec = std::nullopt;  ///< what named it, or bounds the automatic choice; else none
   /// "attention_config.per_role['self']", "attention_config.per_role['self'] (role_category fallback)",
   /// "attention_config.default", the same with " (DIFFUSION_ATTENTION_BACKEND)", or "platform default".
   std::string source = {};
@@ -51,11 +52,12 @@ struct Selection {
 /// The backend of a layer's role ("self", "cross", "ltx2.audio_to_video"; empty: none), before its problems are known.
 ///
 /// In this order: `per_role[role]`, `per_role[role_category]`, `default`, which DIFFUSION_ATTENTION_BACKEND fills where
-/// the configuration does not, and the platform's default for `device`. All but the last are explicit: never
-/// replaced, so ImportError where it cannot run here, ValueError where it lacks the head size. The platform's default
-/// is one class over its candidates: a problem that the first refuses goes to the next, which is logged once, but a
-/// causal one never to a backend that aligns the diagonal otherwise, unless that makes no difference. ValueError, with
-/// one reason per candidate, where none is left. Each resolution is logged once, with its source. Thread-safe.
+/// the configuration does not, and the platform's default for `device`. A backend that is named is explicit: never
+/// replaced, unless its `on_unusable` says so, so ImportError where it cannot run here, ValueError where it lacks the
+/// head size. The platform's default is one class over its candidates: a problem that was measured (tuner.hpp) goes to
+/// the fastest within `max_error`, any other to the first, and one that this refuses to the next, which is logged once,
+/// but a causal one never to a backend that aligns the diagonal otherwise, unless that makes no difference. ValueError,
+/// with one reason per candidate, where none is left. Each resolution is logged once, with its source. Thread-safe.
 DITATTN_API Selection get_attn_backend_for_role(const std::string& role, std::int64_t head_size = kHeadSizeUnknown,
                                                 const AttentionConfig& config = {},
                                                 const std::string& role_category = {},
@@ -72,6 +74,7 @@ struct MemberVerdict {
   bool is_candidate = false;  ///< would be tried; the others only tell what they would say
   Verdict verdict;            ///< what speaks against it here, unavailability included
   std::string kernel = {};    ///< which would compute, if it takes the problem and its engine tells
+  std::optional<TunedResult> tuned = std::nullopt;  ///< automatic: what was measured of it for this problem
 };
 
 /// What `select_backend` would choose, and why not something else.
@@ -81,6 +84,7 @@ struct Explanation {
   /// Candidates in the order in which they are tried, then all other members.
   std::vector<MemberVerdict> members;
   std::optional<DiffusionAttentionBackendEnum> chosen;  ///< none where every candidate refuses
+  std::string why = {};                                 ///< automatic: whether by measurement or by the order, and why
 };
 
 /// Explains a choice before anything runs, with every reason and its values, where `select_backend` would throw or

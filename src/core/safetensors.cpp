@@ -6,13 +6,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <set>
 #include <vector>
 
+#include "core/atomic_file.hpp"
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
@@ -221,29 +221,17 @@ std::string make_header(const SafetensorsFile& content) {
 SafetensorsFile load_safetensors(const fs::path& file) { return Reader(file).read(); }
 
 void save_safetensors(const fs::path& file, const SafetensorsFile& content) {
-  static std::atomic<int> writes{0};  // two threads may write one file
   const std::string header = make_header(content);
-  const fs::path aside = file.string() + fmt::format(".{}.{}.partial", ::getpid(), writes++);
-  const auto fail = [&](const std::string& what) {
-    std::error_code ignored;
-    fs::remove(aside, ignored);
-    throw FileError(fmt::format("Cannot write safetensors file '{}': {}.", file.string(), what));
-  };
-  std::ofstream stream(aside, std::ios::binary);
-  if (!stream) fail(std::strerror(errno));
-  unsigned char length[8];
-  for (int i = 0; i < 8; ++i) length[i] = static_cast<unsigned char>(header.size() >> 8 * i);
-  stream.write(reinterpret_cast<const char*>(length), sizeof length);
-  stream.write(header.data(), static_cast<std::streamsize>(header.size()));
-  for (const auto& [name, tensor] : content.tensors) {
-    stream.write(static_cast<const char*>(data_pointer(tensor)),
-                 static_cast<std::streamsize>(tvm::ffi::GetDataSize(*tensor.GetDLTensorPtr())));
-  }
-  stream.close();
-  if (!stream) fail(std::strerror(errno));
-  std::error_code error;
-  fs::rename(aside, file, error);
-  if (error) fail(error.message());
+  write_atomically(file, "safetensors file", [&](std::ostream& stream) {
+    unsigned char length[8];
+    for (int i = 0; i < 8; ++i) length[i] = static_cast<unsigned char>(header.size() >> 8 * i);
+    stream.write(reinterpret_cast<const char*>(length), sizeof length);
+    stream.write(header.data(), static_cast<std::streamsize>(header.size()));
+    for (const auto& [name, tensor] : content.tensors) {
+      stream.write(static_cast<const char*>(data_pointer(tensor)),
+                   static_cast<std::streamsize>(tvm::ffi::GetDataSize(*tensor.GetDLTensorPtr())));
+    }
+  });
 }
 
 }  // namespace ditattn

@@ -9,6 +9,7 @@
 
 #include "core/environment.hpp"
 #include "core/text.hpp"
+#include "ditattn/errors.hpp"
 #include "ditattn/selector.hpp"
 #include "registry/check_tensor.hpp"
 #include "registry/enum.hpp"
@@ -28,6 +29,7 @@ struct Key {
   std::string kwargs;
   std::string device;
   std::optional<double> softmax_scale;
+  std::optional<double> max_error;
   bool causal;
   std::int64_t num_heads;
   std::int64_t num_kv_heads;
@@ -47,6 +49,7 @@ struct KeyHash {
     mix(key.role);
     mix(key.kwargs);
     mix(key.softmax_scale.value_or(0));
+    mix(key.max_error.value_or(0));
     mix(key.num_heads);
     mix(key.head_size);
     return seed;
@@ -88,15 +91,39 @@ std::optional<std::string> text_of(const BackendKwargs& kwargs) {
 }
 
 bool names_nobody(const AttentionOptions& options) {
-  return options.backend_class == nullptr && upper_case(options.backend) == "AUTO";
+  return options.backend_class == nullptr && upper_case(options.backend) == kAutomatic;
+}
+
+// The configuration, with the call's own bound where it has no default.
+AttentionConfig config_of(const AttentionOptions& options) {
+  AttentionConfig config = options.config;
+  if (options.max_error) {
+    if (!config.default_spec) config.default_spec.emplace();
+    if (config.default_spec->is_automatic() && !config.default_spec->max_error) {
+      config.default_spec->max_error = options.max_error;
+    }
+  }
+  return config;
+}
+
+void check_max_error(const AttentionOptions& options) {
+  if (!options.max_error) return;
+  if (!(*options.max_error >= 0)) {
+    throw ValueError(fmt::format("max_error is {}, expected a number from 0 on.", *options.max_error));
+  }
+  if (!names_nobody(options)) {
+    throw ValueError(fmt::format("max_error bounds the choice of backend \"auto\", but the backend is {}.",
+                                 options.backend_class ? options.backend_class->get_name() : options.backend));
+  }
 }
 
 Layer make(const AttentionOptions& options, const LayerShape& shape) {
   BackendClass backend = options.backend_class;
   BackendKwargs kwargs = options.backend_kwargs;
+  check_max_error(options);
   if (names_nobody(options)) {
-    const Selection selection =
-        get_attn_backend_for_role(options.role, shape.head_size, options.config, options.role_category, shape.device);
+    const Selection selection = get_attn_backend_for_role(options.role, shape.head_size, config_of(options),
+                                                          options.role_category, shape.device);
     backend = selection.backend;
     kwargs = selection.backend_kwargs();
     for (const auto& [key, value] : options.backend_kwargs) kwargs.Set(key, value);
@@ -130,6 +157,7 @@ Layer attention_layer(const AttentionOptions& options, const LayerShape& shape) 
           .kwargs = *kwargs,
           .device = shape.device,
           .softmax_scale = options.softmax_scale,
+          .max_error = options.max_error,
           .causal = options.causal,
           .num_heads = shape.num_heads,
           .num_kv_heads = shape.num_kv_heads,

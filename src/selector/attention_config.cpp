@@ -25,9 +25,10 @@ using tvm::ffi::String;
 // Deeper nesting is no configuration; and what is bounded needs no stack to speak of.
 constexpr int kMaxDepth = 32;
 
-// Keys that make an entry of `per_role` one choice, not a group of roles. All are vLLM-Omni's.
-constexpr std::string_view kSpecKeys[] = {
-    "backend", "backend_kwargs", "quant", "skip_softmax", "fastvideo_vsa_topk", "block_sparse", "skip_calibration"};
+// Keys that make an entry of `per_role` one choice, not a group of roles. All but three are vLLM-Omni's.
+constexpr std::string_view kSpecKeys[] = {"backend",      "backend_kwargs",  "on_unusable",  "allowed",
+                                          "max_error",    "quant",           "skip_softmax", "fastvideo_vsa_topk",
+                                          "block_sparse", "skip_calibration"};
 
 // Python's names of types: the messages are vLLM-Omni's.
 const char* type_name(const Json& json) {
@@ -73,6 +74,53 @@ std::optional<std::string> parse_name(const Json& name, const char* what) {
   return text == "AUTO" ? std::nullopt : std::optional(text);
 }
 
+// What a choice may be moved to, and when.
+void parse_policy(const Json& entry, AttentionSpec& spec) {
+  const auto given = [&](const char* key) { return entry.contains(key) && !entry[key].is_null(); };
+  if (given("on_unusable")) {
+    const Json& policy = entry["on_unusable"];
+    if (policy == "error") {
+      spec.on_unusable = OnUnusable::error;
+    } else if (policy == "warn") {
+      spec.on_unusable = OnUnusable::warn;
+    } else if (policy == "allow") {
+      spec.on_unusable = OnUnusable::allow;
+    } else {
+      throw ConfigError(
+          fmt::format("AttentionSpec.on_unusable is {}. Valid values are: error, warn, allow", policy.dump()));
+    }
+  }
+  if (given("allowed")) {
+    if (!entry["allowed"].is_array() || entry["allowed"].empty()) {
+      throw ConfigError(
+          fmt::format("AttentionSpec.allowed is {}, expected a list of backends' names. Without it, the "
+                      "platform's order is meant.",
+                      entry["allowed"].dump()));
+    }
+    for (const Json& name : entry["allowed"]) {
+      const auto parsed = parse_name(name, "AttentionSpec.allowed");
+      if (!parsed) throw ConfigError("AttentionSpec.allowed has no backend in one of its places. Name backends.");
+      spec.allowed.push_back(*parsed);
+    }
+    if (!spec.is_automatic() && spec.on_unusable.value_or(OnUnusable::error) == OnUnusable::error) {
+      throw ConfigError(
+          fmt::format("AttentionSpec.allowed is given, but {} is never replaced. Set on_unusable to "
+                      "\"warn\" or \"allow\".",
+                      spec.backend));
+    }
+  }
+  if (given("max_error")) {
+    const Json& bound = entry["max_error"];
+    if (!bound.is_number() || !(bound.get<double>() >= 0)) {
+      throw ConfigError(fmt::format("AttentionSpec.max_error is {}, expected a number from 0 on.", bound.dump()));
+    }
+    if (!spec.is_automatic()) {
+      throw ConfigError(fmt::format("AttentionSpec.max_error is for backend \"auto\", but backend={}", spec.backend));
+    }
+    spec.max_error = bound.get<double>();
+  }
+}
+
 // vLLM-Omni's keys for backends that are not here, or for FLASHINFER_ATTN.
 void parse_upstream_options(const Json& entry, AttentionSpec& spec) {
   const auto given = [&](const char* key) {
@@ -114,11 +162,19 @@ std::optional<AttentionSpec> parse_spec(const Json& entry, const std::string& wh
     }
   }
   const auto name = parse_name(entry.contains("backend") ? entry["backend"] : Json(), "AttentionSpec.backend");
+  AttentionSpec spec{.backend = name.value_or(kAutomatic)};
+  parse_policy(entry, spec);
   if (!name) {
-    if (entry.size() == 1 && entry.contains("backend")) return std::nullopt;
-    throw ConfigError(fmt::format("{} has options but no backend that they are for. Name one in 'backend'.", where));
+    const bool says_something = spec.on_unusable || !spec.allowed.empty() || spec.max_error;
+    const bool is_for_one = std::ranges::any_of(entry.items(), [](const auto& item) {
+      return item.key() != "backend" && item.key() != "on_unusable" && item.key() != "allowed" &&
+             item.key() != "max_error" && !item.value().is_null();
+    });
+    if (is_for_one) {
+      throw ConfigError(fmt::format("{} has options but no backend that they are for. Name one in 'backend'.", where));
+    }
+    return says_something ? std::optional(spec) : std::nullopt;
   }
-  AttentionSpec spec{.backend = *name};
   if (entry.contains("backend_kwargs") && !entry["backend_kwargs"].is_null()) {
     const Json& kwargs = entry["backend_kwargs"];
     if (!kwargs.is_object()) {

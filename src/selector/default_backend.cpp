@@ -4,21 +4,18 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <mutex>
 
 #include "ditattn/errors.hpp"
-#include "ditattn/log.hpp"
 #include "registry/check_call.hpp"
 #include "registry/table_backend.hpp"
+#include "selector/tune_call.hpp"
+#include "tuner/tune_cache.hpp"
 
 namespace ditattn {
 namespace {
-
-// Whether the two causal rules differ for this problem: they agree where as many keys as rows are seen.
-bool depends_on_alignment(const Problem& problem) {
-  return problem.causal && (problem.seq_q != problem.seq_kv || problem.packed);
-}
 
 // What any of the candidates can do; the rest, such as the alignment, as the first.
 Capabilities joined_capabilities(const std::vector<Candidate>& candidates) {
@@ -47,11 +44,52 @@ Capabilities joined_capabilities(const std::vector<Candidate>& candidates) {
   return can;
 }
 
+bool same_problem(const Problem& a, const Problem& b) {
+  return same_measurement(a, b) && a.lse == b.lse && a.device.device_type == b.device.device_type &&
+         a.device.device_id == b.device.device_id;
+}
+
+// Rules with the choice that each thread made last: a model asks the same hundreds of times, and a call asks twice.
+class Chooser {
+ public:
+  explicit Chooser(DispatchRules rules) : rules_(std::move(rules)) {}
+
+  [[nodiscard]] const DispatchRules& rules() const { return rules_; }
+
+  [[nodiscard]] const DispatchChoice& operator()(const Problem& problem) const {
+    struct Last {
+      std::uint64_t id = 0;
+      Problem problem;
+      std::shared_ptr<const TunedTable> table;
+      DispatchChoice choice;
+    };
+    thread_local Last last;
+    std::shared_ptr<const TunedTable> table = table_for(rules_, problem.device);
+    if (last.id != id_ || last.table != table || !same_problem(last.problem, problem)) {
+      last.id = 0;  // until the choice is made: asking may throw
+      last.choice = choose(rules_, problem, table.get());
+      last.problem = problem;
+      last.table = std::move(table);
+      last.id = id_;
+    }
+    return last.choice;
+  }
+
+ private:
+  static std::uint64_t next_id() {
+    static std::atomic<std::uint64_t> last{0};
+    return ++last;
+  }
+
+  DispatchRules rules_;
+  std::uint64_t id_ = next_id();  // an address could come again
+};
+
 // Implementations of the candidates, built when a call first needs them.
 class DefaultImpl final : public AttentionImpl {
  public:
-  DefaultImpl(const ImplConfig& config, const std::vector<Candidate>& candidates)
-      : AttentionImpl(config), candidates_(candidates), slots_(candidates.size()) {
+  DefaultImpl(const ImplConfig& config, const Chooser& chooser)
+      : AttentionImpl(config), chooser_(chooser), slots_(chooser.rules().size()) {
     leave_counting_to_others();
   }
 
@@ -59,13 +97,16 @@ class DefaultImpl final : public AttentionImpl {
     Problem problem = check_call(*this, call.query, call.key, call.value, call.metadata);
     problem.lse = call.lse.defined();
     problem.alignment = std::min(problem.alignment, alignment_of(call.out));
-    std::vector<std::string> refusals;
+    if (rules().is_measured && current_tune_mode() == TuneMode::online) {
+      tune_at_first_call(call, problem, config(), rules());
+    }
+    const DispatchChoice& choice = chooser_(problem);
     // `forward` asked explain(): one takes it, or a backend changed its mind.
-    const std::size_t chosen = first_that_takes(candidates_, problem, refusals);
-    if (chosen == candidates_.size()) throw ValueError(fmt::format("{}", fmt::join(refusals, "; ")));
-    if (chosen > 0) log_move(chosen, refusals);
-    impl(chosen).run(call);
-    BackendAccess::count_launch(impl(chosen));
+    if (!choice.index) throw ValueError(fmt::format("{}", fmt::join(choice.refusals, "; ")));
+    const std::size_t index = *choice.index;
+    if (index > 0) log_move(choice);
+    impl(index).run(call);
+    BackendAccess::count_launch(impl(index));
   }
 
  private:
@@ -77,88 +118,118 @@ class DefaultImpl final : public AttentionImpl {
 
   const AttentionImpl& impl(std::size_t index) const {
     Slot& slot = slots_[index];
-    std::call_once(slot.built, [&] { slot.impl = BackendAccess::create(candidates_[index].backend, config()); });
+    std::call_once(slot.built, [&] { slot.impl = BackendAccess::create(rules().at(index).backend, config()); });
     return *slot.impl;
   }
 
-  void log_move(std::size_t chosen, const std::vector<std::string>& refusals) const {
-    std::call_once(slots_[chosen].logged, [&] {
-      log(LogLevel::info, fmt::format("Platform default moves on to {}{}: {}", candidates_[chosen].member.name(),
-                                      config().prefix.empty() ? "" : fmt::format(" in '{}'", config().prefix),
-                                      fmt::join(refusals, "; ")));
+  void log_move(const DispatchChoice& choice) const {
+    std::call_once(slots_[*choice.index].logged, [&] {
+      log(choice.is_measured ? LogLevel::info : rules().level,
+          fmt::format("{} moves on to {}{}: {}", rules().subject, rules().at(*choice.index).member.name(),
+                      config().prefix.empty() ? "" : fmt::format(" in '{}'", config().prefix),
+                      choice.is_measured ? "it was measured to be the fastest"
+                                         : fmt::format("{}", fmt::join(choice.refusals, "; "))));
     });
   }
 
-  const std::vector<Candidate>& candidates_;  // of the class, which every implementation keeps alive
+  [[nodiscard]] const DispatchRules& rules() const { return chooser_.rules(); }
+
+  const Chooser& chooser_;  // of the class, which every implementation keeps alive
   mutable std::deque<Slot> slots_;
 };
 
 class DefaultBackend final : public AttentionBackend {
  public:
-  explicit DefaultBackend(std::vector<Candidate> candidates)
-      : candidates_(std::move(candidates)), capabilities_(joined_capabilities(candidates_)) {}
+  explicit DefaultBackend(DispatchRules rules)
+      : chooser_(std::move(rules)), capabilities_(joined_capabilities(this->rules().in_order)) {}
 
-  [[nodiscard]] const std::vector<Candidate>& candidates() const { return candidates_; }
-  [[nodiscard]] std::string get_name() const override { return candidates_.front().backend->get_name(); }
+  [[nodiscard]] const DispatchRules& rules() const { return chooser_.rules(); }
+  [[nodiscard]] std::string get_name() const override { return rules().in_order.front().backend->get_name(); }
   [[nodiscard]] const Capabilities& capabilities() const override { return capabilities_; }
   [[nodiscard]] Verdict explain(const Problem& problem) const override {
-    Verdict verdict;
-    if (first_that_takes(candidates_, problem, verdict.reasons) < candidates_.size()) verdict.reasons.clear();
-    return verdict;
+    const DispatchChoice& choice = chooser_(problem);
+    return choice.index ? Verdict() : Verdict{.reasons = choice.refusals};
   }
 
  protected:
   [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
-    return std::make_unique<DefaultImpl>(config, candidates_);
+    return std::make_unique<DefaultImpl>(config, chooser_);
   }
   [[nodiscard]] std::vector<std::string> known_kwargs() const override {
     std::vector<std::string> known;
-    for (const Candidate& candidate : candidates_) {
-      const std::vector<std::string> keys = BackendAccess::known_kwargs(*candidate.backend);
+    for (std::size_t i = 0; i < rules().size(); ++i) {
+      const std::vector<std::string> keys = BackendAccess::known_kwargs(*rules().at(i).backend);
       known.insert(known.end(), keys.begin(), keys.end());
     }
     return known;
   }
 
  private:
-  std::vector<Candidate> candidates_;
+  Chooser chooser_;
   Capabilities capabilities_;
 };
 
+std::optional<std::size_t> measured_best(const DispatchRules& rules, const Problem& problem, const TunedEntry& entry,
+                                         double max_error) {
+  const auto index_of = [&](Member member) {
+    std::size_t i = 0;
+    while (i < rules.size() && rules.at(i).member != member) ++i;
+    return i;
+  };
+  const auto may_take = [&](Member member) {
+    const std::size_t i = index_of(member);
+    return i < rules.size() && verdict_on(rules.at(i), rules.in_order.front(), problem);
+  };
+  const auto best = best_of(entry, rules.in_order, max_error, may_take);
+  return best ? std::optional(index_of(*best)) : std::nullopt;
+}
+
 }  // namespace
 
-Verdict verdict_on(const Candidate& candidate, const Candidate& first, const Problem& problem) {
-  Verdict verdict = candidate.backend->explain(problem);
-  const auto alignment = [](const Candidate& of) { return of.backend->capabilities().causal_alignment; };
-  if (verdict && depends_on_alignment(problem) && alignment(candidate) != alignment(first)) {
-    verdict.reasons.push_back(fmt::format("{} aligns causality otherwise than {} ({} queries, {} keys{})",
-                                          candidate.member.name(), first.member.name(), problem.seq_q, problem.seq_kv,
-                                          problem.packed ? ", packed" : ""));
-  }
-  return verdict;
+std::shared_ptr<const TunedTable> table_for(const DispatchRules& rules, DLDevice device) {
+  return rules.is_measured ? tuned_table(device) : nullptr;
 }
 
-std::size_t first_that_takes(const std::vector<Candidate>& candidates, const Problem& problem,
-                             std::vector<std::string>& refusals) {
-  for (std::size_t i = 0; i < candidates.size(); ++i) {
-    const Verdict verdict = verdict_on(candidates[i], candidates.front(), problem);
-    if (verdict) return i;
-    refusals.push_back(verdict.text());
+DispatchChoice choose(const DispatchRules& rules, const Problem& problem, const TunedTable* table) {
+  const double max_error = rules.max_error.value_or(exact_error(problem.dtype));
+  if (table != nullptr) {
+    if (const TunedEntry* entry = table->find(problem)) {
+      if (const auto best = measured_best(rules, problem, *entry, max_error)) {
+        return {.index = best, .is_measured = true};
+      }
+    }
   }
-  return candidates.size();
+  DispatchChoice choice;
+  std::optional<std::size_t> distrusted;
+  for (std::size_t i = 0; i < rules.in_order.size(); ++i) {
+    const Candidate& candidate = rules.in_order[i];
+    Verdict verdict = verdict_on(candidate, rules.in_order.front(), problem);
+    if (verdict && table != nullptr && table->is_distrusted(candidate.member, problem.dtype, max_error)) {
+      if (!distrusted) distrusted = i;
+      verdict.reasons.push_back(fmt::format("{} was measured to be wrong by more than {:.1e} in {}",
+                                            candidate.member.name(), max_error, dtype_name(problem.dtype)));
+    }
+    if (verdict) {
+      choice.index = i;
+      return choice;
+    }
+    choice.refusals.push_back(verdict.text());
+  }
+  choice.index = distrusted;  // better than nothing, which is what the others do
+  return choice;
 }
 
-BackendClass default_backend(const std::vector<Candidate>& candidates) {
-  if (candidates.size() == 1) return candidates.front().backend;
+BackendClass default_backend(DispatchRules rules) {
+  if (rules.size() == 1) return rules.in_order.front().backend;
   static std::mutex mutex;
   static auto& made = *new std::deque<std::shared_ptr<const DefaultBackend>>;
   constexpr std::size_t most_kept = 64;  // registrations that change for ever must not fill memory
   std::lock_guard lock(mutex);
   for (const auto& known : made) {
-    if (known->candidates() == candidates) return known;
+    if (known->rules() == rules) return known;
   }
   if (made.size() == most_kept) made.pop_front();
-  return made.emplace_back(std::make_shared<const DefaultBackend>(candidates));
+  return made.emplace_back(std::make_shared<const DefaultBackend>(std::move(rules)));
 }
 
 }  // namespace ditattn

@@ -1,31 +1,49 @@
 #pragma once
 
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "ditattn/registry.hpp"
+#include "ditattn/log.hpp"
+#include "selector/candidate.hpp"
+#include "tuner/tuned_table.hpp"
 
 namespace ditattn {
 
-/// An available backend of a platform's list.
-struct Candidate {
-  DiffusionAttentionBackendEnum member;
-  BackendClass backend;
+inline constexpr const char* kPlatformDefault = "Platform default";
 
-  friend bool operator==(const Candidate&, const Candidate&) = default;
+/// How a class chooses, per problem, among several.
+struct DispatchRules {
+  std::string subject = kPlatformDefault;  ///< what moves on, in messages
+  std::vector<Candidate> in_order;         ///< one at least: the first that takes a problem computes it, and its
+                                           ///< causal rule holds for all
+  bool is_measured = false;                ///< where a problem was measured, the best of all candidates goes first
+  std::optional<double> max_error = std::nullopt;  ///< for that; none: exact
+  std::vector<Candidate> measured_only = {};       ///< these only so
+  LogLevel level = LogLevel::info;                 ///< of the message that tells of a move, once per layer
+
+  /// `in_order`, then `measured_only`.
+  [[nodiscard]] std::size_t size() const { return in_order.size() + measured_only.size(); }
+  [[nodiscard]] const Candidate& at(std::size_t index) const {
+    return index < in_order.size() ? in_order[index] : measured_only[index - in_order.size()];
+  }
+  friend bool operator==(const DispatchRules&, const DispatchRules&) = default;
 };
 
-/// What speaks against a candidate for `problem`: its own reasons, or that it aligns causality otherwise than `first`.
-Verdict verdict_on(const Candidate& candidate, const Candidate& first, const Problem& problem);
+/// Who computes a problem.
+struct DispatchChoice {
+  std::optional<std::size_t> index = std::nullopt;  ///< of `DispatchRules::at`; none: nobody takes it
+  bool is_measured = false;
+  std::vector<std::string> refusals = {};  ///< what spoke against those before it in the order
+};
+DispatchChoice choose(const DispatchRules& rules, const Problem& problem, const TunedTable* table);
 
-/// The first candidate that takes `problem`, `candidates.size()` if none does; the reasons of those before it, each
-/// with its member's name, are appended to `refusals`. A causal problem whose diagonal the first candidate aligns
-/// otherwise than a later one is refused for that one, unless both rules come to the same.
-std::size_t first_that_takes(const std::vector<Candidate>& candidates, const Problem& problem,
-                             std::vector<std::string>& refusals);
+/// What was measured on the problem's device, as far as the rules ask for it; null for nothing.
+std::shared_ptr<const TunedTable> table_for(const DispatchRules& rules, DLDevice device);
 
-/// One class over the candidates (one at least), which passes each call to the first that takes it. The same object for
-/// the same candidates.
-BackendClass default_backend(const std::vector<Candidate>& candidates);
+/// One class over the candidates, which passes each call to the one of `choose`. The same object for the same rules; a
+/// lone candidate's own class where there is nothing to choose.
+BackendClass default_backend(DispatchRules rules);
 
 }  // namespace ditattn

@@ -11,23 +11,15 @@
 #include "core/text.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
-#include "selector/default_backend.hpp"
+#include "selector/choice.hpp"
 
 namespace ditattn {
 namespace {
 
 using Enum = DiffusionAttentionBackendEnum;
 
-// What was asked for; texts for messages.
-struct Request {
-  const std::string& role;
-  const std::string& category;
-  std::int64_t head_size;
-  std::string device;
-};
-
 // Passes each text on once: a model has hundreds of layers.
-void log_once(const std::string& text) {
+void log_once(LogLevel level, const std::string& text) {
   static std::mutex mutex;
   static auto& logged = *new std::set<std::string>;
   constexpr std::size_t most_kept = 4096;  // then they come again
@@ -36,14 +28,88 @@ void log_once(const std::string& text) {
     if (logged.size() == most_kept) logged.clear();
     if (!logged.insert(text).second) return;
   }
-  log(LogLevel::info, text);
+  log(level, text);
 }
 
-// The specification that goes first, with its source; none if nothing is set.
-struct Choice {
-  std::optional<AttentionSpec> spec;
-  std::string source;
-};
+[[noreturn]] void throw_no_candidate(const Request& request, const DispatchRules& rules,
+                                     const std::vector<std::string>& refusals) {
+  throw ValueError(fmt::format("No backend of {} for device '{}' takes this problem:\n  - {}",
+                               rules.subject == kPlatformDefault ? "the platform's defaults" : "what was chosen",
+                               request.device, fmt::join(refusals, "\n  - ")));
+}
+
+bool may_be_replaced(const AttentionSpec& spec) {
+  return spec.is_automatic() || spec.on_unusable.value_or(OnUnusable::error) != OnUnusable::error;
+}
+
+// Whether measurements may name somebody beside the platform's order.
+bool may_be_measured(const std::string& device) {
+  if (current_tune_mode() == TuneMode::online) return true;
+  if (device != "cpu" && device != "cuda") return false;
+  return tuned_table(device == "cpu" ? kCpu : DLDevice{kDLCUDA, 0}) != nullptr;
+}
+
+// What speaks against a member here, logged once; the candidate otherwise.
+std::optional<Candidate> usable_candidate(Enum member, const Request& request, const DispatchRules& rules,
+                                          std::vector<std::string>& refusals) {
+  try {
+    Candidate candidate = candidate_of(member);
+    if (request.head_size != kHeadSizeUnknown && !candidate.backend->supports_head_size(request.head_size)) {
+      throw ValueError(fmt::format("does not support head_size={}. Supported head sizes: {}.", request.head_size,
+                                   candidate.backend->capabilities().head_sizes.describe()));
+    }
+    return candidate;
+  } catch (const Error& error) {
+    refusals.push_back(fmt::format("{}: {}", member.name(), error.message()));
+    log_once(rules.level, fmt::format("{} passes over {}", rules.subject, refusals.back()));
+    return std::nullopt;
+  }
+}
+
+// The class over the rules' candidates, or, for a problem that is known, the one that takes it.
+Selection dispatched(const Request& request, DispatchRules rules, const Problem* problem) {
+  if (problem == nullptr) {
+    const Enum first = rules.in_order.front().member;
+    return {.member = first, .backend = default_backend(std::move(rules))};
+  }
+  const DispatchChoice choice = choose(rules, *problem, table_for(rules, problem->device).get());
+  if (!choice.index) throw_no_candidate(request, rules, choice.refusals);
+  for (std::size_t i = 0; i < choice.refusals.size() && i < *choice.index; ++i) {
+    log_once(rules.level,
+             fmt::format("{} passes over {}: {}", rules.subject, rules.at(i).member.name(), choice.refusals[i]));
+  }
+  const Candidate& chosen = rules.at(*choice.index);
+  return {.member = chosen.member, .backend = chosen.backend};
+}
+
+Selection explicit_selection(const Request& request, const AttentionSpec& spec, const Problem* problem) {
+  const Enum member = Enum::from_name(spec.backend);
+  if (may_be_replaced(spec)) return dispatched(request, rules_of(request, spec), problem);
+  Candidate candidate = candidate_of(member);
+  if (request.head_size != kHeadSizeUnknown && !candidate.backend->supports_head_size(request.head_size)) {
+    throw ValueError(fmt::format(
+        "{} was explicitly selected but head_size={} is unsupported. Supported head sizes: {}. Select TORCH_SDPA or "
+        "another backend.",
+        member.name(), request.head_size, candidate.backend->capabilities().head_sizes.describe()));
+  }
+  return {.member = member, .backend = std::move(candidate.backend)};
+}
+
+Selection select(const Request& request, const AttentionConfig& config, const Problem* problem) {
+  Choice choice = choose(request, config);
+  const AttentionSpec spec = choice.spec.value_or(AttentionSpec());
+  Selection selection = spec.is_automatic() ? dispatched(request, rules_of(request, spec), problem)
+                                            : explicit_selection(request, spec, problem);
+  selection.is_explicit = !spec.is_automatic();
+  selection.spec = std::move(choice.spec);
+  selection.source = std::move(choice.source);
+  log_once(LogLevel::info,
+           fmt::format("Resolved diffusion attention backend '{}' for role={} via {}", selection.member.name(),
+                       request.role.empty() ? "None" : fmt::format("'{}'", request.role), selection.source));
+  return selection;
+}
+
+}  // namespace
 
 Choice choose(const Request& request, const AttentionConfig& config) {
   const auto entry = [&](const std::string& role) {
@@ -55,115 +121,55 @@ Choice choose(const Request& request, const AttentionConfig& config) {
   if (const auto spec = entry(request.category)) {
     return {spec, fmt::format("attention_config.per_role['{}'] (role_category fallback)", request.category)};
   }
-  if (config.default_spec) return {config.default_spec, "attention_config.default"};
+  if (config.default_spec && !config.default_spec->is_automatic()) {
+    return {config.default_spec, "attention_config.default"};
+  }
   if (const auto name = environment(Env::DIFFUSION_ATTENTION_BACKEND); name && upper_case(*name) != "AUTO") {
     return {AttentionSpec{.backend = upper_case(*name)}, "attention_config.default (DIFFUSION_ATTENTION_BACKEND)"};
   }
+  if (config.default_spec) return {config.default_spec, "attention_config.default"};
   return {std::nullopt, "platform default"};
 }
 
-Selection explicit_selection(const Request& request, AttentionSpec spec) {
-  const Enum member = Enum::from_name(spec.backend);
-  Selection selection{.member = member, .backend = member.get_class(), .spec = std::move(spec), .is_explicit = true};
-  selection.backend->validate_available();
-  if (request.head_size != kHeadSizeUnknown && !selection.backend->supports_head_size(request.head_size)) {
-    throw ValueError(fmt::format(
-        "{} was explicitly selected but head_size={} is unsupported. Supported head sizes: {}. Select TORCH_SDPA or "
-        "another backend.",
-        member.name(), request.head_size, selection.backend->capabilities().head_sizes.describe()));
+std::vector<Enum> order_of(const Request& request, const AttentionSpec& spec) {
+  std::vector<Enum> allowed;
+  for (const std::string& name : spec.allowed) allowed.push_back(Enum::from_name(name));
+  if (spec.is_automatic()) {
+    std::vector<Enum> order = platform_candidates(request.device);
+    std::erase_if(order,
+                  [&](Enum member) { return !allowed.empty() && std::ranges::find(allowed, member) == allowed.end(); });
+    return order.empty() ? allowed : order;
   }
-  return selection;
+  std::vector<Enum> order{Enum::from_name(spec.backend)};
+  if (!may_be_replaced(spec)) return order;
+  for (const Enum other : allowed.empty() ? platform_candidates(request.device) : allowed) {
+    if (std::ranges::find(order, other) == order.end()) order.push_back(other);
+  }
+  return order;
 }
 
-[[noreturn]] void throw_no_candidate(const Request& request, const std::vector<std::string>& refusals) {
-  throw ValueError(fmt::format("No backend of the platform's defaults for device '{}' takes this problem:\n  - {}",
-                               request.device, fmt::join(refusals, "\n  - ")));
-}
-
-// The platform's candidates that are available and take the head size; why the others do not is logged once.
-std::vector<Candidate> usable_candidates(const Request& request, std::vector<std::string>& refusals) {
-  std::vector<Candidate> candidates;
-  for (const Enum member : platform_candidates(request.device)) {
-    try {
-      Candidate candidate{.member = member, .backend = member.get_class()};
-      candidate.backend->validate_available();
-      if (request.head_size != kHeadSizeUnknown && !candidate.backend->supports_head_size(request.head_size)) {
-        throw ValueError(fmt::format("does not support head_size={}. Supported head sizes: {}.", request.head_size,
-                                     candidate.backend->capabilities().head_sizes.describe()));
-      }
-      candidates.push_back(std::move(candidate));
-    } catch (const Error& error) {
-      refusals.push_back(fmt::format("{}: {}", member.name(), error.message()));
-      log_once(fmt::format("Platform default passes over {}", refusals.back()));
+DispatchRules rules_of(const Request& request, const AttentionSpec& spec) {
+  DispatchRules rules;
+  rules.level = spec.on_unusable == OnUnusable::warn ? LogLevel::warning : LogLevel::info;
+  rules.max_error = spec.max_error;
+  rules.is_measured = spec.is_automatic();
+  if (!spec.is_automatic()) rules.subject = fmt::format("The choice of {}", spec.backend);
+  std::vector<std::string> refusals;
+  for (const Enum member : order_of(request, spec)) {
+    if (auto candidate = usable_candidate(member, request, rules, refusals)) {
+      rules.in_order.push_back(std::move(*candidate));
     }
   }
-  if (candidates.empty()) throw_no_candidate(request, refusals);
-  return candidates;
-}
-
-// The platform's default: one class over its candidates, or, for a problem that is known, the one that takes it.
-Selection default_selection(const Request& request, const Problem* problem) {
-  std::vector<std::string> refusals;
-  const std::vector<Candidate> candidates = usable_candidates(request, refusals);
-  if (problem == nullptr) return {.member = candidates.front().member, .backend = default_backend(candidates)};
-  const std::size_t unusable = refusals.size();
-  const std::size_t chosen = first_that_takes(candidates, *problem, refusals);
-  if (chosen == candidates.size()) throw_no_candidate(request, refusals);
-  for (std::size_t i = 0; i < chosen; ++i) {
-    log_once(fmt::format("Platform default passes over {}: {}", candidates[i].member.name(), refusals[unusable + i]));
+  if (rules.in_order.empty()) throw_no_candidate(request, rules, refusals);
+  if (spec.is_automatic() && may_be_measured(request.device)) {
+    rules.measured_only = available_beside(rules.in_order);
+    std::erase_if(rules.measured_only, [&](const Candidate& candidate) {
+      return !spec.allowed.empty() && std::ranges::find(spec.allowed, candidate.member.name()) == spec.allowed.end();
+    });
   }
-  return {.member = candidates[chosen].member, .backend = candidates[chosen].backend};
-}
-
-Selection select(const Request& request, const AttentionConfig& config, const Problem* problem) {
-  Choice choice = choose(request, config);
-  Selection selection =
-      choice.spec ? explicit_selection(request, std::move(*choice.spec)) : default_selection(request, problem);
-  selection.source = std::move(choice.source);
-  log_once(fmt::format("Resolved diffusion attention backend '{}' for role={} via {}", selection.member.name(),
-                       request.role.empty() ? "None" : fmt::format("'{}'", request.role), selection.source));
-  return selection;
-}
-
-// The member's answer, whatever is wrong with it. `first`, the candidate whose causal rule holds, is this one if none
-// yet.
-MemberVerdict ask(Enum member, const Problem& problem, std::optional<Candidate>& first) {
-  MemberVerdict answer{.member = member};
-  try {
-    answer.backend = member.get_class();
-    answer.backend->validate_available();
-    const Candidate candidate{.member = member, .backend = answer.backend};
-    if (!first) first = candidate;
-    answer.verdict = verdict_on(candidate, *first, problem);
-    if (answer.verdict) answer.kernel = answer.backend->kernel_name(problem);
-  } catch (const tvm::ffi::Error& error) {  // of any language
-    answer.verdict.reasons.push_back(std::string(error.message()));
-  }
-  return answer;
-}
-
-}  // namespace
-
-Explanation explain(const Problem& problem, const std::string& role, const AttentionConfig& config,
-                    const std::string& role_category) {
-  const std::string device(device_type_name(problem.device));
-  const Choice choice =
-      choose({.role = role, .category = role_category, .head_size = problem.head_size, .device = device}, config);
-  Explanation explanation{.source = choice.source, .is_explicit = choice.spec.has_value(), .members = {}, .chosen = {}};
-  std::vector<Enum> order =
-      choice.spec ? std::vector{Enum::from_name(choice.spec->backend)} : platform_candidates(device);
-  const std::size_t candidates = order.size();
-  for (const Enum member : Enum::members()) {
-    if (std::ranges::find(order, member) == order.end()) order.push_back(member);
-  }
-  std::optional<Candidate> first;
-  for (std::size_t i = 0; i < order.size(); ++i) {
-    if (i >= candidates && choice.spec) first.reset();  // the others go by their own rules
-    MemberVerdict& answer = explanation.members.emplace_back(ask(order[i], problem, first));
-    answer.is_candidate = i < candidates;
-    if (answer.is_candidate && answer.verdict && !explanation.chosen) explanation.chosen = order[i];
-  }
-  return explanation;
+  if (spec.is_automatic() && spec.on_unusable == OnUnusable::error)
+    rules.in_order.erase(rules.in_order.begin() + 1, rules.in_order.end());
+  return rules;
 }
 
 Selection get_attn_backend_for_role(const std::string& role, std::int64_t head_size, const AttentionConfig& config,

@@ -72,7 +72,7 @@ Plan make_plan(const Options& options) {
   plan.named = !options.backends.empty();
   const auto members = plan.named ? parse_members(options.backends) : DiffusionAttentionBackendEnum::members();
   plan.device = parse_device(options.device);
-  for (const ModelProblem& problem : plan.models) check_work(problem);
+  for (const ModelProblem& problem : plan.models) check_work(problem, plan.device);
   for (const DiffusionAttentionBackendEnum member : members) {
     // An explicit choice that cannot be had is an error, not a line in a table.
     if (plan.named) member.get_class()->validate_available();

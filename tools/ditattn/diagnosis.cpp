@@ -19,6 +19,7 @@
 #include "ditattn/launches.hpp"
 #include "ditattn/selector.hpp"
 #include "ditattn/threads.hpp"
+#include "ditattn/tuner.hpp"
 #include "ditattn/version.hpp"
 #include "kernels/cpu/cpu_level.hpp"
 #include "registry/search_path.hpp"
@@ -160,6 +161,16 @@ std::string gpu_level_note() {
   return fmt::format("'{}' is not one of {}.", value, fmt::join(levels, ", "));
 }
 
+// What is wrong with the variables of tuning, if anything.
+std::string tuning_note() {
+  try {
+    tune_cache_file(kCpu);
+    return {};
+  } catch (const Error& error) {
+    return error.message();
+  }
+}
+
 std::string note_on(Env variable, const std::vector<BackendInfo>& backends) {
   switch (variable) {
     case Env::DIFFUSION_ATTENTION_BACKEND:
@@ -172,6 +183,9 @@ std::string note_on(Env variable, const std::vector<BackendInfo>& backends) {
       return cpu_level_note();
     case Env::DITATTN_GPU_LEVEL:
       return gpu_level_note();
+    case Env::DITATTN_TUNE:
+    case Env::DITATTN_TUNE_CACHE:
+      return tuning_note();
   }
   return {};
 }

@@ -13,7 +13,9 @@
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/safetensors.hpp"
+#include "registry/check_any_call.hpp"
 #include "tools/ditattn/output.hpp"
+#include "tuner/random_call.hpp"
 
 namespace ditattn::cli {
 namespace {
@@ -177,45 +179,6 @@ Tensor map_elements(const Tensor& like, DLDataType dtype, const auto& element) {
   return result;
 }
 
-void check_memory(const std::vector<std::int64_t>& s, DLDataType dtype) {
-  const double elements = 2.0 * static_cast<double>(s[0]) * static_cast<double>(s[1]) *
-                          (static_cast<double>(s[2]) + static_cast<double>(s[3])) * static_cast<double>(s[4]);
-  const double bytes = elements * dtype.bits / 8;
-  const double memory = static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGESIZE));
-  if (bytes > memory) {
-    throw MemoryError(
-        fmt::format("Shape {} in {} needs {:.1f} GB for query, key, value and output; this machine has "
-                    "{:.1f} GB.",
-                    shape_name(s), dtype_name(dtype), bytes / 1e9, memory / 1e9));
-  }
-}
-
-// A backend that takes everything and does nothing: the library's own checks of a call, without an engine behind them.
-class CallChecker final : public AttentionBackend {
- public:
-  explicit CallChecker(Problem& seen) : seen_(seen) {}
-  [[nodiscard]] std::string get_name() const override { return "ditattn"; }
-  [[nodiscard]] const Capabilities& capabilities() const override { return none_; }
-  [[nodiscard]] Verdict explain(const Problem& problem) const override {
-    seen_ = problem;
-    return {};
-  }
-
- protected:
-  [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
-    class Nothing final : public AttentionImpl {
-     public:
-      using AttentionImpl::AttentionImpl;
-      void run(const AttentionCall& /*call*/) const override {}
-    };
-    return std::make_unique<Nothing>(config);
-  }
-
- private:
-  Problem& seen_;
-  Capabilities none_;
-};
-
 }  // namespace
 
 Inputs load_inputs(const std::filesystem::path& file, const CallOptions& options) {
@@ -240,14 +203,14 @@ std::vector<Case> load_cases(const std::filesystem::path& file, const CallOption
   return cases;
 }
 
-Tensor NormalTensors::next(const std::vector<std::int64_t>& shape) {
-  Tensor result = empty(shape, dtype_);
-  for (std::int64_t i = 0; i < result.numel(); ++i) store_element(result.data_ptr(), i, dtype_, normal_(generator_));
-  return result;
-}
-
 Inputs random_inputs(const std::vector<std::int64_t>& shape, DLDataType dtype, std::uint64_t seed) {
-  check_memory(shape, dtype);
+  check_host_memory({.batch = shape[0],
+                     .num_heads = shape[1],
+                     .num_kv_heads = shape[1],
+                     .seq_q = shape[2],
+                     .seq_kv = shape[3],
+                     .head_size = shape[4],
+                     .dtype = dtype});
   NormalTensors normal(seed, dtype);
   const auto tensor = [&](std::int64_t tokens) { return normal.next({shape[0], tokens, shape[1], shape[4]}); };
   Inputs inputs;
@@ -293,10 +256,7 @@ ImplConfig config_for(const Inputs& inputs) {
 }
 
 Problem check_inputs(const Inputs& inputs, const ImplConfig& config) {
-  Problem problem;
-  const auto checker = std::make_shared<CallChecker>(problem);
-  checker->make(config)->forward(inputs.query, inputs.key, inputs.value, inputs.metadata);
-  return problem;
+  return check_any_call(config, inputs.query, inputs.key, inputs.value, inputs.metadata);
 }
 
 Tensor allocate_out(const Problem& problem) {

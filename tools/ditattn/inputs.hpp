@@ -44,18 +44,6 @@ Inputs load_inputs(const std::filesystem::path& file, const CallOptions& options
 /// metadata likewise. Cases are named "stem" or "stem/case", in the order of their names.
 std::vector<Case> load_cases(const std::filesystem::path& file, const CallOptions& options);
 
-/// Standard normal tensors one after the other, rounded to `dtype`; the same for the same seed.
-class NormalTensors {
- public:
-  NormalTensors(std::uint64_t seed, DLDataType dtype) : generator_(seed), dtype_(dtype) {}
-  Tensor next(const std::vector<std::int64_t>& shape);
-
- private:
-  std::mt19937_64 generator_;
-  std::normal_distribution<double> normal_;
-  DLDataType dtype_;
-};
-
 /// Standard normal query, key and value of shape B,H,Sq,Skv,D, rounded to `dtype`; the same for the same seed.
 /// MemoryError where they are larger than this machine's memory.
 Inputs random_inputs(const std::vector<std::int64_t>& shape, DLDataType dtype, std::uint64_t seed);

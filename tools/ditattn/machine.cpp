@@ -8,6 +8,7 @@
 #include <iterator>
 #include <sstream>
 
+#include "core/cpu_name.hpp"
 #include "ditattn/version.hpp"
 
 namespace ditattn::cli {
@@ -38,8 +39,7 @@ Machine this_machine(int threads) {
   utsname system{};
   ::uname(&system);
   Machine machine;
-  machine.cpu = value_in("/proc/cpuinfo", "model name", ':');
-  if (machine.cpu.empty()) machine.cpu = system.machine;  // Arm kernels give no model name
+  machine.cpu = cpu_name();
   machine.threads = threads;
   machine.memory_gb =
       static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGESIZE)) / 1e9;

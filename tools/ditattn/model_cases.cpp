@@ -6,11 +6,13 @@
 #include <algorithm>
 
 #include "tools/ditattn/exit_status.hpp"
+#include "tuner/random_call.hpp"
 
 namespace ditattn::cli {
 namespace {
 
-constexpr double kMaxTflop = 1;  // of one call: seconds on a CPU, of which a comparison needs several
+// Of one call: seconds, of which a comparison needs several.
+double max_tflop(DLDevice device) { return device.device_type == kDLCPU ? 1 : 1000; }
 
 double tflop(const ModelRole& role) {
   return 4e-12 * static_cast<double>(role.batch) * static_cast<double>(role.num_heads) *
@@ -91,17 +93,19 @@ std::vector<ModelProblem> parse_model_problems(const std::string& text) {
   return problems;
 }
 
-void check_work(const ModelProblem& problem) {
-  if (tflop(problem.role) <= kMaxTflop) return;
+bool is_affordable(const ModelProblem& problem, DLDevice device) { return tflop(problem.role) <= max_tflop(device); }
+
+void check_work(const ModelProblem& problem, DLDevice device) {
+  if (is_affordable(problem, device)) return;
   const Model& model = model_named(problem.name.substr(0, problem.name.find('@')));
   std::vector<std::string> smaller;
   for (const ModelRole& role : model.roles) {
-    if (tflop(role) <= kMaxTflop) smaller.push_back(problem_name(model, role));
+    if (tflop(role) <= max_tflop(device)) smaller.push_back(problem_name(model, role));
   }
   throw ValueError(fmt::format(
-      "{} takes {:.3g} TFLOP a call, more than the {} that --model allows on a CPU. Choose a smaller role or "
+      "{} takes {:.3g} TFLOP a call, more than the {} that --model allows on a {}. Choose a smaller role or "
       "resolution: {}",
-      problem.name, tflop(problem.role), kMaxTflop,
+      problem.name, tflop(problem.role), max_tflop(device), device.device_type == kDLCPU ? "CPU" : "GPU",
       smaller.empty() ? "this model has none, see `ditattn models`" : fmt::format("{}", fmt::join(smaller, ", "))));
 }
 

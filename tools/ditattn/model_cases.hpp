@@ -21,8 +21,11 @@ struct ModelProblem {
 /// UsageError for what is not in the catalogue.
 std::vector<ModelProblem> parse_model_problems(const std::string& text);
 
-/// ValueError for a problem that would take minutes here, which says what is small enough.
-void check_work(const ModelProblem& problem);
+/// Whether a call takes seconds on a CPU, or on a GPU, at most.
+bool is_affordable(const ModelProblem& problem, DLDevice device);
+
+/// ValueError for a problem that is not, which says what is small enough.
+void check_work(const ModelProblem& problem, DLDevice device);
 
 /// Standard normal tensors of the role's shape, joint tokens apart; where it has a mask, the last quarter of its keys
 /// (of its joint keys if it has any) is padding.

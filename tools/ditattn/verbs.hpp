@@ -16,6 +16,7 @@ void add_run_verb(CLI::App& app, Action& action);
 void add_models_verb(CLI::App& app, Action& action);
 void add_compare_verb(CLI::App& app, Action& action);
 void add_explain_verb(CLI::App& app, Action& action);
+void add_tune_verb(CLI::App& app, Action& action);
 void add_doctor_verb(CLI::App& app, Action& action);
 
 }  // namespace ditattn::cli

@@ -1,0 +1,78 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "ditattn/errors.hpp"
+#include "ditattn/selector.hpp"
+#include "selector/choice.hpp"
+
+namespace ditattn {
+namespace {
+
+using Enum = DiffusionAttentionBackendEnum;
+
+// The member's answer, whatever is wrong with it. `first`, the candidate whose causal rule holds, is this one if none
+// yet.
+MemberVerdict ask(Enum member, const Problem& problem, std::optional<Candidate>& first) {
+  MemberVerdict answer{.member = member, .backend = {}, .verdict = {}};
+  try {
+    answer.backend = member.get_class();
+    answer.backend->validate_available();
+    const Candidate candidate{.member = member, .backend = answer.backend};
+    if (!first) first = candidate;
+    answer.verdict = verdict_on(candidate, *first, problem);
+    if (answer.verdict) answer.kernel = answer.backend->kernel_name(problem);
+  } catch (const tvm::ffi::Error& error) {  // of any language
+    answer.verdict.reasons.push_back(std::string(error.message()));
+  }
+  return answer;
+}
+
+// What measurements say: each member's result, and how the choice came about.
+void add_measurements(const DispatchRules& rules, const Problem& problem, Explanation& explanation) {
+  const auto table = table_for(rules, problem.device);
+  const TunedEntry* entry = table ? table->find(problem) : nullptr;
+  if (entry != nullptr) {
+    for (MemberVerdict& answer : explanation.members) {
+      const auto found = std::ranges::find(entry->tuned.results, answer.member.name(), &TunedResult::backend);
+      if (found != entry->tuned.results.end() && entry->of(answer.member) != nullptr) answer.tuned = *found;
+    }
+  }
+  const DispatchChoice choice = choose(rules, problem, table.get());
+  if (!choice.index) return;
+  explanation.chosen = rules.at(*choice.index).member;
+  const double max_error = rules.max_error.value_or(exact_error(problem.dtype));
+  explanation.why = choice.is_measured ? fmt::format("measured: the fastest with an error of at most {:.1e}", max_error)
+                    : entry != nullptr
+                        ? fmt::format("the platform's order: nothing was measured to be within {:.1e}", max_error)
+                        : "the platform's order: the problem was not measured (ditattn tune)";
+}
+
+}  // namespace
+
+Explanation explain(const Problem& problem, const std::string& role, const AttentionConfig& config,
+                    const std::string& role_category) {
+  const Request request{.role = role,
+                        .category = role_category,
+                        .head_size = problem.head_size,
+                        .device = std::string(device_type_name(problem.device))};
+  const Choice choice = choose(request, config);
+  const AttentionSpec spec = choice.spec.value_or(AttentionSpec());
+  Explanation explanation{.source = choice.source, .is_explicit = !spec.is_automatic(), .members = {}, .chosen = {}};
+  std::vector<Enum> order = order_of(request, spec);
+  const std::size_t candidates = order.size();
+  for (const Enum member : Enum::members()) {
+    if (std::ranges::find(order, member) == order.end()) order.push_back(member);
+  }
+  std::optional<Candidate> first;
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    if (i >= candidates && explanation.is_explicit) first.reset();  // the others go by their own rules
+    MemberVerdict& answer = explanation.members.emplace_back(ask(order[i], problem, first));
+    answer.is_candidate = i < candidates;
+    if (answer.is_candidate && answer.verdict && !explanation.chosen) explanation.chosen = order[i];
+  }
+  if (spec.is_automatic() && explanation.chosen) add_measurements(rules_of(request, spec), problem, explanation);
+  return explanation;
+}
+
+}  // namespace ditattn

@@ -1,0 +1,194 @@
+// The cache's file: JSON, one per environment. It says for what and by what it was made, and is believed only where
+// all of it holds.
+
+#include "tuner/tune_cache.hpp"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <limits>
+
+#include "core/atomic_file.hpp"
+#include "ditattn/errors.hpp"
+#include "ditattn/log.hpp"
+
+namespace ditattn {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+constexpr const char* kFormat = "ditattn tuned choices";
+constexpr int kVersion = 1;
+constexpr std::uintmax_t kMostBytes = std::uintmax_t{64} << 20;  // hundreds of thousands of problems
+
+constexpr std::pair<const char*, std::int64_t Problem::*> kSizes[] = {
+    {"batch", &Problem::batch},        {"num_heads", &Problem::num_heads}, {"num_kv_heads", &Problem::num_kv_heads},
+    {"seq_q", &Problem::seq_q},        {"seq_kv", &Problem::seq_kv},       {"head_size", &Problem::head_size},
+    {"alignment", &Problem::alignment}};
+constexpr std::pair<const char*, bool Problem::*> kFlags[] = {{"causal", &Problem::causal},
+                                                              {"packed", &Problem::packed},
+                                                              {"joint", &Problem::joint},
+                                                              {"spans", &Problem::spans},
+                                                              {"fp8_kv", &Problem::fp8_kv}};
+
+Json to_json(const TunedProblem& tuned) {
+  Json problem{{"dtype", dtype_name(tuned.problem.dtype)}, {"mask", mask_kind_name(tuned.problem.mask)}};
+  for (const auto& [name, field] : kSizes) problem[name] = tuned.problem.*field;
+  for (const auto& [name, field] : kFlags) problem[name] = tuned.problem.*field;
+  Json results = Json::array();
+  for (const TunedResult& result : tuned.results) {
+    results.push_back({{"backend", result.backend},
+                       {"class_path", result.class_path},
+                       {"engine", result.engine},
+                       {"median_ms", result.median_ms},
+                       {"error", std::isfinite(result.error) ? Json(result.error) : Json(nullptr)},
+                       {"reason", result.reason}});
+  }
+  return {{"problem", problem}, {"results", results}};
+}
+
+MaskKind parse_mask(const std::string& name) {
+  for (const MaskKind kind : {MaskKind::none, MaskKind::padding, MaskKind::boolean, MaskKind::additive}) {
+    if (name == mask_kind_name(kind)) return kind;
+  }
+  throw ValueError(fmt::format("the mask '{}'", name));
+}
+
+TunedProblem parse_problem(const Json& json) {
+  TunedProblem tuned;
+  const Json& problem = json.at("problem");
+  tuned.problem.dtype = parse_dtype(problem.at("dtype").get<std::string>());
+  tuned.problem.mask = parse_mask(problem.at("mask").get<std::string>());
+  for (const auto& [name, field] : kSizes) {
+    tuned.problem.*field = problem.at(name).get<std::int64_t>();
+    const std::int64_t size = tuned.problem.*field;
+    if (size < 0 || size > INT32_MAX) throw ValueError(fmt::format("{}={}", name, size));
+  }
+  if (tuned.problem.num_kv_heads == 0) throw ValueError("num_kv_heads=0");
+  for (const auto& [name, field] : kFlags) tuned.problem.*field = problem.at(name).get<bool>();
+  for (const Json& result : json.at("results")) {
+    const Json& error = result.at("error");
+    tuned.results.push_back({.backend = result.at("backend").get<std::string>(),
+                             .class_path = result.at("class_path").get<std::string>(),
+                             .engine = result.at("engine").get<std::string>(),
+                             .median_ms = result.at("median_ms").get<double>(),
+                             .error = error.is_null() ? std::numeric_limits<double>::quiet_NaN() : error.get<double>(),
+                             .reason = result.at("reason").get<std::string>()});
+    const TunedResult& parsed = tuned.results.back();
+    if (!(parsed.median_ms >= 0) || parsed.error < 0) throw ValueError("a negative time or error");
+  }
+  return tuned;
+}
+
+// In what the file's environment differs from this one; empty if in nothing.
+std::string differences(const Json& theirs, const TunedFor& ours) {
+  std::string text;
+  for (const auto& [key, value] : ours) {
+    const std::string other = theirs.contains(key) ? theirs.at(key).get<std::string>() : std::string();
+    if (other != value) text += fmt::format("{}{} '{}', here '{}'", text.empty() ? "" : ", ", key, other, value);
+  }
+  if (text.empty() && theirs.size() != ours.size()) text = "things that this version does not know";
+  return text;
+}
+
+// Throws whatever is wrong with it.
+std::vector<TunedProblem> parse_cache(const fs::path& file, const TunedFor& environment) {
+  if (const auto bytes = fs::file_size(file); bytes > kMostBytes) {
+    throw ValueError(fmt::format("it has {} bytes, {} at most", bytes, kMostBytes));
+  }
+  std::ifstream stream(file, std::ios::binary);
+  const Json json = Json::parse(stream);
+  if (json.at("format").get<std::string>() != kFormat || json.at("version").get<int>() != kVersion) {
+    throw ValueError(fmt::format("it is of the format '{}', version {}, not '{}', version {}",
+                                 json.at("format").get<std::string>(), json.at("version").dump(), kFormat, kVersion));
+  }
+  if (const std::string other = differences(json.at("environment"), environment); !other.empty()) {
+    throw ValueError(fmt::format("it was made for {}", other));
+  }
+  std::vector<TunedProblem> problems;
+  for (const Json& problem : json.at("problems")) problems.push_back(parse_problem(problem));
+  return problems;
+}
+
+void set_aside(const fs::path& file, const std::string& reason, bool is_frozen) {
+  std::string where = ".";
+  if (!is_frozen) {
+    const fs::path aside = file.string() + ".set-aside";
+    std::error_code error;
+    fs::rename(file, aside, error);
+    if (!error) where = fmt::format("; it is now '{}'.", aside.string());
+  }
+  log(LogLevel::warning,
+      fmt::format("Tuned choices in '{}' are not used: {}{} Run `ditattn tune` again.", file.string(), reason, where));
+}
+
+// Held by whoever reads, adds and writes. Where no lock can be had (some network file systems), the later writer wins.
+class PublishLock {
+ public:
+  explicit PublishLock(const fs::path& file)
+      : descriptor_(::open((file.string() + ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+    if (descriptor_ >= 0) ::flock(descriptor_, LOCK_EX);
+  }
+  ~PublishLock() {
+    if (descriptor_ >= 0) ::close(descriptor_);
+  }
+  PublishLock(const PublishLock&) = delete;
+  PublishLock& operator=(const PublishLock&) = delete;
+
+ private:
+  int descriptor_;
+};
+
+}  // namespace
+
+bool same_measurement(const Problem& a, const Problem& b) {
+  return a.dtype == b.dtype && a.mask == b.mask &&
+         std::ranges::all_of(kSizes, [&](const auto& size) { return a.*size.second == b.*size.second; }) &&
+         std::ranges::all_of(kFlags, [&](const auto& flag) { return a.*flag.second == b.*flag.second; });
+}
+
+std::vector<TunedProblem> read_tune_cache(const fs::path& file, const TunedFor& environment, bool is_frozen) {
+  std::error_code missing;
+  if (file.empty() || !fs::exists(file, missing)) return {};
+  try {
+    return parse_cache(file, environment);
+  } catch (const Error& error) {
+    set_aside(file, error.message(), is_frozen);
+  } catch (const std::exception& error) {
+    set_aside(file, error.what(), is_frozen);
+  }
+  return {};
+}
+
+void publish_tuned(const fs::path& file, const TunedFor& environment, const std::vector<TunedProblem>& problems) {
+  std::error_code error;
+  fs::create_directories(file.parent_path(), error);
+  if (error) {
+    throw FileError(fmt::format("Cannot make the folder '{}' for tuned choices: {}. DITATTN_TUNE_CACHE names another.",
+                                file.parent_path().string(), error.message()));
+  }
+  const PublishLock lock(file);
+  std::vector<TunedProblem> all = read_tune_cache(file, environment, false);
+  for (const TunedProblem& added : problems) {
+    std::erase_if(all, [&](const TunedProblem& old) { return same_measurement(old.problem, added.problem); });
+    all.push_back(added);
+  }
+  Json entries = Json::array();
+  for (const TunedProblem& tuned : all) entries.push_back(to_json(tuned));
+  const Json json{
+      {"format", kFormat}, {"version", kVersion}, {"environment", environment}, {"problems", std::move(entries)}};
+  // Names of backends and reasons may come from anywhere: what is no UTF-8 in them is replaced.
+  const std::string text = json.dump(1, ' ', false, Json::error_handler_t::replace);
+  write_atomically(file, "tuned choices", [&](std::ostream& stream) { stream << text << '\n'; });
+}
+
+}  // namespace ditattn
