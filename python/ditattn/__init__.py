@@ -21,7 +21,7 @@ from .enum import DiffusionAttentionBackendEnum
 from .functional import attention
 from .launches import LaunchCount, launch_counts, reset_launch_counts
 from .metadata import AttentionMetadata, QueryRange
-from .problem import Problem
+from .problem import Problem, TunedResult
 from .registry import plugin_search_path, register_diffusion_backend, resolve_class_path
 from .selection import (
     HEAD_SIZE_UNKNOWN,
@@ -35,6 +35,17 @@ from .selection import (
     get_attn_backend_for_role,
     platform_candidates,
     select_backend,
+)
+from .tuning import (
+    TunedProblem,
+    exact_error,
+    reload_tuned,
+    tune,
+    tune_cache_file,
+    tune_call,
+    tuned,
+    tuned_member,
+    tuned_problems,
 )
 
 __version__ = str(_native.function("version")())
@@ -67,9 +78,12 @@ __all__ = [
     "Problem",
     "QueryRange",
     "Selection",
+    "TunedProblem",
+    "TunedResult",
     "attention",
     "capture",
     "define_platform",
+    "exact_error",
     "explain",
     "get_attn_backend_for_role",
     "launch_counts",
@@ -77,9 +91,16 @@ __all__ = [
     "platform_candidates",
     "plugin_search_path",
     "register_diffusion_backend",
+    "reload_tuned",
     "reset_launch_counts",
     "resolve_class_path",
     "select_backend",
     "set_log_handler",
     "set_num_threads",
+    "tune",
+    "tune_cache_file",
+    "tune_call",
+    "tuned",
+    "tuned_member",
+    "tuned_problems",
 ]

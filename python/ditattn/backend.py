@@ -198,22 +198,20 @@ class NativeImpl(AttentionImpl):
         raise TypeError(f"{type(self).__name__} holds C++ objects and cannot be pickled or copied; make it anew.")
 
 
+def call_with_native(call: Callable[..., Any], query: Any, key: Any, value: Any, *outputs: Any) -> Any:
+    """`call(query, key, value, *outputs)` with tensors as C++ takes them, in query's stream."""
+    arguments = (as_argument(query, "query"), as_argument(key, "key"), as_argument(value, "value"), *outputs)
+    if arguments[0] is not query and is_torch(query) and query.is_cuda:
+        with torch_stream(query):  # for what C++ reads itself, the stream comes with it
+            return call(*arguments)
+    return call(*arguments)
+
+
 def call_native(
     call: Callable[..., Any], query: Any, key: Any, value: Any, out: Any, lse: Any, return_lse: bool
 ) -> Any:
     """`call(query, key, value, out, lse)` with tensors as C++ takes them; results as `NativeImpl.forward` gives them."""
-    arguments = (
-        as_argument(query, "query"),
-        as_argument(key, "key"),
-        as_argument(value, "value"),
-        _output(out, "out"),
-        _output(lse, "lse"),
-    )
-    if arguments[0] is not query and is_torch(query) and query.is_cuda:
-        with torch_stream(query):  # for what C++ reads itself, the stream comes with it
-            result = call(*arguments)
-    else:
-        result = call(*arguments)
+    result = call_with_native(call, query, key, value, _output(out, "out"), _output(lse, "lse"))
     if not return_lse:
         return like(result, query) if out is None else out
     return (like(result[0], query) if out is None else out), (like(result[1], query) if lse is None else lse)

@@ -39,7 +39,9 @@ def _are_of_torch(query: Any, key: Any, value: Any, attn_mask: Any) -> bool:
     return isinstance(query, tensor) and isinstance(key, tensor) and isinstance(value, tensor) and mask_fits
 
 
-def _that_differ(backend: str, softmax_scale: Any, causal: bool, backend_kwargs: Any) -> dict[str, Any]:
+def _that_differ(
+    backend: str, softmax_scale: Any, causal: bool, backend_kwargs: Any, max_error: Any
+) -> dict[str, Any]:
     """Options of PyTorch's operator that are not as by default: each takes it a third of a microsecond."""
     given: dict[str, Any] = {}
     if backend != "auto":
@@ -50,10 +52,13 @@ def _that_differ(backend: str, softmax_scale: Any, causal: bool, backend_kwargs:
         given["causal"] = True
     if backend_kwargs:
         given["backend_kwargs"] = json.dumps(dict(backend_kwargs))
+    if max_error is not None:
+        given["max_error"] = max_error
     return given
 
 
-def _with_mask(metadata: Any, attn_mask: Any) -> Any:
+def with_mask(metadata: Any, attn_mask: Any) -> Any:
+    """Metadata with the mask in it, which may be given either way."""
     if attn_mask is None:
         return metadata
     if metadata is None:
@@ -77,6 +82,7 @@ def attention(
     out: Any = None,
     lse: Any = None,
     backend_kwargs: Mapping[str, Any] | None = None,
+    max_error: float | None = None,
     role: str | None = None,
     config: AttentionConfig | Mapping[str, Any] | None = None,
     role_category: str | None = None,
@@ -84,7 +90,8 @@ def attention(
     """Attention over (batch, tokens, heads, head_size); heads and sizes are those of the tensors.
 
     `backend` is a member, its name in any case, or a class. "auto" is the selector's choice for `role` in `config`;
-    with neither, DIFFUSION_ATTENTION_BACKEND, else the first of the platform's back ends that takes this problem.
+    with neither, DIFFUSION_ATTENTION_BACKEND, else the fastest that was measured for this problem (`tune`) to be within
+    `max_error` (None: exact), else the first of the platform's back ends that takes it.
     Classes written in Python are checked as those in C++ are. Implementations are kept for the next call of the kind.
     Arguments and result are those of `NativeImpl.forward`. For PyTorch tensors without `metadata`, `out`, `lse`, `role`
     and `config` this is ``torch.ops.ditattn.attention``, and torch.compile sees that.
@@ -93,13 +100,13 @@ def attention(
     if (metadata is None and out is None and lse is None and role is None and config is None and role_category is None
             and isinstance(name, str) and _are_of_torch(query, key, value, attn_mask)):  # fmt: skip
         operator = torch_ops.attention_with_lse if return_lse else torch_ops.attention
-        given = _that_differ(name, softmax_scale, causal, backend_kwargs)
+        given = _that_differ(name, softmax_scale, causal, backend_kwargs, max_error)
         if attn_mask is None:
             return operator.default(query, key, value, **given)
         return operator.masked(query, key, value, attn_mask, **given)
-    options = (name, softmax_scale, causal, dict(backend_kwargs or {}))
+    options = (name, softmax_scale, causal, dict(backend_kwargs or {}), max_error)
     selection = (role or "", role_category or "", native_config(config))
-    known = native_metadata(_with_mask(metadata, attn_mask))
+    known = native_metadata(with_mask(metadata, attn_mask))
 
     def call(query: Any, key: Any, value: Any, out: Any, lse: Any) -> Any:
         return _attention(query, key, value, known, *options, *selection, out, lse, return_lse)

@@ -1,9 +1,9 @@
-"""One attention problem, for `explain` and `select_backend`."""
+"""One attention problem, for `explain`, `select_backend` and `tune`, and what was measured of it."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import tvm_ffi
 
@@ -35,3 +35,14 @@ class Problem:
         """Fields as C++ takes them."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {"device": tvm_ffi.device(self.device)}
+
+
+class TunedResult(NamedTuple):
+    """How one back end did on one problem."""
+
+    backend: str
+    class_path: str
+    engine: str
+    median_ms: float  #: of one call; 0: not timed
+    error: float  #: ‖out − ref‖ / ‖ref‖ against float64 over sampled rows; NaN: NaN or infinity where there is none
+    reason: str  #: why it cannot be chosen; empty otherwise

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from . import _native
 from .backend import AttentionBackend, class_for
 from .enum import DiffusionAttentionBackendEnum
-from .problem import Problem
+from .problem import Problem, TunedResult
 
 _parse_config = _native.function("parse_config")
 _get_attn_backend_for_role = _native.function("get_attn_backend_for_role")
@@ -25,16 +25,31 @@ HEAD_SIZE_UNKNOWN = -1
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """One choice: a member's name, and options for `AttentionImpl`'s backend_kwargs."""
+    """One choice: a member's name and options for `AttentionImpl`'s backend_kwargs, or what "auto" must keep to."""
 
-    backend: str
+    backend: str = "AUTO"
     backend_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    #: Where the back end cannot be had or refuses: "error" (None: for one that is named), or the next one, with a
+    #: warning ("warn") or information ("allow", None: for "auto").
+    on_unusable: str | None = None
+    #: Whom a named back end may be replaced by (none: the platform's order), or "auto" may choose (none: all).
+    allowed: Sequence[str] = ()
+    #: "auto": the largest measured error (`TunedResult.error`) of what is chosen; None: exact ones only.
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "allowed", tuple(self.allowed))
 
 
 def _as_json(value: Any) -> Any:
     if isinstance(value, AttentionSpec):
-        options = {"backend_kwargs": dict(value.backend_kwargs)} if value.backend_kwargs else {}
-        return {"backend": value.backend, **options}
+        options = {
+            "backend_kwargs": dict(value.backend_kwargs),
+            "on_unusable": value.on_unusable,
+            "allowed": list(value.allowed),
+            "max_error": value.max_error,
+        }
+        return {"backend": value.backend, **{key: option for key, option in options.items() if option not in ({}, [], None)}}
     if isinstance(value, Mapping):
         return {key: _as_json(entry) for key, entry in value.items()}
     return value
@@ -92,7 +107,7 @@ class Selection(NamedTuple):
 
     member: DiffusionAttentionBackendEnum  #: for a platform's default: its first candidate
     backend: type[AttentionBackend]
-    spec: AttentionSpec | None  #: what named it; None for a platform's default
+    spec: AttentionSpec | None  #: what named it, or bounds the automatic choice; else None
     source: str  #: "attention_config.per_role['self']", …, "platform default"
     is_explicit: bool
 
@@ -142,8 +157,8 @@ def get_attn_backend_for_role(
     """The back end class of a layer's role, and the specification that named it (None: the platform's default).
 
     In this order: ``per_role[role]``, ``per_role[role_category]``, ``default``, which DIFFUSION_ATTENTION_BACKEND fills
-    where the configuration does not, and the platform's default. All but the last are explicit: an error where they
-    cannot run here, never another back end. `attention_config` is vLLM-Omni's name of `config`.
+    where the configuration does not, and the platform's default. One that is named is explicit: an error where it cannot
+    run here, never another back end, unless its `on_unusable` says so. `attention_config` is vLLM-Omni's name of `config`.
     """
     if config is not None and attention_config is not None:
         raise ValueError("config and attention_config are two names of one argument: give one.")
@@ -172,6 +187,7 @@ class MemberVerdict(NamedTuple):
     reasons: tuple[str, ...]  #: against it; empty: it takes the problem
     engine: str  #: empty where the class cannot be had
     kernel: str  #: which would compute, where it takes the problem and its engine tells
+    tuned: TunedResult | None  #: "auto": what was measured of it for this problem
 
 
 class Explanation(NamedTuple):
@@ -181,6 +197,7 @@ class Explanation(NamedTuple):
     is_explicit: bool
     members: tuple[MemberVerdict, ...]  #: candidates in the order in which they are tried, then all others
     chosen: DiffusionAttentionBackendEnum | None  #: None where every candidate refuses
+    why: str  #: "auto": whether by measurement or by the platform's order, and why
 
 
 def explain(
@@ -206,6 +223,7 @@ def explain(
             reasons=tuple(entry["reasons"]),
             engine=entry["engine"],
             kernel=entry["kernel"],
+            tuned=entry["tuned"] and TunedResult(**entry["tuned"]),
         )
         for entry in found["members"]
     )
@@ -215,6 +233,7 @@ def explain(
         is_explicit=found["is_explicit"],
         members=members,
         chosen=None if chosen is None else DiffusionAttentionBackendEnum[chosen],
+        why=found["why"],
     )
 
 

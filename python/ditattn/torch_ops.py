@@ -1,12 +1,12 @@
 """``torch.ops.ditattn``: attention as operators of PyTorch, which torch.compile and CUDA graphs take as they are.
 
     torch.ops.ditattn.attention(query, key, value, attn_mask=None, backend="auto", softmax_scale=None, causal=False,
-                                backend_kwargs="")
+                                backend_kwargs="", max_error=None)
     torch.ops.ditattn.attention_with_lse(…)  # (out, lse)
 
 query (B, Sq, H, D), key and value (B, Skv, Hkv, D), of one dtype on one device, any strides with a unit last one; the
 result is a new contiguous tensor of query's shape, and the LSE float32 (B, H, Sq). `backend` is a member's name in any
-case or "auto", `backend_kwargs` a JSON object. Under autocast they run in its dtype. They work in PyTorch's current
+case or "auto" (within `max_error`, where problems were measured), `backend_kwargs` a JSON object. Under autocast they run in its dtype. They work in PyTorch's current
 stream, and raise what `ditattn.attention` raises; there are no gradients.
 
 Each has two overloads. Without a mask, `default`, options by keyword, is a kernel in C++ (PyTorch 2.10 and later).
@@ -28,12 +28,12 @@ from .metadata import AttentionMetadata
 from .tensors import FORWARD_ONLY
 
 _attention = _native.function("attention")
-_DEFAULTS = ("auto", None, False, "")
+_DEFAULTS = ("auto", None, False, "", None)
 _WITH_LSE: tuple[Any, ...] = ("", "", {}, None, None, True)  # role, category, configuration, out, lse, return_lse
 
 _OPERATORS = Library("ditattn", "DEF")
 _TENSORS = "Tensor query, Tensor key, Tensor value"
-_OPTIONS = 'str backend="auto", float? softmax_scale=None, bool causal=False, str backend_kwargs=""'
+_OPTIONS = 'str backend="auto", float? softmax_scale=None, bool causal=False, str backend_kwargs="", float? max_error=None'
 _OVERLOADS = {"": f"{_TENSORS}, *, {_OPTIONS}", ".masked": f"{_TENSORS}, Tensor? attn_mask, {_OPTIONS}"}
 
 _described = WeakTensorKeyDictionary()  # mask → (its version, its metadata)
@@ -77,9 +77,13 @@ def _run_with_lse(query: Any, key: Any, value: Any, attn_mask: Any = None, *opti
 
 
 def _in_order(
-    backend: str = "auto", softmax_scale: float | None = None, causal: bool = False, backend_kwargs: str = ""
+    backend: str = "auto",
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    backend_kwargs: str = "",
+    max_error: float | None = None,
 ) -> tuple[Any, ...]:
-    return backend, softmax_scale, causal, backend_kwargs
+    return backend, softmax_scale, causal, backend_kwargs, max_error
 
 
 def _fake(query: Any, key: Any, value: Any, attn_mask: Any = None, *options: Any, **more: Any) -> Any:

@@ -86,13 +86,10 @@ struct CallArguments {
     const auto given = [&] { return next < args.size(); };
     if (given()) metadata = args[next++].cast<AttentionMetadata>();
     if (given()) set_backend(args[next++]);
-    if (given()) {
-      if (const auto scale = args[next++].cast<Optional<double>>(); scale.has_value()) {
-        options.softmax_scale = scale.value();
-      }
-    }
+    if (given()) options.softmax_scale = number_or_none(args[next++]);
     if (given()) options.causal = args[next++].cast<bool>();
     if (given()) set_kwargs(args[next++]);
+    if (given()) options.max_error = number_or_none(args[next++]);
     if (given()) options.role = args[next++].cast<String>();
     if (given()) options.role_category = args[next++].cast<String>();
     if (given()) options.config = config_from(args[next++].cast<Dict>());
@@ -102,6 +99,10 @@ struct CallArguments {
   }
 
  private:
+  static std::optional<double> number_or_none(const AnyView& given) {
+    const auto number = given.cast<Optional<double>>();
+    return number.has_value() ? std::optional(number.value()) : std::nullopt;
+  }
   void set_backend(const AnyView& given) {
     if (const auto backend = given.as<BackendRef>()) {
       options.backend_class = (*backend)->backend;

@@ -222,7 +222,12 @@ void define_metadata() {
 
 Any spec_dict(const std::optional<AttentionSpec>& spec) {
   if (!spec) return {};
-  return Dict{{"backend", String(spec->backend)}, {"backend_kwargs", spec->backend_kwargs}};
+  const char* const policies[] = {"error", "warn", "allow"};
+  return Dict{{"backend", String(spec->backend)},
+              {"backend_kwargs", spec->backend_kwargs},
+              {"on_unusable", spec->on_unusable ? Any(String(policies[static_cast<int>(*spec->on_unusable)])) : Any()},
+              {"allowed", strings(spec->allowed)},
+              {"max_error", spec->max_error ? Any(*spec->max_error) : Any()}};
 }
 
 // {"default": spec or None, "per_role": {role: spec}}, of a configuration's JSON text or file.
@@ -249,12 +254,14 @@ Dict explanation_dict(const Explanation& explanation) {
                            {"is_candidate", answer.is_candidate},
                            {"engine", String(answer.backend ? answer.backend->capabilities().engine : "")},
                            {"kernel", String(answer.kernel)},
+                           {"tuned", answer.tuned ? Any(tuned_result_dict(*answer.tuned)) : Any()},
                            {"reasons", strings(answer.verdict.reasons)}});
   }
   return {{"source", String(explanation.source)},
           {"is_explicit", explanation.is_explicit},
           {"members", members},
-          {"chosen", explanation.chosen ? Any(String(explanation.chosen->name())) : Any()}};
+          {"chosen", explanation.chosen ? Any(String(explanation.chosen->name())) : Any()},
+          {"why", String(explanation.why)}};
 }
 
 void define_selection() {

@@ -32,10 +32,17 @@ Any head_sizes(const HeadSizes& sizes) {
   return Dict{{"min", sizes.min}, {"max", sizes.max == 0 ? Any() : Any(sizes.max)}, {"multiple", sizes.multiple}};
 }
 
-AttentionSpec spec_from(const Any& value) {
-  const auto fields = value.cast<Dict>();
-  return {.backend = get_or(fields, "backend", String()),
-          .backend_kwargs = get_or(fields, "backend_kwargs", BackendKwargs())};
+AttentionSpec spec_from(const Dict& fields) {
+  AttentionSpec spec{.backend = get_or(fields, "backend", String(kAutomatic)),
+                     .backend_kwargs = get_or(fields, "backend_kwargs", BackendKwargs())};
+  if (const auto policy = given<String>(fields, "on_unusable")) {
+    spec.on_unusable = *policy == "warn"    ? OnUnusable::warn
+                       : *policy == "allow" ? OnUnusable::allow
+                                            : OnUnusable::error;
+  }
+  for (const String& name : get_or(fields, "allowed", Array<String>())) spec.allowed.push_back(name);
+  spec.max_error = given<double>(fields, "max_error");
+  return spec;
 }
 
 }  // namespace
@@ -100,11 +107,38 @@ Problem problem_from(const Dict& fields) {
           .alignment = get_or<std::int64_t>(fields, "alignment", 16)};
 }
 
+Dict problem_dict(const Problem& p) {
+  return {{"batch", p.batch},
+          {"num_heads", p.num_heads},
+          {"num_kv_heads", p.num_kv_heads},
+          {"seq_q", p.seq_q},
+          {"seq_kv", p.seq_kv},
+          {"head_size", p.head_size},
+          {"dtype", String(dtype_name(p.dtype))},
+          {"device", String(device_name(p.device))},
+          {"mask", String(mask_kind_name(p.mask))},
+          {"causal", p.causal},
+          {"lse", p.lse},
+          {"packed", p.packed},
+          {"joint", p.joint},
+          {"spans", p.spans},
+          {"fp8_kv", p.fp8_kv},
+          {"alignment", p.alignment}};
+}
+
+Dict tuned_result_dict(const TunedResult& result) {
+  return {{"backend", String(result.backend)},
+          {"class_path", String(result.class_path)},
+          {"engine", String(result.engine)},
+          {"median_ms", result.median_ms},
+          {"error", result.error},
+          {"reason", String(result.reason)}};
+}
+
 AttentionConfig config_from(const Dict& fields) {
   AttentionConfig config;
-  const auto given = fields.Get("default");
-  if (given && *given != nullptr) config.default_spec = spec_from(*given);
-  for (const auto& [role, spec] : get_or(fields, "per_role", Dict())) config.per_role[role] = spec_from(spec);
+  if (const auto spec = given<Dict>(fields, "default")) config.default_spec = spec_from(*spec);
+  for (const auto& [role, spec] : get_or(fields, "per_role", Dict())) config.per_role[role] = spec_from(spec.cast<Dict>());
   return config;
 }
 

@@ -17,6 +17,7 @@
 
 #include "ditattn/attention_config.hpp"
 #include "ditattn/backend.hpp"
+#include "ditattn/tuner.hpp"
 
 namespace ditattn::python {
 
@@ -104,6 +105,19 @@ tvm::ffi::Array<tvm::ffi::String> strings(const std::vector<std::string>& texts)
 
 /// As `ditattn list --json` has them, and more.
 Dict capabilities_dict(const Capabilities& can);
+
+/// A problem's fields, as Python's `Problem` takes them.
+Dict problem_dict(const Problem& problem);
+
+/// A measurement's fields, as Python's `TunedResult` takes them.
+Dict tuned_result_dict(const TunedResult& result);
+
+/// The entry `key`; none where there is none, or it is None.
+template <class T>
+std::optional<T> given(const Dict& dict, const char* key) {
+  const auto value = dict.Get(tvm::ffi::String(key));
+  return value && *value != nullptr ? std::optional(value->template cast<T>()) : std::nullopt;
+}
 
 /// The entry `key`, or `fallback`.
 template <class T>

@@ -220,7 +220,8 @@ struct Arguments {
         backend(take_string(stack[3])),
         softmax_scale(take_optional_double(stack[4])),
         causal((stack[5] & 1) != 0),
-        backend_kwargs(take_string(stack[6])) {}
+        backend_kwargs(take_string(stack[6])),
+        max_error(take_optional_double(stack[7])) {}
 
   Held query;
   Held key;
@@ -229,6 +230,7 @@ struct Arguments {
   std::optional<double> softmax_scale;
   bool causal;
   std::string backend_kwargs;
+  std::optional<double> max_error;
 };
 
 // PyTorch's current stream of a device is this thread's, as long as this lives.
@@ -304,6 +306,7 @@ void run(const Arguments& arguments, Held& out, Held* lse) {
             {.backend = arguments.backend,
              .softmax_scale = arguments.softmax_scale,
              .causal = arguments.causal,
+             .max_error = arguments.max_error,
              .backend_kwargs = kwargs_from_json(arguments.backend_kwargs)},
             {}, outputs);
 }

@@ -1,6 +1,7 @@
 #include "ditattn/attention.hpp"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <functional>
 #include <mutex>
@@ -27,6 +28,7 @@ struct Key {
   std::string role_category;
   std::string environment;
   std::string kwargs;
+  std::string config;
   std::string device;
   std::optional<double> softmax_scale;
   std::optional<double> max_error;
@@ -48,6 +50,7 @@ struct KeyHash {
     mix(key.backend);
     mix(key.role);
     mix(key.kwargs);
+    mix(key.config);
     mix(key.softmax_scale.value_or(0));
     mix(key.max_error.value_or(0));
     mix(key.num_heads);
@@ -86,6 +89,24 @@ std::optional<std::string> text_of(const BackendKwargs& kwargs) {
       return std::nullopt;
     }
     text += fmt::format("{}:{}={}:{};", key.size(), std::string(key), entry.size(), entry);
+  }
+  return text;
+}
+
+// A configuration as one text that differs where they do.
+std::optional<std::string> text_of(const AttentionConfig& config) {
+  std::string text;
+  const auto add = [&](const std::string& role, const AttentionSpec& spec) {
+    const auto kwargs = text_of(spec.backend_kwargs);
+    text += fmt::format("{}:{}={};{};{};{};{};", role.size(), role, spec.backend, kwargs.value_or(""),
+                        spec.on_unusable ? static_cast<int>(*spec.on_unusable) : -1, fmt::join(spec.allowed, ","),
+                        spec.max_error ? fmt::format("{:a}", *spec.max_error) : "");
+    return kwargs.has_value();
+  };
+  if (config.default_spec && !add("", *config.default_spec)) return std::nullopt;
+  text += '\n';
+  for (const auto& [role, spec] : config.per_role) {
+    if (!add(role, spec)) return std::nullopt;
   }
   return text;
 }
@@ -146,8 +167,8 @@ Layer make(const AttentionOptions& options, const LayerShape& shape) {
 
 Layer attention_layer(const AttentionOptions& options, const LayerShape& shape) {
   const std::optional<std::string> kwargs = text_of(options.backend_kwargs);
-  const bool is_configured = options.config.default_spec || !options.config.per_role.empty();
-  if (!kwargs || (is_configured && names_nobody(options))) return make(options, shape);
+  const std::optional<std::string> config = names_nobody(options) ? text_of(options.config) : std::string();
+  if (!kwargs || !config) return make(options, shape);
 
   Key key{.backend_class = options.backend_class.get(),
           .backend = options.backend,
@@ -155,6 +176,7 @@ Layer attention_layer(const AttentionOptions& options, const LayerShape& shape) 
           .role_category = options.role_category,
           .environment = environment(Env::DIFFUSION_ATTENTION_BACKEND).value_or(""),
           .kwargs = *kwargs,
+          .config = *config,
           .device = shape.device,
           .softmax_scale = options.softmax_scale,
           .max_error = options.max_error,

@@ -4,9 +4,9 @@ import pytest
 
 FIELDS = [
     "case", "shape", "num_kv_heads", "dtype", "device", "mask", "causal", "lse", "joint", "source", "explicit", "chosen",
-    "backends",
+    "why", "backends",
 ]  # fmt: skip
-BACKEND_FIELDS = ["backend", "candidate", "accepted", "engine", "kernel", "reasons"]
+BACKEND_FIELDS = ["backend", "candidate", "accepted", "engine", "kernel", "median_ms", "error", "reasons"]
 
 
 def only_case(document):

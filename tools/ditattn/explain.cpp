@@ -27,6 +27,7 @@ struct Options {
   std::int64_t kv_heads = 0;
   bool causal = false;
   bool lse = false;
+  std::optional<double> max_error;
   std::string backend;
   SelectionFlags selection;
   bool json = false;
@@ -68,6 +69,14 @@ Problem problem_of(const std::string& text, const Options& options, DLDevice dev
 // A role of the catalogue is asked for under its own name and category, unless the flags give others.
 std::vector<Explained> explain_all(const Options& options, AttentionConfig config) {
   if (!options.backend.empty()) config.default_spec = AttentionSpec{.backend = parse_member(options.backend).name()};
+  if (options.max_error) {
+    if (!config.default_spec) config.default_spec.emplace();
+    if (!config.default_spec->is_automatic()) {
+      throw UsageError(
+          fmt::format("--max-error bounds the automatic choice, but {} is chosen.", config.default_spec->backend));
+    }
+    config.default_spec->max_error = options.max_error;
+  }
   if (options.shapes.empty() && options.models.empty()) {
     throw UsageError("Nothing to explain: give --shape B,H,Sq,Skv,D or --model NAME.");
   }
@@ -107,6 +116,8 @@ Json to_json(const Explained& entry) {
                         {"accepted", static_cast<bool>(answer.verdict)},
                         {"engine", engine_of(answer)},
                         {"kernel", answer.kernel},
+                        {"median_ms", answer.tuned ? Json(answer.tuned->median_ms) : Json(nullptr)},
+                        {"error", answer.tuned ? Json(answer.tuned->error) : Json(nullptr)},
                         {"reasons", answer.verdict.reasons}});
   }
   return {{"case", entry.name},
@@ -121,6 +132,7 @@ Json to_json(const Explained& entry) {
           {"source", explanation.source},
           {"explicit", explanation.is_explicit},
           {"chosen", explanation.chosen ? Json(explanation.chosen->name()) : Json(nullptr)},
+          {"why", explanation.why},
           {"backends", backends}};
 }
 
@@ -145,7 +157,12 @@ std::string detail_of(const MemberVerdict& answer) {
 
 std::string text_of(const Explained& entry) {
   const Explanation& explanation = entry.explanation;
-  Table table{.columns = {{"backend"}, {"tried"}, {"answer"}, {"engine or kernel, or what speaks against it"}},
+  Table table{.columns = {{"backend"},
+                          {"tried"},
+                          {"answer"},
+                          {"tuned ms", true},
+                          {"error", true},
+                          {"engine or kernel, or what speaks against it"}},
               .rows = {}};
   std::size_t turn = 0;
   for (const MemberVerdict& answer : explanation.members) {
@@ -157,10 +174,12 @@ std::string text_of(const Explained& entry) {
                            : answer.verdict ? "would do"
                                             : "refuses",
                            emphasis},
+                          {answer.tuned ? fmt::format("{:.4g}", answer.tuned->median_ms) : ""},
+                          {answer.tuned ? fmt::format("{:.1e}", answer.tuned->error) : ""},
                           {printable(detail_of(answer))}});
   }
-  return fmt::format("{}: {}\nby {}\n{}", printable(entry.name), describe(entry.problem), explanation.source,
-                     format_table(table, use_colour()));
+  return fmt::format("{}: {}\nby {}{}{}\n{}", printable(entry.name), describe(entry.problem), explanation.source,
+                     explanation.why.empty() ? "" : "; ", explanation.why, format_table(table, use_colour()));
 }
 
 int run(const Options& options) {
@@ -192,6 +211,9 @@ void add_explain_verb(CLI::App& app, Action& action) {
       ->check(CLI::PositiveNumber);
   verb->add_flag("--causal", options->causal, "Of --shape: queries do not see later keys");
   verb->add_flag("--lse", options->lse, "The log-sum-exp is wanted too");
+  verb->add_option("--max-error", options->max_error,
+                   "Of the automatic choice, where problems were measured: largest error, relative to the output")
+      ->check(number_from(0));
   CLI::Option* backend = verb->add_option("--backend", options->backend, "An explicit choice, in any case");
   add_selection_flags(*verb, *backend, options->selection);
   add_json_flag(*verb, options->json);
