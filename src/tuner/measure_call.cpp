@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -20,7 +21,8 @@ namespace {
 
 constexpr std::int64_t kRows = 32;     // errors are measured on: their mean varies by a few percent
 constexpr double kTooSlow = 3;         // times a rival's time: timed once, by the last call that warmed up
-constexpr double kFinalists = 1.1;     // times a rival's time at most: timed again, to tell them apart
+constexpr double kHopelessMs = 1000;   // a first call that is longer, and far slower than a rival's: timed by itself
+constexpr double kFinalists = 1.1;     // times a rival's time at most: timed again, to tell apart
 constexpr double kFinalsBudget = 0.5;  // of the budget
 
 std::array<std::int64_t, 4> out_shape(const Problem& p) { return {p.batch, p.seq_q, p.num_heads, p.head_size}; }
@@ -31,6 +33,10 @@ struct Running {
   std::size_t entry;
   std::unique_ptr<AttentionImpl> impl;
 };
+
+double ms_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+}
 
 class Measurement {
  public:
@@ -61,7 +67,11 @@ class Measurement {
     guarded(results_.size() - 1, [&] {
       Running running{
           .result = results_.size() - 1, .entry = 0, .impl = BackendAccess::create(contender.backend, config_)};
-      result.error = error_of(*running.impl, contender.backend->capabilities().causal_alignment);
+      const double first_ms = run_first(*running.impl, contender.backend->capabilities().causal_alignment, result);
+      if (first_ms > kHopelessMs && is_beaten(result.error, first_ms, 2 * kTooSlow)) {
+        result.median_ms = first_ms;
+        return;
+      }
       running.entry = rounds_.add([this, impl = running.impl.get()] { impl->run(call_); });
       running_.push_back(std::move(running));
     });
@@ -97,8 +107,9 @@ class Measurement {
     }
   }
 
-  // The output is filled with NaN first (all bits set, in every float type): elements left unwritten show.
-  double error_of(const AttentionImpl& impl, CausalAlignment alignment) const {
+  // Runs the first call, whose error is the result's, and returns its milliseconds. The output is filled with NaN
+  // before (all bits set, in every float type): elements left unwritten show.
+  double run_first(const AttentionImpl& impl, CausalAlignment alignment, TunedResult& result) const {
     const Tensor unwritten = empty(out_shape(problem_), problem_.dtype);
     std::memset(unwritten.data_ptr(), 0xFF, tvm::ffi::GetDataSize(*unwritten.GetDLTensorPtr()));
     const Tensor out = problem_.device.device_type == kDLCPU ? unwritten : copy_to(unwritten, problem_.device);
@@ -108,23 +119,33 @@ class Measurement {
                              .out = out,
                              .lse = call_.lse,
                              .metadata = call_.metadata};
+    const auto start = std::chrono::steady_clock::now();
     impl.run(call);
+    synchronize(problem_.device);
+    const double first_ms = ms_since(start);
     const double scale = config_.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(config_.head_size)));
     const RowErrors errors = check_rows(call, scale, config_.causal, alignment, rows_);
     const bool is_wrong = errors.wrong_non_finite > 0 || errors.nonzero_without_keys > 0;
-    return is_wrong ? std::numeric_limits<double>::quiet_NaN() : errors.rel_l2;
+    result.error = is_wrong ? std::numeric_limits<double>::quiet_NaN() : errors.rel_l2;
+    return first_ms;
   }
 
-  // Entries that took at most `factor` times what the fastest took that is no less exact: the others are never chosen.
-  std::vector<std::size_t> within(double factor) const {
+  // Whether one that is no less exact is `factor` times faster.
+  [[nodiscard]] bool is_beaten(double error, double ms, double factor) const {
+    const double allowed =
+        std::isnan(error) ? std::numeric_limits<double>::infinity() : std::max(error, exact_error(problem_.dtype));
+    return std::ranges::any_of(running_, [&](const Running& rival) {
+      return results_[rival.result].error <= allowed && ms > factor * rounds_.median_ms(rival.entry);
+    });
+  }
+
+  // Entries that are not: the others are never chosen.
+  [[nodiscard]] std::vector<std::size_t> within(double factor) const {
     std::vector<std::size_t> entries;
     for (const Running& running : running_) {
-      const double error = std::max(results_[running.result].error, exact_error(problem_.dtype));
-      const auto is_beaten_by = [&](const Running& rival) {
-        return results_[rival.result].error <= error &&
-               rounds_.median_ms(running.entry) > factor * rounds_.median_ms(rival.entry);
-      };
-      if (std::ranges::none_of(running_, is_beaten_by)) entries.push_back(running.entry);
+      if (!is_beaten(results_[running.result].error, rounds_.median_ms(running.entry), factor)) {
+        entries.push_back(running.entry);
+      }
     }
     return entries;
   }
