@@ -14,14 +14,16 @@ DOOR = re.search(r"\n\n((?:    .*\n)+)", ditattn.__doc__).group(1)
 
 
 @pytest.mark.parametrize("text", [*BLOCKS, textwrap.dedent(DOOR)])
-def test_example(run_python, tmp_path, text):
+def test_example(run_python, tmp_path, monkeypatch, text):
+    monkeypatch.setenv("DITATTN_TUNE", "use")
+    monkeypatch.setenv("DITATTN_TUNE_CACHE", str(tmp_path))
     (tmp_path / "example.py").write_text(text)
     done = run_python("example.py")
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_command_of_the_docs(run_python, tmp_path):
-    (tmp_path / "my_module.py").write_text(BLOCKS[1])
+    (tmp_path / "my_module.py").write_text(BLOCKS[2])
     (line,) = re.findall(r"^python (-m ditattn --register .*)$", DOCS.read_text(), re.MULTILINE)
     done = run_python(*line.split())
     assert done.returncode == 0 and "Python: my_module.MyBackend" in done.stdout, done.stderr
