@@ -14,11 +14,9 @@ DOOR = re.search(r"\n\n((?:    .*\n)+)", ditattn.__doc__).group(1)
 
 
 @pytest.mark.parametrize("text", [*BLOCKS, textwrap.dedent(DOOR)])
-def test_example(run_python, tmp_path, monkeypatch, text):
-    monkeypatch.setenv("DITATTN_TUNE", "use")
-    monkeypatch.setenv("DITATTN_TUNE_CACHE", str(tmp_path))
+def test_example(run_python, tmp_path, text):
     (tmp_path / "example.py").write_text(text)
-    done = run_python("example.py")
+    done = run_python("example.py", DITATTN_TUNE_CACHE=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
 
 
