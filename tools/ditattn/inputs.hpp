@@ -22,10 +22,19 @@ struct Inputs {
   bool causal = false;
 };
 
+/// Where in a model a case was recorded.
+struct Place {
+  std::string file;   ///< the capture's stem
+  std::string layer;  ///< "blocks.0.attn"
+  std::string level;  ///< the noise level, "t=0.95", or the step, "step 5"; empty: not known
+  double order = 0;   ///< of levels: the step, or else the noise level
+};
+
 /// Inputs and how to call them.
 struct Case {
   std::string name;
   Inputs inputs;
+  std::optional<Place> place = std::nullopt;  ///< of a capture's cases
 };
 
 /// What a call knows beside the tensors of its file.
@@ -41,7 +50,8 @@ struct CallOptions {
 Inputs load_inputs(const std::filesystem::path& file, const CallOptions& options);
 
 /// A file as `load_inputs` takes it, or a capture: `<case>.query`, `<case>.key`, … for any number of cases, keys of the
-/// metadata likewise. Cases are named "stem" or "stem/case", in the order of their names.
+/// metadata likewise. Cases are named "stem" or "stem/case", in the order of their names. A capture's have a place:
+/// from the texts `layer` and `timestep`, or else from names like "step000005/blocks.0.attn" and "blocks.0 t=0.95".
 std::vector<Case> load_cases(const std::filesystem::path& file, const CallOptions& options);
 
 /// Standard normal tensors one after the other, rounded to `dtype`; the same for the same seed.
