@@ -16,7 +16,7 @@ namespace {
 constexpr double kWidth = 360;
 constexpr double kRight = 12;
 constexpr double kLine = 15;
-constexpr double kCharacter = 6.2;  // width of most letters at 11 units
+constexpr double kCharacter = 7.6;  // width of capitals at 11 units, in bold
 constexpr double kFarBeyond = 3;    // lines this many times beyond the fastest back end are told in words
 
 // Speeds from left to right, from 0 on.
@@ -99,15 +99,15 @@ std::string line_at(double x1, double y1, double x2, double y2, std::string_view
 
 double width_of(std::string_view text) { return kCharacter * static_cast<double>(text.size()); }
 
-// Ticks, ceilings with their names in rows of their own, and what lies beyond. Returns what it drew; moves `y` below.
+// Ticks, ceilings with their names in rows of their own, and what lies beyond; lines lie under texts. Moves `y` below.
 std::string draw_speed_axis(const SpeedAxis& axis, const Plot& plot, double top, double& y) {
-  std::string svg;
+  std::string lines = line_at(axis.left, y, kWidth - kRight, y, "axis");
+  std::string texts = text_at((axis.left + kWidth - kRight) / 2, y + 27, "tick", "middle", plot.speed_axis);
   for (int i = 0; i * axis.step <= axis.end * 1.0001; ++i) {
     const double x = axis.at(i * axis.step);
-    svg += line_at(x, top, x, y, "grid") + text_at(x, y + 13, "tick", "middle", fmt::format("{:.3g}", i * axis.step));
+    lines += line_at(x, top, x, y, "grid");
+    texts += text_at(x, y + 13, "tick", "middle", fmt::format("{:.3g}", i * axis.step));
   }
-  svg += line_at(axis.left, y, kWidth - kRight, y, "axis");
-  svg += text_at((axis.left + kWidth - kRight) / 2, y + 27, "tick", "middle", plot.speed_axis);
   const double bottom = y;
   y += 30;
   for (const PlotLine& line : axis.lines) {
@@ -115,17 +115,16 @@ std::string draw_speed_axis(const SpeedAxis& axis, const Plot& plot, double top,
     y += kLine;
     const std::string name = fmt::format("{}: {:.3g}", line.name, line.speed);
     const bool is_left = x - width_of(name) - 4 >= 0;
-    svg += line_at(x, top, x, bottom, "ceiling") + line_at(x, bottom, x, y, "leader");
-    svg += text_at(is_left ? x - 4 : std::min(x + 4, kWidth - width_of(name)), y, "ceiling-name",
-                   is_left ? "end" : "start", name);
+    lines += line_at(x, top, x, bottom, "ceiling") + line_at(x, bottom, x, y, "leader");
+    texts += text_at(is_left ? x - 4 : x + 4, y, "ceiling-name", is_left ? "end" : "start", name);
   }
   for (const PlotLine& line : axis.beyond) {
     y += kLine;
-    svg += text_at(kWidth - kRight, y, "ceiling-name", "end",
-                   fmt::format("{}: {:.3g}, far beyond this plot →", line.name, line.speed));
+    texts += text_at(kWidth - kRight, y, "ceiling-name", "end",
+                     fmt::format("{}: {:.3g}, far beyond this plot →", line.name, line.speed));
   }
   y += 6;
-  return svg;
+  return lines + texts;
 }
 
 std::string svg_of(const Plot& plot, double height, const std::string& content) {
@@ -159,30 +158,34 @@ struct Box {
   }
 };
 
-// Names beside their markers, where neither names nor markers are yet: right, left, above, below, then further off.
+// Names beside their markers, where neither names nor markers are yet: right or left, then further up or down.
 class Labels {
  public:
   explicit Labels(Box room) : room_(room) {}
   void add_marker(double x, double y) { taken_.push_back({x - 7, y - 7, x + 7, y + 7}); }
 
   std::string add(double x, double y, const std::string& name, bool emphasized) {
-    const double width = width_of(name) + (emphasized ? 8 : 2);
+    const double width = width_of(name);
+    const char* css_class = emphasized ? "name strong" : "name";
     for (const double away : {0.0, 14.0, -14.0, 28.0, -28.0, 42.0, -42.0, 56.0, -56.0, 70.0, -70.0}) {
-      for (const double left : {x + 9, x - 9 - width, x - width / 2}) {
-        const Box box{left, y + away - 7, left + width, y + away + 7};
-        const bool is_inside =
-            box.left >= room_.left && box.right <= room_.right && box.top >= room_.top && box.bottom <= room_.bottom;
-        if (!is_inside || std::ranges::any_of(taken_, [&](const Box& other) { return box.meets(other); })) continue;
+      for (const bool is_left : {false, true}) {
+        const double at = is_left ? x - 9 : x + 9;
+        const Box box{is_left ? at - width : at, y + away - 7, is_left ? at : at + width, y + away + 7};
+        if (!is_free(box)) continue;
         taken_.push_back(box);
-        const std::string leader =
-            std::abs(away) > 14 ? line_at(x, y, std::clamp(x, box.left, box.right), y + away, "leader") : "";
-        return leader + text_at(left, y + away + 4, emphasized ? "name strong" : "name", "start", name);
+        const std::string leader = std::abs(away) > 14 ? line_at(x, y, at, y + away, "leader") : "";
+        return leader + text_at(at, y + away + 4, css_class, is_left ? "end" : "start", name);
       }
     }
-    return text_at(std::min(x + 9, kWidth - width), y + 4, "name", "start", name);  // no free place: on top of others
+    return text_at(kWidth - 2, y + 4, css_class, "end", name);  // no free place: on top of others
   }
 
  private:
+  [[nodiscard]] bool is_free(const Box& box) const {
+    return box.left >= room_.left && box.right <= room_.right && box.top >= room_.top && box.bottom <= room_.bottom &&
+           std::ranges::none_of(taken_, [&](const Box& other) { return box.meets(other); });
+  }
+
   Box room_;
   std::vector<Box> taken_;
 };
@@ -194,7 +197,7 @@ std::string bar_plot(const Plot& plot) {
   constexpr double top = 6;
   constexpr double pitch = 36;
   constexpr double height = 14;
-  const SpeedAxis axis(plot, 2 + width_of("0") / 2);
+  const SpeedAxis axis(plot, 5);
   double y = top + pitch * static_cast<double>(plot.points.size());
   std::string svg = draw_speed_axis(axis, plot, top, y);
   double row = top;

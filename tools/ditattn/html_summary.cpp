@@ -52,7 +52,7 @@ std::string summary_html(const CaptureSummary& summary) {
     html += element(
         "p", "faint",
         "The largest rel_l2 of each layer at each level, darker or brighter by decade; ▲ is over the tolerance.");
-    html += "<div class=\"plots\">\n";
+    html += "<div class=\"heats\">\n";
     for (std::size_t i = 0; i < summary.backends.size(); ++i) html += "<div>" + heat_table(summary, i) + "</div>\n";
     html += "</div>\n";
   }

@@ -6,9 +6,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <map>
-#include <regex>
 #include <set>
 
 #include "ditattn/cuda.hpp"
@@ -171,27 +169,6 @@ Inputs whole_file(const SafetensorsFile& file, const std::string& where, const C
   return make_inputs(where, file.tensors, Settings(file, where, ""), options);
 }
 
-// The step and the noise level that a name tells, and the layer that is left of it.
-Place place_of(const std::string& stem, const std::string& name, const Settings& settings) {
-  static const std::regex by_step(R"(step(\d{1,9})/(.+))");
-  static const std::regex by_level(R"((.+) t=([0-9.eE+-]+))");
-  Place place{.file = stem, .layer = name, .level = {}};
-  std::smatch parts;
-  std::optional<double> time = settings.get<double>("timestep", "a number");
-  if (std::regex_match(name, parts, by_step)) {
-    place.order = std::stod(parts[1]);
-    place.level = fmt::format("step {}", place.order);
-    place.layer = parts[2];
-  } else if (std::regex_match(name, parts, by_level)) {
-    if (!time) time = std::strtod(parts[2].str().c_str(), nullptr);
-    place.layer = parts[1];
-    place.order = *time;
-  }
-  if (time) place.level = fmt::format("t={:.6g}", *time);
-  place.layer = settings.text("layer").value_or(place.layer);
-  return place;
-}
-
 std::string quoted(const std::filesystem::path& file) { return fmt::format("'{}'", file.string()); }
 
 Tensor map_elements(const Tensor& like, DLDataType dtype, const auto& element) {
@@ -259,7 +236,7 @@ std::vector<Case> load_cases(const std::filesystem::path& file, const CallOption
     const std::string where = fmt::format("Case '{}' of {}", name, quoted(file));
     const Settings settings(content, where, name + ".");
     cases.push_back({fmt::format("{}/{}", stem, name), make_inputs(where, group, settings, options),
-                     place_of(stem, name, settings)});
+                     place_of(stem, name, settings.text("layer"), settings.get<double>("timestep", "a number"))});
   }
   return cases;
 }

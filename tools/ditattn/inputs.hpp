@@ -9,6 +9,7 @@
 
 #include "ditattn/backend.hpp"
 #include "ditattn/metadata.hpp"
+#include "tools/ditattn/place.hpp"
 
 namespace ditattn::cli {
 
@@ -20,14 +21,6 @@ struct Inputs {
   AttentionMetadata metadata;                          ///< null where the call has nothing else
   std::optional<double> softmax_scale = std::nullopt;  ///< none: 1/√D
   bool causal = false;
-};
-
-/// Where in a model a case was recorded.
-struct Place {
-  std::string file;   ///< the capture's stem
-  std::string layer;  ///< "blocks.0.attn"
-  std::string level;  ///< the noise level, "t=0.95", or the step, "step 5"; empty: not known
-  double order = 0;   ///< of levels: the step, or else the noise level
 };
 
 /// Inputs and how to call them.

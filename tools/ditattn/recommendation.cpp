@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace ditattn::cli {
@@ -30,7 +31,8 @@ std::string excess(const BackendResult& entry, const CaseResult& result, const B
   if (entry.status != Status::ok) return fmt::format("{} failed: {}", text, entry.reason);
   const double error = entry.accuracy->rel_l2;
   text += fmt::format(" has an error of {:.1e}", error);
-  return result.error_bound > 0 ? text + fmt::format(", {:.3g} times the bound", error / result.error_bound) : text;
+  const double times = error / result.error_bound;
+  return std::isfinite(times) ? text + fmt::format(", {:.{}f} times the bound", times, times < 100 ? 1 : 0) : text;
 }
 
 }  // namespace

@@ -260,9 +260,9 @@ std::vector<std::string> verdict_lines(const CaptureSummary& summary) {
     if (verdict.relative_speed) {
       line += fmt::format(", {:.2f} times as fast there as the fastest exact one", *verdict.relative_speed);
     }
-    if (!verdict.beyond.empty()) line += ". Beyond: " + list_of(summary, verdict.backend, verdict.beyond);
-    if (!verdict.within.empty()) line += ". Within: " + list_of(summary, verdict.backend, verdict.within);
-    lines.push_back(line + ".");
+    lines.push_back(line);
+    if (!verdict.beyond.empty()) lines.push_back("  beyond: " + list_of(summary, verdict.backend, verdict.beyond));
+    if (!verdict.within.empty()) lines.push_back("  within: " + list_of(summary, verdict.backend, verdict.within));
   }
   if (lines.empty()) lines.emplace_back("All back ends that ran are exact here, but for rounding.");
   return lines;
@@ -274,10 +274,10 @@ Table level_table(const CaptureSummary& summary) { return table_of(summary.level
 
 std::string format_summary(const CaptureSummary& summary, bool colour) {
   std::string text;
-  text += fmt::format(
-      "\nLayers and levels: the worst rel_l2, and the speed, where 1× is the fastest exact back end of each case; over "
-      "{:.1e} ({}) is told\n",
-      summary.tolerance, summary.is_tolerance_given ? "--max-error" : "a default: give --max-error");
+  text +=
+      "\nLayers and levels: the worst rel_l2, and the speed, where 1× is the fastest exact back end of each case;\n";
+  text += fmt::format("\"over\" is over the tolerance of {:.1e} ({})\n", summary.tolerance,
+                      summary.is_tolerance_given ? "--max-error" : "the default, --max-error sets it");
   if (summary.layers.size() > 1) text += "\n" + format_table(layer_table(summary), colour);
   if (summary.levels.size() > 1) text += "\n" + format_table(level_table(summary), colour);
   text += "\n";
