@@ -11,6 +11,7 @@ import struct
 import subprocess
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,6 +241,17 @@ def test_it_says_how_it_was_made(ditattn, tmp_path):
     assert re.search(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC, ", page.texts["p"])
     version = ditattn.ok("--version").split()[1]
     assert f"ditattn {version}" in page.texts["p"] and "NVIDIA driver" in page.texts["table"]
+
+
+def test_the_commands_of_its_page(ditattn, tmp_path):
+    """docs/report.md."""
+    (tmp_path / "digits.png").write_bytes(png())
+    page = (Path(__file__).resolve().parents[2] / "docs" / "report.md").read_text()
+    commands = re.findall(r"^ditattn (compare .*)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        ditattn.ok(*shlex.split(command), "--repeats", "1", cwd=tmp_path)
+        check((tmp_path / "out.html").read_text())
 
 
 # --- Pictures -------------------------------------------------------------------------------------------------------

@@ -28,6 +28,10 @@ std::string plots_html(const std::string& bars, std::string_view bars_caption, c
   return "<div class=\"plots\">\n" + figure(bars, bars_caption) + figure(scatter, scatter_caption) + "</div>\n";
 }
 
+std::string folded(std::string_view title, bool is_open, const std::string& content) {
+  return fmt::format("<details{}>{}\n{}</details>\n", is_open ? " open" : "", element("summary", "", title), content);
+}
+
 const BackendResult* recommended_entry(const CaseResult& result) {
   const auto found = std::ranges::find_if(
       result.results, [&](const BackendResult& entry) { return result.recommended == entry.backend; });
@@ -81,7 +85,8 @@ std::string overview_html(const Comparison& comparison) {
                        "Speed over all cases: geometric mean, relative to the fastest exact back end of each.",
                        scatter_plot(plot), "The worst error of any case against that speed: better is right and low.");
   }
-  html += table_html(recommendations(comparison));
+  const std::string best = table_html(recommendations(comparison));
+  html += comparison.cases.size() <= kCasesOpen ? best : folded("Recommended in each case", false, best);
   if (const Table table = unavailable_table(comparison); !table.rows.empty()) html += table_html(table);
   return html;
 }
@@ -123,11 +128,11 @@ Plot case_plot(const Comparison& comparison, const CaseResult& result) {
 
 std::string case_html(const Comparison& comparison, const CaseResult& result, bool is_open) {
   const Plot plot = case_plot(comparison, result);
-  return fmt::format("<details{}>{}\n", is_open ? " open" : "", element("summary", "", result.name)) +
-         element("p", "faint", describe(result)) + element("p", "", recommendation_text(result)) +
-         plots_html(bar_plot(plot), "Speed, and ceilings of this machine.", scatter_plot(plot),
-                    "Error against speed: better is right and low.") +
-         table_html(results_table(result)) + "</details>\n";
+  const std::string content = element("p", "faint", describe(result)) + element("p", "", recommendation_text(result)) +
+                              plots_html(bar_plot(plot), "Speed, and ceilings of this machine.", scatter_plot(plot),
+                                         "Error against speed: better is right and low.") +
+                              table_html(results_table(result));
+  return folded(result.name, is_open, content);
 }
 
 std::string cases_html(const Comparison& comparison) {

@@ -47,7 +47,8 @@ std::string summary_html(const CaptureSummary& summary) {
       "p", "",
       fmt::format("Which layers tolerate arithmetic that is not exact: rel_l2 within {:.1e} ({}).", summary.tolerance,
                   summary.is_tolerance_given ? "as --max-error says" : "a default; --max-error sets it"));
-  for (const std::string& line : verdict_lines(summary)) html += element("p", "", line);
+  for (const std::string& line : verdict_lines(summary))
+    html += element("p", line.starts_with(' ') ? "indent" : "", line);
   if (!summary.levels.empty()) {
     html += element(
         "p", "faint",
