@@ -224,6 +224,9 @@ class capture:  # in lower case, as other contexts are
                 self._bytes -= size
             raise
         settings = settings | {"layer": layer, "causal": json.dumps(causal), "softmax_scale": repr(scale)}
+        timestep = None if self._modules is None else self._modules.timestep()
+        if timestep is not None:
+            settings["timestep"] = repr(timestep)
         with self._lock:
             self._recorded[case] = _Case(copies, settings)
 

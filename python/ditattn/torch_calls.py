@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -67,6 +68,7 @@ def attention_arguments(
 class _Stack(threading.local):
     def __init__(self) -> None:
         self.running: list[tuple[int, str]] = []
+        self.timestep: Any = None  # as the outermost of them was given it
 
 
 class RunningModules:
@@ -86,6 +88,16 @@ class RunningModules:
         """
         return self._stack.running[-1] if self._stack.running else None
 
+    def timestep(self) -> float | None:
+        """The argument `timestep` of the outermost forward, by that name; None where it has none, or several.
+
+        Waits for a GPU that holds it.
+        """
+        given = self._stack.timestep
+        numbers = set(given.flatten().tolist() if isinstance(given, torch.Tensor) else [given])
+        number = numbers.pop() if len(numbers) == 1 else None
+        return float(number) if isinstance(number, (int, float)) and math.isfinite(number) else None
+
     def __enter__(self) -> RunningModules:
         for model_name, model in self._models.items():
             for name, module in getattr(model, "_orig_mod", model).named_modules():  # of what torch.compile made
@@ -97,16 +109,21 @@ class RunningModules:
             hook.remove()
 
     def _watch(self, module: torch.nn.Module, name: str) -> None:
-        def enter(module: torch.nn.Module, args: Any) -> None:
+        def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
             running = self._stack.running
+            if not running:
+                timestep = kwargs.get("timestep")
+                self._stack.timestep = timestep if isinstance(timestep, (torch.Tensor, int, float)) else None
             running.append((running[-1][0] if running else self._next_step(name), name))
 
         def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
             running = self._stack.running
             if running and running[-1][1] == name:  # else its forward began before the hooks were there
                 running.pop()
+            if not running:
+                self._stack.timestep = None
 
-        self._hooks.append(module.register_forward_pre_hook(enter))
+        self._hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(leave, always_call=True))
 
     def _next_step(self, name: str) -> int:

@@ -196,6 +196,35 @@ def test_an_error_in_the_model_does_not_confuse_later_steps(path):
     assert recording.cases == ["step000000/blocks.0.attn1", "step000002/blocks.0.attn1", "step000002/blocks.0.attn2"]
 
 
+@pytest.mark.parametrize(
+    "timestep, text",
+    [
+        (torch.tensor([750.5, 750.5]), "750.5"),
+        (torch.tensor(3), "3.0"),
+        (20, "20.0"),
+        (torch.tensor([1.0, 2.0]), None),  # of several no one is the level
+        (torch.tensor([]), None),
+        (float("nan"), None),
+        ("soon", None),
+        (None, None),
+    ],
+)
+@torch.no_grad()
+def test_the_timestep_of_the_model_is_recorded(path, timestep, text):
+    class Timed(Transformer):
+        def forward(self, x, text, mask, timestep=None):
+            return super().forward(x, text, mask)
+
+    model = Timed()
+    with ditattn.capture(path, model=model, layers="*.attn1") as recording:
+        model(X, TEXT, MASK, timestep=timestep)
+        model.blocks[0](X, TEXT, MASK)  # of no model that has one
+    assert recording.cases[0] == "step000000/blocks.0.attn1" and len(recording.cases) == 3
+    for case in recording.cases:
+        by_itself = case == "step000000/blocks.0.attn1#2"
+        assert texts_of(path, case).get("timestep") == (None if by_itself else text), case
+
+
 @pytest.mark.parametrize("seed, mask", [(0, None), (1, "bool"), (2, "additive"), (3, "rows"), (4, "bfloat16")])
 @torch.no_grad()
 def test_arguments_of_pytorchs_attention_mean_the_same_to_ditattn(path, seed, mask):

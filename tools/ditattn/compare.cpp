@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <filesystem>
 
 #include "ditattn/errors.hpp"
@@ -29,8 +30,10 @@ struct Options {
   std::string dtype;
   std::string backends;
   std::string report;
+  std::vector<std::string> pictures;
   CallOptions call;
   MeasureOptions measure;
+  bool all_cases = false;
   bool json = false;
 };
 
@@ -40,6 +43,7 @@ struct Plan {
   std::vector<ModelProblem> models;
   std::optional<DLDataType> dtype;
   std::vector<BackendInfo> backends;
+  std::vector<Picture> pictures;
   DLDevice device = kCpu;
   bool named = false;  // by --backends
 };
@@ -73,6 +77,10 @@ Plan make_plan(const Options& options) {
   const auto members = plan.named ? parse_members(options.backends) : DiffusionAttentionBackendEnum::members();
   plan.device = parse_device(options.device);
   for (const ModelProblem& problem : plan.models) check_work(problem, plan.device);
+  if (!options.pictures.empty() && options.report.empty()) {
+    throw UsageError("--picture shows a picture in a report: give --report FILE too.");
+  }
+  for (const std::string& picture : options.pictures) plan.pictures.push_back(load_picture(picture));
   for (const DiffusionAttentionBackendEnum member : members) {
     // An explicit choice that cannot be had is an error, not a line in a table.
     if (plan.named) member.get_class()->validate_available();
@@ -102,7 +110,7 @@ std::vector<Case> make_cases(const Options& options, const Plan& plan) {
 }
 
 Comparison measure(const std::vector<Case>& cases, const Plan& plan, const MeasureOptions& options) {
-  Comparison comparison{.machine = this_machine(), .cases = {}};
+  Comparison comparison{.machine = this_machine(), .cases = {}, .max_error = options.max_error};
   Progress progress(static_cast<std::int64_t>(cases.size()));
   for (const Case& problem_case : cases) {
     const auto report = [&](std::string_view step) {
@@ -112,6 +120,15 @@ Comparison measure(const std::vector<Case>& cases, const Plan& plan, const Measu
     comparison.cases.push_back(measure_case(problem_case, plan.backends, options, report));
   }
   return comparison;
+}
+
+// Of the dtypes that occur, in their order.
+Ceilings ceilings_for(const Comparison& comparison, DLDevice device) {
+  std::vector<DLDataType> dtypes;
+  for (const CaseResult& result : comparison.cases) {
+    if (std::ranges::find(dtypes, result.problem.dtype) == dtypes.end()) dtypes.push_back(result.problem.dtype);
+  }
+  return measure_ceilings(device, dtypes);
 }
 
 // Backends named by --backends have to do what was asked; each that did not is told on stderr.
@@ -135,23 +152,26 @@ ExitStatus verdict(const Comparison& comparison, const MeasureOptions& options) 
   return failed ? kFailure : kDone;
 }
 
-int compare(const Options& options) {
+int compare(const Options& options, const std::vector<std::string>& words) {
   const Plan plan = make_plan(options);
   MeasureOptions measure_options = options.measure;
   measure_options.device = plan.device;
-  const Comparison comparison = measure(make_cases(options, plan), plan, measure_options);
-  if (!options.report.empty()) write_text_file(options.report, html_report(comparison));
+  Comparison comparison = measure(make_cases(options, plan), plan, measure_options);
+  if (!options.report.empty()) {
+    comparison.ceilings = ceilings_for(comparison, plan.device);
+    write_text_file(options.report, html_report(comparison, report_context(comparison, words, plan.pictures)));
+  }
   if (options.json) {
     print_json(to_json(comparison));
   } else {
-    print(format_comparison(comparison, use_colour()));
+    print(format_comparison(comparison, options.all_cases, use_colour()));
   }
   return plan.named ? verdict(comparison, options.measure) : kDone;
 }
 
 }  // namespace
 
-void add_compare_verb(CLI::App& app, Action& action) {
+void add_compare_verb(CLI::App& app, Action& action, const std::vector<std::string>& words) {
   CLI::App* verb = app.add_subcommand(
       "compare",
       "Compare backends: speed, and error against a float64 reference (default input: Q/K/V of a real model)");
@@ -178,9 +198,14 @@ void add_compare_verb(CLI::App& app, Action& action) {
       ->check(number_from(0));
   verb->add_option("--repeats", measure.repeats, "Timed rounds (default: about a second's worth, 3 to 50)")
       ->check(CLI::Range(1, 100000));
+  verb->add_flag("--all-cases", options->all_cases,
+                 "A table for each case, also where a capture has more than eight: then, by layer and level alone");
   verb->add_option("--report", options->report, "Write the comparison as a self-contained HTML page too");
+  once_each(
+      verb->add_option("--picture", options->pictures,
+                       "CAPTION=FILE: a picture (PNG, JPEG, GIF, WebP or SVG) to show in the report (repeatable)"));
   add_json_flag(*verb, options->json);
-  verb->callback([&action, options] { action = [options] { return compare(*options); }; });
+  verb->callback([&action, options, words] { action = [options, words] { return compare(*options, words); }; });
 }
 
 }  // namespace ditattn::cli

@@ -2,10 +2,15 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "tools/ditattn/backend_info.hpp"
+#include "tools/ditattn/summary.hpp"
 
 namespace ditattn::cli {
 namespace {
+
+constexpr int kCasesShown = 8;
 
 Json shape_of(const Problem& p) { return Json::array({p.batch, p.num_heads, p.seq_q, p.seq_kv, p.head_size}); }
 
@@ -93,7 +98,10 @@ bool is_within(const BackendResult& result, double bound) {
 Json to_json(const Comparison& comparison) {
   Json cases = Json::array();
   for (const CaseResult& result : comparison.cases) cases.push_back(to_json(result));
-  return {{"machine", to_json(comparison.machine)}, {"cases", cases}};
+  Json document = {{"machine", to_json(comparison.machine)}, {"cases", cases}};
+  if (comparison.ceilings) document["machine"]["ceilings"] = to_json(*comparison.ceilings);
+  if (const auto summary = summarize(comparison)) document["summary"] = to_json(*summary);
+  return document;
 }
 
 std::string describe(const CaseResult& result) {
@@ -138,13 +146,21 @@ Table unavailable_table(const Comparison& comparison) {
   return table;
 }
 
-std::string format_comparison(const Comparison& comparison, bool colour) {
+std::string format_comparison(const Comparison& comparison, bool all_cases, bool colour) {
   std::string text = printable(describe(comparison.machine)) + "\n";
   if (const Table table = unavailable_table(comparison); !table.rows.empty()) {
     text += "\n" + format_table(table, colour);
   }
+  const auto recorded =
+      std::ranges::count_if(comparison.cases, [](const CaseResult& c) { return c.place.has_value(); });
+  all_cases |= recorded <= kCasesShown;
   for (const CaseResult& result : comparison.cases) {
+    if (result.place && !all_cases) continue;
     text += "\n" + printable(describe(result)) + "\n" + format_table(results_table(result), colour);
+  }
+  if (const auto summary = summarize(comparison)) {
+    if (!all_cases) text += fmt::format("\n{} recorded cases; --all-cases, --json and --report show each\n", recorded);
+    text += format_summary(*summary, colour);
   }
   return text;
 }

@@ -7,6 +7,7 @@
 
 #include "ditattn/problem.hpp"
 #include "tools/ditattn/accuracy.hpp"
+#include "tools/ditattn/ceilings.hpp"
 #include "tools/ditattn/machine.hpp"
 #include "tools/ditattn/output.hpp"
 #include "tools/ditattn/table.hpp"
@@ -24,7 +25,7 @@ const char* status_name(Status status);
 struct Timing {
   double median_ms = 0;
   double min_ms = 0;
-  double tflops = 0;  ///< 4·B·H·Sq·Skv·D / median, half of that when causal
+  double tflops = 0;  ///< operations(problem) / median
 };
 
 /// One backend on one case.
@@ -42,13 +43,17 @@ struct CaseResult {
   Problem problem = {};
   std::optional<std::int64_t> sample_rows = {};  ///< none: errors are of the whole output
   double error_bound = 0;                        ///< largest rel_l2 that is recommended
+  double exact_bound = 0;                        ///< largest rel_l2 that rounding explains
   std::vector<BackendResult> results = {};
   std::optional<std::string> recommended = {};
+  std::optional<Place> place = {};  ///< of a capture's cases
 };
 
 struct Comparison {
   Machine machine;
   std::vector<CaseResult> cases;
+  std::optional<double> max_error = {};   ///< as --max-error gave it
+  std::optional<Ceilings> ceilings = {};  ///< where they were asked for
 };
 
 /// True where the error is known and at most `bound`; NaN never is.
@@ -66,7 +71,8 @@ Table results_table(const CaseResult& result);
 /// One row per backend that is not, with the reason; empty where all are.
 Table unavailable_table(const Comparison& comparison);
 
-/// The whole comparison for people.
-std::string format_comparison(const Comparison& comparison, bool colour);
+/// The whole comparison for people. Of captures with more than eight cases, tables by layer and level stand for those
+/// of each case, unless these are asked for.
+std::string format_comparison(const Comparison& comparison, bool all_cases, bool colour);
 
 }  // namespace ditattn::cli

@@ -21,7 +21,6 @@
 #include "ditattn/threads.hpp"
 #include "ditattn/tuner.hpp"
 #include "ditattn/version.hpp"
-#include "kernels/cpu/cpu_level.hpp"
 #include "registry/search_path.hpp"
 #include "tools/ditattn/backend_info.hpp"
 #include "tools/ditattn/libraries.hpp"
@@ -32,7 +31,6 @@ namespace ditattn::cli {
 namespace {
 
 namespace fs = std::filesystem;
-using kernels::cpu::kCpuLevelNames;
 
 // What kernels may use, now or later, under the names of /proc/cpuinfo.
 constexpr const char* kFeaturesThatMatter[] = {"sse2",     "avx2",     "fma",         "avx512f",
@@ -51,16 +49,6 @@ bool is_directory(const fs::path& path) {
 bool exists(const fs::path& path) {
   std::error_code error;
   return fs::exists(path, error);
-}
-
-std::span<const char* const> levels_of_this_cpu() {
-  return std::span(kCpuLevelNames).first(static_cast<std::size_t>(kernels::cpu::detect_cpu_level()) + 1);
-}
-
-// DITATTN_CPU_LEVEL if this CPU has it, the best one without it, empty where it is wrong: kernels refuse then.
-std::string level_in_effect() {
-  const std::string wanted = environment(Env::DITATTN_CPU_LEVEL).value_or(levels_of_this_cpu().back());
-  return std::ranges::find(levels_of_this_cpu(), wanted) != levels_of_this_cpu().end() ? wanted : "";
 }
 
 // What is wrong with DITATTN_NUM_THREADS; empty if nothing.
@@ -83,8 +71,8 @@ Json machine_part() {
     matter[feature] = std::ranges::find(features, feature) != features.end();
   }
   machine["cpu_features"] = std::move(matter);
-  machine["best_cpu_level"] = levels_of_this_cpu().back();
-  machine["cpu_level"] = null_if_empty(level_in_effect());
+  machine["best_cpu_level"] = cpu_levels().back();
+  machine["cpu_level"] = null_if_empty(cpu_level_in_effect());
   return machine;
 }
 
@@ -149,9 +137,9 @@ std::string plugin_path_note() {
 }
 
 std::string cpu_level_note() {
-  if (!level_in_effect().empty()) return {};
+  if (!cpu_level_in_effect().empty()) return {};
   return fmt::format("'{}' is not a level this CPU has. Valid here: {}.",
-                     environment(Env::DITATTN_CPU_LEVEL).value_or(""), fmt::join(levels_of_this_cpu(), ", "));
+                     environment(Env::DITATTN_CPU_LEVEL).value_or(""), fmt::join(cpu_levels(), ", "));
 }
 
 std::string gpu_level_note() {

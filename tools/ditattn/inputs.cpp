@@ -198,7 +198,8 @@ std::vector<Case> load_cases(const std::filesystem::path& file, const CallOption
   for (const auto& [name, group] : groups) {
     const std::string where = fmt::format("Case '{}' of {}", name, quoted(file));
     const Settings settings(content, where, name + ".");
-    cases.push_back({fmt::format("{}/{}", stem, name), make_inputs(where, group, settings, options)});
+    cases.push_back({fmt::format("{}/{}", stem, name), make_inputs(where, group, settings, options),
+                     place_of(stem, name, settings.text("layer"), settings.get<double>("timestep", "a number"))});
   }
   return cases;
 }

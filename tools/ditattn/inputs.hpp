@@ -9,6 +9,7 @@
 
 #include "ditattn/backend.hpp"
 #include "ditattn/metadata.hpp"
+#include "tools/ditattn/place.hpp"
 
 namespace ditattn::cli {
 
@@ -26,6 +27,7 @@ struct Inputs {
 struct Case {
   std::string name;
   Inputs inputs;
+  std::optional<Place> place = std::nullopt;  ///< of a capture's cases
 };
 
 /// What a call knows beside the tensors of its file.
@@ -41,7 +43,8 @@ struct CallOptions {
 Inputs load_inputs(const std::filesystem::path& file, const CallOptions& options);
 
 /// A file as `load_inputs` takes it, or a capture: `<case>.query`, `<case>.key`, … for any number of cases, keys of the
-/// metadata likewise. Cases are named "stem" or "stem/case", in the order of their names.
+/// metadata likewise. Cases are named "stem" or "stem/case", in the order of their names. A capture's have a place:
+/// from the texts `layer` and `timestep`, or else from names like "step000005/blocks.0.attn" and "blocks.0 t=0.95".
 std::vector<Case> load_cases(const std::filesystem::path& file, const CallOptions& options);
 
 /// Standard normal query, key and value of shape B,H,Sq,Skv,D, rounded to `dtype`; the same for the same seed.

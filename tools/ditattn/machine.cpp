@@ -4,12 +4,15 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
 #include <iterator>
 #include <sstream>
 
 #include "core/cpu_name.hpp"
+#include "core/environment.hpp"
 #include "ditattn/version.hpp"
+#include "kernels/cpu/cpu_level.hpp"
 
 namespace ditattn::cli {
 namespace {
@@ -55,6 +58,15 @@ Json to_json(const Machine& machine) {
           {"memory_gb", machine.memory_gb},
           {"os", machine.os},
           {"ditattn", DITATTN_VERSION}};
+}
+
+std::span<const char* const> cpu_levels() {
+  return std::span(kernels::cpu::kCpuLevelNames).first(static_cast<std::size_t>(kernels::cpu::detect_cpu_level()) + 1);
+}
+
+std::string cpu_level_in_effect() {
+  const std::string wanted = environment(Env::DITATTN_CPU_LEVEL).value_or(cpu_levels().back());
+  return std::ranges::find(cpu_levels(), wanted) != cpu_levels().end() ? wanted : "";
 }
 
 std::string describe(const Machine& machine) {

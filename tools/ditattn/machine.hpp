@@ -1,5 +1,6 @@
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,12 @@ Json to_json(const Machine& machine);
 
 /// The names of the CPU's abilities as the kernel offers them to processes ("avx2", "amx_tile").
 std::vector<std::string> cpu_features();
+
+/// The levels of CPU kernels that this CPU can run, lowest first.
+std::span<const char* const> cpu_levels();
+
+/// DITATTN_CPU_LEVEL if this CPU has it, the best one without it, empty where it is wrong: kernels refuse then.
+std::string cpu_level_in_effect();
 
 /// One line for people.
 std::string describe(const Machine& machine);

@@ -154,11 +154,7 @@ class CaseMeasurement {
     std::ranges::sort(samples);
     const std::size_t middle = samples.size() / 2;
     const double median = samples.size() % 2 == 1 ? samples[middle] : (samples[middle - 1] + samples[middle]) / 2;
-    const Problem& p = problem_;
-    const double operations = (p.causal ? 2.0 : 4.0) * static_cast<double>(p.batch) * static_cast<double>(p.num_heads) *
-                              static_cast<double>(p.seq_q) * static_cast<double>(p.seq_kv) *
-                              static_cast<double>(p.head_size);
-    return {.median_ms = median, .min_ms = samples.front(), .tflops = operations / (median * 1e-3) / 1e12};
+    return {.median_ms = median, .min_ms = samples.front(), .tflops = operations(problem_) / (median * 1e-3) / 1e12};
   }
 
   Inputs inputs_;  // on the device
@@ -190,10 +186,11 @@ CaseResult measure_case(const Case& problem_case, const std::vector<BackendInfo>
                         const MeasureOptions& options, const StepReport& report) {
   ImplConfig config = config_for(problem_case.inputs);
   config.causal |= options.causal;
-  CaseResult result{.name = problem_case.name};
+  CaseResult result{.name = problem_case.name, .place = problem_case.place};
   CaseMeasurement measurement(problem_case.inputs, config, options, result.problem);
   result.sample_rows = measurement.oracle().sample_rows();
-  result.error_bound = options.max_error ? *options.max_error : measurement.oracle().error_bound();
+  result.exact_bound = measurement.oracle().error_bound();
+  result.error_bound = options.max_error.value_or(result.exact_bound);
   for (const BackendInfo& info : backends) {
     result.results.push_back({.backend = info.member.name(), .engine = info.engine()});
   }

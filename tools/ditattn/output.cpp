@@ -46,7 +46,11 @@ void print(std::string_view text) {
   }
 }
 
-void print_json(const Json& document) { print(document.dump(2, ' ', false, Json::error_handler_t::replace) + "\n"); }
+std::string json_text(const Json& document) {
+  return document.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
+void print_json(const Json& document) { print(json_text(document)); }
 
 bool use_colour() {
   const char* no_colour = std::getenv("NO_COLOR");

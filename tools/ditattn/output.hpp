@@ -14,7 +14,10 @@ using Json = nlohmann::ordered_json;
 /// Writes to stdout and makes sure that it arrived: FileError otherwise (a full disk must not look like success).
 void print(std::string_view text);
 
-/// Writes one JSON document to stdout. Numbers that JSON does not have become null, broken UTF-8 is replaced.
+/// One JSON document and a newline. Numbers that JSON does not have become null, broken UTF-8 is replaced.
+std::string json_text(const Json& document);
+
+/// Writes `json_text` to stdout.
 void print_json(const Json& document);
 
 /// True where stdout is a terminal and NO_COLOR (no-color.org) is unset or empty.
