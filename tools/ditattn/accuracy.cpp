@@ -1,10 +1,13 @@
 #include "tools/ditattn/accuracy.hpp"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <limits>
 #include <random>
 #include <utility>
+
+#include "ditattn/tuner.hpp"
 
 namespace ditattn::cli {
 namespace {
@@ -57,6 +60,13 @@ double largest_norm(const Tensor& tensor, const Inputs& inputs,
   const double image = largest_norm(tensor);
   if (!inputs.metadata.defined() || !(inputs.metadata->fields.*joint).has_value()) return image;
   return std::max(image, largest_norm((inputs.metadata->fields.*joint).value()));
+}
+
+// Of what is finite.
+double norm(const std::vector<double>& elements) {
+  double squares = 0;
+  for (const double x : elements) squares += std::isfinite(x) ? x * x : 0;
+  return std::sqrt(squares);
 }
 
 // Sums over the elements compared.
@@ -142,11 +152,14 @@ Accuracy Oracle::measure(const Tensor& out, CausalAlignment alignment) {
   return comparer.result();
 }
 
-double Oracle::error_bound() const {
+double Oracle::error_bound() {
   const DLDataType dtype = inputs_.query.dtype();
   const bool is_large = inputs_.query.numel() >= 1000;
-  if (dtype == kBFloat16) return is_large ? 2.5e-3 : 4e-3;
-  if (dtype == kFloat16) return is_large ? 3.5e-4 : 6e-4;
+  if (dtype != kFloat32) {
+    const double tested = dtype == kBFloat16 ? (is_large ? 2.5e-3 : 4e-3) : (is_large ? 3.5e-4 : 6e-4);
+    const reference::Result& expected = answer(CausalAlignment::top_left);
+    return std::min(tested, exact_error(dtype) * norm(expected.out) / std::max(norm(expected.abs), DBL_MIN));
+  }
   const double query = largest_norm(inputs_.query, inputs_, &AttentionMetadataFields::joint_query);
   const double key = largest_norm(inputs_.key, inputs_, &AttentionMetadataFields::joint_key);
   // Rounding errors of float32 logits grow with the logits.

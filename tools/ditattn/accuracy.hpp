@@ -34,8 +34,10 @@ class Oracle {
   /// `out` is contiguous (B, Sq, H, D).
   Accuracy measure(const Tensor& out, CausalAlignment alignment);
 
-  /// The error that rounding allows a backend of this problem's dtype: what the project's tests demand.
-  [[nodiscard]] double error_bound() const;
+  /// The error that rounding allows a backend of this problem's dtype: what the project's tests demand and, of float16
+  /// and bfloat16, what is exact relative to the output (`exact_error`): Σ P·|V| may be so much larger that products of
+  /// 8 bits would count as exact.
+  [[nodiscard]] double error_bound();
 
  private:
   const reference::Result& answer(CausalAlignment alignment);

@@ -40,16 +40,16 @@ std::vector<CaseSource> case_sources(const CaseFlags& flags, DLDevice device) {
       sources.push_back({loaded.name, [loaded] { return loaded; }});
     }
   }
-  std::uint64_t seed = flags.seed;
-  for (std::size_t i = 0; i < shapes.size(); ++i, ++seed) {
-    sources.push_back({flags.shapes[i], [name = flags.shapes[i], shape = shapes[i], random_dtype, seed] {
-                         return Case{name, random_inputs(shape, random_dtype, seed)};
-                       }});
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    sources.push_back(
+        {flags.shapes[i], [name = flags.shapes[i], shape = shapes[i], random_dtype, seed = flags.seed + i] {
+           return Case{.name = name, .inputs = random_inputs(shape, random_dtype, seed)};
+         }});
   }
   for (const ModelProblem& problem : problems) {
-    sources.push_back(
-        {problem.name, [problem, random_dtype, seed] { return model_case(problem, random_dtype, seed); }});
-    ++seed;
+    sources.push_back({problem.name, [problem, random_dtype, seed = flags.seed + sources.size()] {
+                         return model_case(problem, random_dtype, seed);
+                       }});
   }
   return sources;
 }

@@ -8,12 +8,12 @@
 #include <filesystem>
 
 #include "ditattn/errors.hpp"
+#include "tools/ditattn/case_flags.hpp"
 #include "tools/ditattn/command_line.hpp"
 #include "tools/ditattn/exit_status.hpp"
 #include "tools/ditattn/flags.hpp"
 #include "tools/ditattn/html_report.hpp"
 #include "tools/ditattn/measure.hpp"
-#include "tools/ditattn/model_cases.hpp"
 #include "tools/ditattn/progress.hpp"
 #include "tools/ditattn/verbs.hpp"
 
@@ -23,25 +23,19 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Options {
-  std::vector<std::string> shapes;
-  std::vector<std::string> inputs;
-  std::vector<std::string> models;
+  CaseFlags cases;
   std::string device = "cpu";
-  std::string dtype;
   std::string backends;
   std::string report;
   std::vector<std::string> pictures;
-  CallOptions call;
   MeasureOptions measure;
   bool all_cases = false;
   bool json = false;
 };
 
-// What the flags ask for, checked before any file is read.
+// What the flags ask for, checked before any problem's tensors are made.
 struct Plan {
-  std::vector<std::vector<std::int64_t>> shapes;
-  std::vector<ModelProblem> models;
-  std::optional<DLDataType> dtype;
+  std::vector<CaseSource> cases;
   std::vector<BackendInfo> backends;
   std::vector<Picture> pictures;
   DLDevice device = kCpu;
@@ -68,15 +62,9 @@ fs::path shipped_capture() {
 Plan make_plan(const Options& options) {
   Plan plan;
   check_thread_count();
-  for (const std::string& shape : options.shapes) plan.shapes.push_back(parse_shape(shape));
-  for (const std::string& model : options.models) {
-    for (ModelProblem& problem : parse_model_problems(model)) plan.models.push_back(std::move(problem));
-  }
-  if (!options.dtype.empty()) plan.dtype = parse_float_dtype(options.dtype);
   plan.named = !options.backends.empty();
   const auto members = plan.named ? parse_members(options.backends) : DiffusionAttentionBackendEnum::members();
   plan.device = parse_device(options.device);
-  for (const ModelProblem& problem : plan.models) check_work(problem, plan.device);
   if (!options.pictures.empty() && options.report.empty()) {
     throw UsageError("--picture shows a picture in a report: give --report FILE too.");
   }
@@ -86,38 +74,22 @@ Plan make_plan(const Options& options) {
     if (plan.named) member.get_class()->validate_available();
     plan.backends.push_back(inspect(member));
   }
+  CaseFlags flags = options.cases;
+  if (flags.inputs.empty() && flags.shapes.empty() && flags.models.empty()) {
+    flags.inputs.push_back(shipped_capture().string());
+  }
+  plan.cases = case_sources(flags, plan.device);
   return plan;
 }
 
-std::vector<Case> make_cases(const Options& options, const Plan& plan) {
-  std::vector<fs::path> files(options.inputs.begin(), options.inputs.end());
-  if (files.empty() && plan.shapes.empty() && plan.models.empty()) files.push_back(shipped_capture());
-  std::vector<Case> cases;
-  for (const fs::path& file : files) {
-    for (Case& loaded : load_cases(file, options.call)) {
-      if (plan.dtype) loaded.inputs = converted(loaded.inputs, *plan.dtype);
-      cases.push_back(std::move(loaded));
-    }
-  }
-  for (std::size_t i = 0; i < plan.shapes.size(); ++i) {
-    cases.push_back(
-        {options.shapes[i], random_inputs(plan.shapes[i], plan.dtype.value_or(kFloat32), options.measure.seed + i)});
-  }
-  for (const ModelProblem& problem : plan.models) {
-    cases.push_back(model_case(problem, plan.dtype.value_or(kFloat32), options.measure.seed + cases.size()));
-  }
-  return cases;
-}
-
-Comparison measure(const std::vector<Case>& cases, const Plan& plan, const MeasureOptions& options) {
+Comparison measure(const Plan& plan, const MeasureOptions& options) {
   Comparison comparison{.machine = this_machine(), .cases = {}, .max_error = options.max_error};
-  Progress progress(static_cast<std::int64_t>(cases.size()));
-  for (const Case& problem_case : cases) {
+  Progress progress(static_cast<std::int64_t>(plan.cases.size()));
+  for (const CaseSource& source : plan.cases) {
     const auto report = [&](std::string_view step) {
-      progress.update(static_cast<std::int64_t>(comparison.cases.size()),
-                      fmt::format("{}: {}", problem_case.name, step));
+      progress.update(static_cast<std::int64_t>(comparison.cases.size()), fmt::format("{}: {}", source.name, step));
     };
-    comparison.cases.push_back(measure_case(problem_case, plan.backends, options, report));
+    comparison.cases.push_back(measure_case(source.make(), plan.backends, options, report));
   }
   return comparison;
 }
@@ -156,7 +128,8 @@ int compare(const Options& options, const std::vector<std::string>& words) {
   const Plan plan = make_plan(options);
   MeasureOptions measure_options = options.measure;
   measure_options.device = plan.device;
-  Comparison comparison = measure(make_cases(options, plan), plan, measure_options);
+  measure_options.seed = options.cases.seed;
+  Comparison comparison = measure(plan, measure_options);
   if (!options.report.empty()) {
     comparison.ceilings = ceilings_for(comparison, plan.device);
     write_text_file(options.report, html_report(comparison, report_context(comparison, words, plan.pictures)));
@@ -178,24 +151,12 @@ void add_compare_verb(CLI::App& app, Action& action, const std::vector<std::stri
   auto options = std::make_shared<Options>();
   MeasureOptions& measure = options->measure;
   const auto once_each = [](CLI::Option* option) { option->allow_extra_args(false); };
-  once_each(verb->add_option("--shape", options->shapes, "B,H,Sq,Skv,D: random Q/K/V of this shape (repeatable)"));
-  once_each(verb->add_option("--input", options->inputs,
-                             "safetensors file with query, key, value, what else `run` takes; or a capture of many "
-                             "cases, CASE.query and so on (repeatable)"));
-  once_each(verb->add_option("--model", options->models,
-                             "NAME[@RESOLUTION][:ROLE]: random tensors as this model of `ditattn models` has them "
-                             "(default: its first resolution, all roles; repeatable)"));
-  add_call_flags(*verb, options->call);
+  add_case_flags(*verb, options->cases);
   verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
-  verb->add_option("--dtype", options->dtype,
-                   "float32, float16 or bfloat16: of random inputs (default float32); files are rounded to it");
   verb->add_option("--backends", options->backends, "A,B: these only; each must then do every case (default: all)");
   verb->add_option("--max-error", measure.max_error, "Largest rel_l2 allowed (default: what the dtype allows)")
       ->check(number_from(0));
   verb->add_flag("--causal", measure.causal, "Queries do not see later keys, as each backend aligns them");
-  verb->add_option("--seed", measure.seed, "Seed of random inputs and of sampled rows")
-      ->capture_default_str()
-      ->check(number_from(0));
   verb->add_option("--repeats", measure.repeats, "Timed rounds (default: about a second's worth, 3 to 50)")
       ->check(CLI::Range(1, 100000));
   verb->add_flag("--all-cases", options->all_cases,
