@@ -22,6 +22,25 @@ constexpr int kMultiprocessors = 16;
 constexpr int kComputeCapabilityMajor = 75;
 constexpr int kComputeCapabilityMinor = 76;
 
+enum class MemoryType : unsigned { host = 1, device = 2 };
+
+// CUDA_MEMCPY2D.
+struct RectangleCopy {
+  struct Side {
+    std::size_t x_bytes = 0;
+    std::size_t y = 0;
+    MemoryType type = MemoryType::host;
+    const void* host = nullptr;
+    const void* device = nullptr;
+    const void* array = nullptr;
+    std::size_t pitch = 0;
+  };
+  Side from;
+  Side to;
+  std::size_t width_bytes = 0;
+  std::size_t height = 0;
+};
+
 void* const kLegacyStream = reinterpret_cast<void*>(1);  // CU_STREAM_LEGACY
 
 struct Driver {
@@ -40,6 +59,7 @@ struct Driver {
   Result (*cuMemAllocAsync)(Address* address, std::size_t bytes, Stream stream) = nullptr;
   Result (*cuMemFreeAsync)(Address address, Stream stream) = nullptr;
   Result (*cuMemcpyAsync)(Address to, const void* from, std::size_t bytes, Stream stream) = nullptr;
+  Result (*cuMemcpy2DAsync_v2)(const RectangleCopy* copy, Stream stream) = nullptr;
   Result (*cuStreamSynchronize)(Stream stream) = nullptr;
   Result (*cuStreamIsCapturing)(Stream stream, int* status) = nullptr;
   std::string problem;  // why it cannot be used; empty if it can
@@ -73,6 +93,7 @@ Driver open_driver() {
   find(driver.cuMemAllocAsync, "cuMemAllocAsync");
   find(driver.cuMemFreeAsync, "cuMemFreeAsync");
   find(driver.cuMemcpyAsync, "cuMemcpyAsync");
+  find(driver.cuMemcpy2DAsync_v2, "cuMemcpy2DAsync_v2");
   find(driver.cuStreamSynchronize, "cuStreamSynchronize");
   find(driver.cuStreamIsCapturing, "cuStreamIsCapturing");
   return driver;
@@ -199,6 +220,16 @@ void release(void* memory, int device, void* stream) noexcept {
 void copy(void* to, const void* from, std::size_t bytes, int device, void* stream) {
   const OnDevice on_device(device);
   check(driver().cuMemcpyAsync(to, from, bytes, stream), "cuMemcpyAsync", device);
+}
+
+void copy_rows_to_host(void* to, const void* from, std::size_t step, std::size_t width, std::size_t rows, int device,
+                       void* stream) {
+  const OnDevice on_device(device);
+  const RectangleCopy rectangle{.from = {.type = MemoryType::device, .device = from, .pitch = step},
+                                .to = {.type = MemoryType::host, .host = to, .pitch = width},
+                                .width_bytes = width,
+                                .height = rows};
+  check(driver().cuMemcpy2DAsync_v2(&rectangle, stream), "cuMemcpy2DAsync", device);
 }
 
 void wait_for(int device, void* stream) {

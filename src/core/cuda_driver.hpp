@@ -18,6 +18,9 @@ void release(void* memory, int device, void* stream) noexcept;
 
 /// Between any two addresses, host or `device`; ordered in `stream`.
 void copy(void* to, const void* from, std::size_t bytes, int device, void* stream);
+/// `rows` rows of `width` bytes, `step` apart in the device's memory, one after the other in the host's.
+void copy_rows_to_host(void* to, const void* from, std::size_t step, std::size_t width, std::size_t rows, int device,
+                       void* stream);
 void wait_for(int device, void* stream);
 /// Whether the stream's work is being recorded into a graph: nothing may then wait or read results.
 bool is_capturing(int device, void* stream);

@@ -1,0 +1,83 @@
+// How far an output is from the float64 answer, and which rows to look at.
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <random>
+
+#include "core/host_rows.hpp"
+#include "core/row_reference.hpp"
+
+namespace ditattn {
+namespace {
+
+// The rows of `call.out`, as float64.
+std::vector<double> read_out(const AttentionCall& call, std::span<const Row> rows) {
+  HostReader reader(call.out.device());
+  std::vector<HostRows> memory;
+  for (const Row& row : rows) memory.push_back(reader.read_head(call.out, row.batch, row.head, row.query, 1));
+  reader.wait();
+  const std::int64_t size = call.out.size(3);
+  std::vector<double> out(rows.size() * static_cast<std::size_t>(size));
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    to_doubles(memory[r].first, call.out.dtype(), size, out.data() + r * static_cast<std::size_t>(size));
+  }
+  return out;
+}
+
+double ratio(double squares, double reference_squares) {
+  return squares == 0 ? 0 : std::sqrt(squares / reference_squares);
+}
+
+}  // namespace
+
+RowErrors check_rows(const AttentionCall& call, double softmax_scale, bool causal, CausalAlignment alignment,
+                     std::span<const Row> rows) {
+  const RowAnswers answers = answer_rows(call, softmax_scale, causal, alignment, rows);
+  const std::vector<double> out = read_out(call, rows);
+  RowErrors errors{.rows = static_cast<std::int64_t>(rows.size())};
+  const auto size = static_cast<std::size_t>(call.query.size(3));
+  double differences = 0;
+  double answers_squared = 0;
+  double magnitudes = 0;
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    if (!answers.sees_keys[i / size] && out[i] != 0) ++errors.nonzero_without_keys;
+    if (!std::isfinite(out[i]) || !std::isfinite(answers.out[i])) {
+      if (std::isfinite(out[i]) != std::isfinite(answers.out[i])) ++errors.wrong_non_finite;
+      continue;
+    }
+    const double difference = out[i] - answers.out[i];
+    errors.max_abs = std::max(errors.max_abs, std::abs(difference));
+    differences += difference * difference;
+    answers_squared += answers.out[i] * answers.out[i];
+    magnitudes += answers.abs[i] * answers.abs[i];
+  }
+  errors.rel_l2 = ratio(differences, answers_squared);
+  errors.rel_l2_abs = ratio(differences, magnitudes);
+  return errors;
+}
+
+std::vector<Row> sample_rows(const Problem& problem, std::int64_t count, std::uint64_t seed) {
+  const std::int64_t planes = problem.batch * problem.num_heads;
+  count = std::min(count, planes * problem.seq_q);
+  if (count <= 0) return {};
+  std::mt19937_64 generator(seed);
+  std::vector<std::int64_t> order(static_cast<std::size_t>(planes));
+  std::iota(order.begin(), order.end(), 0);
+  for (std::size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[generator() % (i + 1)]);
+  std::vector<Row> rows;
+  for (std::int64_t i = 0; i < count; ++i) {
+    // One position of each of `count` stretches, the outermost of the outer ones. Where stretches are shorter than a
+    // position, neighbours share one, and have heads of their own: there are as many as it takes.
+    const std::int64_t begin = i * problem.seq_q / count;
+    const std::int64_t length = std::max<std::int64_t>((i + 1) * problem.seq_q / count - begin, 1);
+    auto query = begin + static_cast<std::int64_t>(generator() % static_cast<std::uint64_t>(length));
+    if (count > 1 && i == 0) query = 0;
+    if (count > 1 && i == count - 1) query = problem.seq_q - 1;
+    const std::int64_t plane = order[static_cast<std::size_t>(i % planes)];
+    rows.push_back({.batch = plane / problem.num_heads, .head = plane % problem.num_heads, .query = query});
+  }
+  return rows;
+}
+
+}  // namespace ditattn

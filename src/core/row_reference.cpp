@@ -1,0 +1,259 @@
+// Rows are grouped by K/V head. A head's keys are converted to float64 block by block, small enough for the first
+// cache, once for all rows of the group. Two passes, over K for the logits and over V for the sum, so that the softmax
+// is the plain one.
+
+#include "core/row_reference.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <numeric>
+#include <utility>
+
+#include "core/host_rows.hpp"
+#include "ditattn/errors.hpp"
+
+namespace ditattn {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr std::int64_t kBlock = 16;  // keys: 16 KiB in float64 for a head size of 128
+constexpr std::int64_t kLanes = 8;   // partial sums of a dot product, so that the compiler can use vectors
+
+std::int64_t padded(std::int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+double dot(const double* a, const double* b, std::int64_t padded_size) {
+  std::array<double, kLanes> sums{};
+  for (std::int64_t d = 0; d < padded_size; d += kLanes) {
+    for (std::int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[d + lane] * b[d + lane];
+  }
+  return std::accumulate(sums.begin(), sums.end(), 0.);
+}
+
+// A row's element of each key of a segment's mask; null where the mask says nothing of the row.
+HostRows read_mask(HostReader& reader, const KeySegment& segment, const Row& row) {
+  const MaskView& mask = segment.mask;
+  const std::int64_t mask_row = row.query - mask.first_row;
+  if (mask.data == nullptr || mask_row < 0 || mask_row >= mask.rows) return {};
+  const std::int64_t item = mask.dtype.bits / 8;
+  const std::int64_t at = row.batch * mask.strides[0] + row.head * mask.strides[1] + mask_row * mask.strides[2];
+  return reader.read(static_cast<const char*>(mask.data) + at * item, mask.strides[3] * item, item, segment.keys);
+}
+
+// A row at work: the keys it may see, in joined order, and what comes out.
+struct RowState {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  std::array<std::int64_t, 2> segment_end{};  // of each segment, what its lengths leave
+  HostRows query_memory = {};
+  std::array<HostRows, 2> mask_memory = {};
+  std::vector<double> query = {};   // padded
+  std::vector<double> logits = {};  // of the keys [begin, end); −∞: hidden
+  double* out = nullptr;
+  double* abs = nullptr;
+};
+
+class Group {
+ public:
+  Group(const AttentionCall& call, const CallPlan& plan, std::int64_t batch, std::int64_t kv_head)
+      : plan_(plan),
+        dtype_(call.query.dtype()),
+        size_(call.query.size(3)),
+        batch_(batch),
+        kv_head_(kv_head),
+        reader_(call.query.device()),
+        block_(static_cast<std::size_t>(kBlock * padded(size_))) {}
+
+  void add(const Row& row, double* out, double* abs) {
+    RowState state{.out = out, .abs = abs};
+    find_keys(row, state);
+    for (int i = 0; i < plan_.num_queries; ++i) {
+      const QuerySegment& segment = plan_.queries[i];
+      const std::int64_t token = row.query - segment.first_row;
+      if (token < 0 || token >= segment.tensor.size(1)) continue;
+      state.query_memory = reader_.read_head(segment.tensor, batch_, row.head, token, 1);
+    }
+    for (int s = 0; s < plan_.num_keys; ++s) state.mask_memory[s] = read_mask(reader_, plan_.keys[s], row);
+    rows_.push_back(std::move(state));
+  }
+
+  // Leaves in `sees_keys` of each row whether there is one.
+  void compute(double scale, std::vector<bool>& sees_keys) {
+    std::array<HostRows, 2> keys;
+    std::array<HostRows, 2> values;
+    for (int s = 0; s < plan_.num_keys; ++s) {
+      keys[s] = reader_.read_head(plan_.keys[s].key, batch_, kv_head_, 0, plan_.keys[s].keys);
+      values[s] = reader_.read_head(plan_.keys[s].value, batch_, kv_head_, 0, plan_.keys[s].keys);
+    }
+    reader_.wait();
+    for (RowState& row : rows_) {
+      row.query.resize(static_cast<std::size_t>(padded(size_)));
+      to_doubles(row.query_memory.first, dtype_, size_, row.query.data());
+      row.logits.assign(static_cast<std::size_t>(row.end - row.begin), -kInfinity);
+    }
+    for_each_key(keys, [&](RowState& row, int segment, std::int64_t key, const double* k) {
+      const double added = added_to(row, segment, key - plan_.keys[segment].first_key);
+      if (added == -kInfinity) return;
+      row.logits[key - row.begin] = scale * dot(row.query.data(), k, padded(size_)) + added;
+    });
+    std::vector<double> sums(rows_.size());
+    for (std::size_t r = 0; r < rows_.size(); ++r) {
+      sums[r] = to_weights(rows_[r].logits);
+      sees_keys.push_back(sums[r] != 0);
+    }
+    for_each_key(values, [&](RowState& row, int /*segment*/, std::int64_t key, const double* v) {
+      const double p = row.logits[key - row.begin];
+      if (p == kHidden) return;
+      for (std::int64_t d = 0; d < size_; ++d) {
+        row.out[d] += p * v[d];
+        row.abs[d] += p * std::abs(v[d]);
+      }
+    });
+    for (std::size_t r = 0; r < rows_.size(); ++r) {
+      for (std::int64_t d = 0; d < size_ && sums[r] != 0; ++d) {
+        rows_[r].out[d] /= sums[r];
+        rows_[r].abs[d] /= sums[r];
+      }
+    }
+  }
+
+ private:
+  static constexpr double kHidden = -1;  // as a weight
+
+  void find_keys(const Row& row, RowState& state) const {
+    state.end = plan_.total_keys;
+    if (plan_.ranges) {
+      const std::int64_t at = batch_ * plan_.ranges->batch_stride + 2 * row.query;
+      state.begin = plan_.ranges->bounds[at];
+      state.end = plan_.ranges->bounds[at + 1];
+    } else if (plan_.causal) {
+      state.end = std::min(state.end, row.query + plan_.causal_offset + 1);
+    }
+    state.end = std::max(state.begin, state.end);
+    for (int s = 0; s < plan_.num_keys; ++s) {
+      const KeySegment& segment = plan_.keys[s];
+      std::int64_t seen = segment.keys;
+      if (segment.prefix != nullptr) {
+        const auto& lengths = segment.prefix->kv_lengths;
+        const std::int64_t length = lengths[lengths.size() == 1 ? 0 : static_cast<std::size_t>(batch_)];
+        seen = std::clamp<std::int64_t>(length - segment.length_offset, 0, segment.keys);
+      }
+      state.segment_end[s] = std::min(state.end, segment.first_key + seen);
+    }
+  }
+
+  // What the mask adds to a logit; −∞ hides.
+  double added_to(const RowState& row, int segment, std::int64_t key) const {
+    const HostRows& mask = row.mask_memory[segment];
+    if (mask.first == nullptr) return 0;
+    const DLDataType dtype = plan_.keys[segment].mask.dtype;
+    const double value = load_element(mask.row(key), 0, dtype);
+    if (dtype == kBool) return value != 0 ? 0 : -kInfinity;
+    return value;
+  }
+
+  // exp(logit − the largest), `kHidden` for −∞; returns their sum: 0 where all are hidden, NaN where one is.
+  static double to_weights(std::vector<double>& logits) {
+    double largest = -kInfinity;
+    for (const double logit : logits) {
+      if (!(logit <= largest)) largest = logit;
+      if (std::isnan(largest)) break;
+    }
+    double sum = 0;
+    for (double& logit : logits) {
+      const double weight = logit == -kInfinity ? kHidden : std::exp(logit - largest);
+      if (weight != kHidden) sum += weight;
+      logit = weight;
+    }
+    return sum;
+  }
+
+  // Calls `body(row, segment, key, elements)` for each key between a row's bounds.
+  template <class Body>
+  void for_each_key(const std::array<HostRows, 2>& memory, const Body& body) {
+    const std::int64_t stride = padded(size_);
+    for (int s = 0; s < plan_.num_keys; ++s) {
+      const std::int64_t first = plan_.keys[s].first_key;
+      std::int64_t begin = first + plan_.keys[s].keys;
+      std::int64_t end = first;
+      for (const RowState& row : rows_) {
+        begin = std::min(begin, std::max(first, row.begin));
+        end = std::max(end, row.segment_end[s]);
+      }
+      for (std::int64_t block = begin; block < end; block += kBlock) {
+        const std::int64_t block_end = std::min(block + kBlock, end);
+        for (std::int64_t key = block; key < block_end; ++key) {
+          to_doubles(memory[s].row(key - first), dtype_, size_, block_.data() + (key - block) * stride);
+        }
+        for (RowState& row : rows_) {
+          const std::int64_t row_end = std::min(block_end, row.segment_end[s]);
+          for (std::int64_t key = std::max(block, row.begin); key < row_end; ++key) {
+            body(row, s, key, block_.data() + (key - block) * stride);
+          }
+        }
+      }
+    }
+  }
+
+  const CallPlan& plan_;
+  DLDataType dtype_;
+  std::int64_t size_;
+  std::int64_t batch_;
+  std::int64_t kv_head_;
+  HostReader reader_;
+  std::vector<double> block_;  // zeros between a key's elements and the next key's
+  std::vector<RowState> rows_;
+};
+
+void check(const AttentionCall& call, const CallPlan& plan, std::span<const Row> rows) {
+  const DLDataType dtype = call.query.dtype();
+  if (dtype != kFloat64 && dtype != kFloat32 && dtype != kFloat16 && dtype != kBFloat16) {
+    throw ValueError(fmt::format("Rows of {} cannot be checked. Valid dtypes are: float64, float32, float16, bfloat16",
+                                 dtype_name(dtype)));
+  }
+  const auto is_inside = [](std::int64_t index, std::int64_t size) { return index >= 0 && index < size; };
+  for (const Row& row : rows) {
+    if (is_inside(row.batch, call.query.size(0)) && is_inside(row.head, call.query.size(2)) &&
+        is_inside(row.query, plan.total_rows)) {
+      continue;
+    }
+    throw ValueError(
+        fmt::format("There is no row (batch {}, head {}, query {}) of {} batch entries, {} heads and {} "
+                    "queries.",
+                    row.batch, row.head, row.query, call.query.size(0), call.query.size(2), plan.total_rows));
+  }
+}
+
+}  // namespace
+
+RowAnswers answer_rows(const AttentionCall& call, double softmax_scale, bool causal, CausalAlignment alignment,
+                       std::span<const Row> rows) {
+  const CallPlan plan = call.plan(causal, alignment);
+  check(call, plan, rows);
+  const std::int64_t size = call.query.size(3);
+  const std::int64_t heads_per_kv_head = call.query.size(2) / call.key.size(2);
+  std::map<std::pair<std::int64_t, std::int64_t>, std::vector<std::size_t>> groups;
+  for (std::size_t r = 0; r < rows.size(); ++r) groups[{rows[r].batch, rows[r].head / heads_per_kv_head}].push_back(r);
+
+  const std::size_t elements = rows.size() * static_cast<std::size_t>(size);
+  RowAnswers answers{.out = std::vector<double>(elements),
+                     .abs = std::vector<double>(elements),
+                     .sees_keys = std::vector<bool>(rows.size())};
+  for (const auto& [which, members] : groups) {
+    Group group(call, plan, which.first, which.second);
+    for (const std::size_t r : members) {
+      const auto at = static_cast<std::int64_t>(r) * size;
+      group.add(rows[r], answers.out.data() + at, answers.abs.data() + at);
+    }
+    std::vector<bool> sees_keys;
+    group.compute(softmax_scale, sees_keys);
+    for (std::size_t i = 0; i < members.size(); ++i) answers.sees_keys[members[i]] = sees_keys[i];
+  }
+  return answers;
+}
+
+}  // namespace ditattn
