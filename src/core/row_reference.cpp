@@ -24,14 +24,37 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::int64_t kBlock = 16;  // keys: 16 KiB in float64 for a head size of 128
 constexpr std::int64_t kLanes = 8;   // partial sums of a dot product, so that the compiler can use vectors
 
-std::int64_t padded(std::int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
-
-double dot(const double* a, const double* b, std::int64_t padded_size) {
+// size: a multiple of kLanes, as in the two functions after it.
+double dot(const double* a, const double* b, std::int64_t size) {
   std::array<double, kLanes> sums{};
-  for (std::int64_t d = 0; d < padded_size; d += kLanes) {
+  for (std::int64_t d = 0; d < size; d += kLanes) {
     for (std::int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[d + lane] * b[d + lane];
   }
   return std::accumulate(sums.begin(), sums.end(), 0.);
+}
+
+struct Weighted {
+  double weight;
+  const double* values;
+};
+
+// Adds the weighted values to `out`, and their magnitudes to `abs`.
+void add_weighted(std::span<const Weighted> keys, std::int64_t size, double* out, double* abs) {
+  for (std::int64_t d = 0; d < size; d += kLanes) {
+    std::array<double, kLanes> sums{};
+    std::array<double, kLanes> magnitudes{};
+    for (const Weighted& key : keys) {
+      for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+        const double product = key.weight * key.values[d + lane];
+        sums[lane] += product;
+        magnitudes[lane] += std::abs(product);
+      }
+    }
+    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+      out[d + lane] += sums[lane];
+      abs[d + lane] += magnitudes[lane];
+    }
+  }
 }
 
 // A row's element of each key of a segment's mask; null where the mask says nothing of the row.
@@ -53,8 +76,11 @@ struct RowState {
   std::array<HostRows, 2> mask_memory = {};
   std::vector<double> query = {};   // padded
   std::vector<double> logits = {};  // of the keys [begin, end); −∞: hidden
-  double* out = nullptr;
-  double* abs = nullptr;
+  double sum = 0;                   // of the weights that logits become
+  std::vector<double> out = {};     // padded, not yet divided by the sum
+  std::vector<double> abs = {};
+  double* answer_out = nullptr;
+  double* answer_abs = nullptr;
 };
 
 class Group {
@@ -63,13 +89,14 @@ class Group {
       : plan_(plan),
         dtype_(call.query.dtype()),
         size_(call.query.size(3)),
+        stride_((size_ + kLanes - 1) / kLanes * kLanes),
         batch_(batch),
         kv_head_(kv_head),
         reader_(call.query.device()),
-        block_(static_cast<std::size_t>(kBlock * padded(size_))) {}
+        block_(static_cast<std::size_t>(kBlock * stride_)) {}
 
   void add(const Row& row, double* out, double* abs) {
-    RowState state{.out = out, .abs = abs};
+    RowState state{.answer_out = out, .answer_abs = abs};
     find_keys(row, state);
     for (int i = 0; i < plan_.num_queries; ++i) {
       const QuerySegment& segment = plan_.queries[i];
@@ -91,32 +118,36 @@ class Group {
     }
     reader_.wait();
     for (RowState& row : rows_) {
-      row.query.resize(static_cast<std::size_t>(padded(size_)));
+      for (std::vector<double>* elements : {&row.query, &row.out, &row.abs}) {
+        elements->assign(static_cast<std::size_t>(stride_), 0);
+      }
       to_doubles(row.query_memory.first, dtype_, size_, row.query.data());
       row.logits.assign(static_cast<std::size_t>(row.end - row.begin), -kInfinity);
     }
-    for_each_key(keys, [&](RowState& row, int segment, std::int64_t key, const double* k) {
-      const double added = added_to(row, segment, key - plan_.keys[segment].first_key);
-      if (added == -kInfinity) return;
-      row.logits[key - row.begin] = scale * dot(row.query.data(), k, padded(size_)) + added;
-    });
-    std::vector<double> sums(rows_.size());
-    for (std::size_t r = 0; r < rows_.size(); ++r) {
-      sums[r] = to_weights(rows_[r].logits);
-      sees_keys.push_back(sums[r] != 0);
-    }
-    for_each_key(values, [&](RowState& row, int /*segment*/, std::int64_t key, const double* v) {
-      const double p = row.logits[key - row.begin];
-      if (p == kHidden) return;
-      for (std::int64_t d = 0; d < size_; ++d) {
-        row.out[d] += p * v[d];
-        row.abs[d] += p * std::abs(v[d]);
+    for_each_block(keys, [&](RowState& row, int segment, std::int64_t begin, std::int64_t end, const double* k) {
+      for (std::int64_t key = begin; key < end; ++key, k += stride_) {
+        const double added = added_to(row, segment, key - plan_.keys[segment].first_key);
+        if (added == -kInfinity) continue;
+        row.logits[key - row.begin] = scale * dot(row.query.data(), k, stride_) + added;
       }
     });
-    for (std::size_t r = 0; r < rows_.size(); ++r) {
-      for (std::int64_t d = 0; d < size_ && sums[r] != 0; ++d) {
-        rows_[r].out[d] /= sums[r];
-        rows_[r].abs[d] /= sums[r];
+    for (RowState& row : rows_) {
+      row.sum = to_weights(row.logits);
+      sees_keys.push_back(row.sum != 0);
+    }
+    for_each_block(values, [&](RowState& row, int /*segment*/, std::int64_t begin, std::int64_t end, const double* v) {
+      std::array<Weighted, kBlock> seen;
+      std::size_t count = 0;
+      for (std::int64_t key = begin; key < end; ++key, v += stride_) {
+        const double weight = row.logits[key - row.begin];
+        if (weight != kHidden) seen[count++] = {.weight = weight, .values = v};
+      }
+      add_weighted({seen.data(), count}, stride_, row.out.data(), row.abs.data());
+    });
+    for (const RowState& row : rows_) {
+      for (std::int64_t d = 0; d < size_ && row.sum != 0; ++d) {
+        row.answer_out[d] = row.out[d] / row.sum;
+        row.answer_abs[d] = row.abs[d] / row.sum;
       }
     }
   }
@@ -172,10 +203,9 @@ class Group {
     return sum;
   }
 
-  // Calls `body(row, segment, key, elements)` for each key between a row's bounds.
+  // Calls `body(row, segment, begin, end, elements of begin)` for each row and block of keys that it may see.
   template <class Body>
-  void for_each_key(const std::array<HostRows, 2>& memory, const Body& body) {
-    const std::int64_t stride = padded(size_);
+  void for_each_block(const std::array<HostRows, 2>& memory, const Body& body) {
     for (int s = 0; s < plan_.num_keys; ++s) {
       const std::int64_t first = plan_.keys[s].first_key;
       std::int64_t begin = first + plan_.keys[s].keys;
@@ -187,21 +217,28 @@ class Group {
       for (std::int64_t block = begin; block < end; block += kBlock) {
         const std::int64_t block_end = std::min(block + kBlock, end);
         for (std::int64_t key = block; key < block_end; ++key) {
-          to_doubles(memory[s].row(key - first), dtype_, size_, block_.data() + (key - block) * stride);
+          prefetch(memory[s].row(std::min(key + kBlock, end - 1) - first));
+          to_doubles(memory[s].row(key - first), dtype_, size_, block_.data() + (key - block) * stride_);
         }
         for (RowState& row : rows_) {
+          const std::int64_t row_begin = std::max(block, row.begin);
           const std::int64_t row_end = std::min(block_end, row.segment_end[s]);
-          for (std::int64_t key = std::max(block, row.begin); key < row_end; ++key) {
-            body(row, s, key, block_.data() + (key - block) * stride);
-          }
+          if (row_begin < row_end) body(row, s, row_begin, row_end, block_.data() + (row_begin - block) * stride_);
         }
       }
     }
   }
 
+  // Heads lie far apart in memory: a key of one is where the processor does not expect it.
+  void prefetch(const char* key) const {
+    constexpr std::int64_t cache_line = 64;
+    for (std::int64_t at = 0; at < size_ * dtype_.bits / 8; at += cache_line) __builtin_prefetch(key + at);
+  }
+
   const CallPlan& plan_;
   DLDataType dtype_;
   std::int64_t size_;
+  std::int64_t stride_;  // from key to key in `block_`
   std::int64_t batch_;
   std::int64_t kv_head_;
   HostReader reader_;

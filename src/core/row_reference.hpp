@@ -35,7 +35,7 @@ struct RowErrors {
   double rel_l2 = 0;  ///< ‖out − answer‖ / ‖answer‖; 0 where both are zero, infinite where only the answer is
   double rel_l2_abs = 0;                  ///< the same over ‖Σ P·|V|‖: as `ditattn compare` has it
   double max_abs = 0;                     ///< the largest |out − answer|
-  std::int64_t wrong_non_finite = 0;      ///< elements that are NaN or infinite where the answer is not, or otherwise
+  std::int64_t wrong_non_finite = 0;      ///< elements that are finite in one of the two alone
   std::int64_t nonzero_without_keys = 0;  ///< elements that are not zero in rows that see no key
   std::int64_t rows = 0;
 };
