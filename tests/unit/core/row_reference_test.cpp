@@ -64,11 +64,17 @@ double distance(const std::vector<double>& a, const std::vector<double>& b, cons
 // The worse of the distances of out and Σ P·|V| from the oracle's.
 double distance_from_oracle(const Question& q, std::uint64_t seed) {
   const std::vector<Row> rows = some_rows(q, seed);
-  const RowAnswers got =
+  const std::vector<RowAnswer> got =
       answer_rows({q.query, q.key, q.value, q.query, q.lse, q.metadata}, q.scale, q.causal, q.alignment, rows);
   const reference::Result expected = oracle(q, rows);
-  for (std::size_t r = 0; r < rows.size(); ++r) EXPECT_EQ(got.sees_keys[r], expected.lse[r] != -kInfinity);
-  return std::max(distance(got.out, expected.out, expected.abs), distance(got.abs, expected.abs, expected.abs));
+  std::vector<double> out;
+  std::vector<double> abs;
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    EXPECT_EQ(got[r].sees_keys, expected.lse[r] != -kInfinity);
+    out.insert(out.end(), got[r].out.begin(), got[r].out.end());
+    abs.insert(abs.end(), got[r].abs.begin(), got[r].abs.end());
+  }
+  return std::max(distance(out, expected.out, expected.abs), distance(abs, expected.abs, expected.abs));
 }
 
 Capabilities everything() {
@@ -199,6 +205,33 @@ TEST_F(PlantedErrors, AreMeasuredAsWhatTheyAre) {
 TEST_F(PlantedErrors, AFactorIsItsDistanceFromOne) {
   for (std::int64_t i = 0; i < out_.numel(); ++i) static_cast<double*>(out_.data_ptr())[i] *= 1.1;
   EXPECT_NEAR(measured().rel_l2, 0.1, 1e-12);
+  EXPECT_LE(measured().worst_row, 0.1 + 1e-12);
+  EXPECT_GE(measured().worst_row, 0.05);
+}
+
+TEST_F(PlantedErrors, TheWorstRowIsTheOneThatIsWrong) {
+  for (std::int64_t d = 0; d < 5; ++d) at(1, 2, 6, d) *= 1.5;
+  EXPECT_EQ(measured().worst, (Row{1, 2, 6}));
+  rows_ = {{1, 2, 6}};
+  const double alone = measured().rel_l2;
+  EXPECT_NEAR(alone, 0.5, 1e-12);
+  EXPECT_LE(measured().worst_row, alone + 1e-12) << "where values cancel by chance, it is less";
+}
+
+// One key: the answer is its value, whose length is the random sum; the logit is all there is to round.
+TEST_F(PlantedErrors, SizesOfARowWithOneKey) {
+  for (std::int64_t key = 1; key < 7; ++key) mask_row(3, key);
+  const Question& q = question_;
+  const std::vector<Row> row = {{0, 1, 3}};
+  const RowAnswer answer =
+      answer_rows({q.query, q.key, q.value, out_, q.lse, q.metadata}, q.scale, q.causal, q.alignment, row).front();
+  const auto length = [](const Tensor& tensor, std::int64_t first) {
+    double squares = 0;
+    for (std::int64_t d = 0; d < 5; ++d) squares += std::pow(load_element(tensor.data_ptr(), first + d, kFloat32), 2);
+    return std::sqrt(squares);
+  };
+  EXPECT_NEAR(answer.random_sum, length(q.value, 0), 1e-14);
+  EXPECT_NEAR(answer.logit_size, q.scale * length(q.query, (3 * 4 + 1) * 5) * length(q.key, 0), 1e-14);
 }
 
 TEST_F(PlantedErrors, NotFiniteIsCountedAndNoErrorOfTheRest) {
