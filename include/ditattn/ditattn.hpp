@@ -27,6 +27,7 @@
 #include "ditattn/backend.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
+#include "ditattn/guard.hpp"
 #include "ditattn/launches.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/metadata.hpp"

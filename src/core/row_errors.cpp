@@ -77,11 +77,14 @@ RowErrors check_rows(const AttentionCall& call, double softmax_scale, bool causa
   Squares all;
   for (std::size_t r = 0; r < rows.size(); ++r) {
     const RowAnswer& answer = answers[r];
+    const std::int64_t wrong_before = errors.wrong_non_finite + errors.nonzero_without_keys;
     const Squares squares = compare({out.data() + r * size, size}, answer, errors);
     all += squares;
-    const double by_size = std::max(answer.random_sum * answer.random_sum,
-                                    answer.sees_keys ? normal * normal * static_cast<double>(size) : 0);
-    const double error = ratio(squares.difference, std::fmax(squares.answer, by_size));
+    const double random_sum = std::isfinite(answer.random_sum) ? answer.random_sum : 0;
+    const double by_size = std::max(random_sum * random_sum, normal * normal * static_cast<double>(size));
+    const bool is_wrong = errors.wrong_non_finite + errors.nonzero_without_keys > wrong_before;
+    const double error = is_wrong ? std::numeric_limits<double>::infinity()
+                                  : ratio(squares.difference, std::max(squares.answer, by_size));
     if (r == 0 || error > errors.worst_row) errors.worst = rows[r];
     errors.worst_row = std::max(errors.worst_row, error);
     errors.logit_size = std::max(errors.logit_size, answer.logit_size);

@@ -42,7 +42,8 @@ struct RowErrors {
   std::int64_t rows = 0;
 
   /// The largest of one row: ‖out − answer‖ over ‖answer‖, or over what that would be by size where it is smaller by
-  /// chance: `random_sum`, and the dtype's smallest normal number in every element. Infinite as `rel_l2`.
+  /// chance: `random_sum`, and the dtype's smallest normal number in every element. Infinite where one of
+  /// the two counts above counts.
   double worst_row = 0;
   Row worst = {};
   double logit_size = 0;  ///< the largest

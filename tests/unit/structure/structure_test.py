@@ -15,6 +15,7 @@ RULES = {
     "src/core": r'<|"(?:ditattn|core)/',
     "src/registry": r'<|"(?:ditattn|core|registry)/',
     "src/selector": r'<|"(?:ditattn|core|registry|selector)/',
+    "src/guard": r'<|"(?:ditattn|core|registry|guard)/',
     "src/tuner": r'<|"(?:ditattn|core|registry|selector|tuner)/',
     "src/parallel": r'<|"(?:ditattn|core|registry|parallel)/',
     "python": rf'{STD}|[<"](?:ditattn|tvm)/',
