@@ -19,6 +19,7 @@ from .backend import AttentionBackend, AttentionImpl
 from .capture import capture
 from .enum import DiffusionAttentionBackendEnum
 from .functional import attention
+from .guard import GuardedLayer, GuardFinding, GuardReport, guard
 from .launches import LaunchCount, launch_counts, reset_launch_counts
 from .metadata import AttentionMetadata, QueryRange
 from .problem import Problem
@@ -62,6 +63,9 @@ __all__ = [
     "AttentionSpec",
     "DiffusionAttentionBackendEnum",
     "Explanation",
+    "GuardFinding",
+    "GuardReport",
+    "GuardedLayer",
     "LaunchCount",
     "MemberVerdict",
     "Problem",
@@ -72,6 +76,7 @@ __all__ = [
     "define_platform",
     "explain",
     "get_attn_backend_for_role",
+    "guard",
     "launch_counts",
     "num_threads",
     "platform_candidates",
