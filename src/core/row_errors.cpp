@@ -87,7 +87,7 @@ RowErrors check_rows(const AttentionCall& call, double softmax_scale, bool causa
                                   : ratio(squares.difference, std::max(squares.answer, by_size));
     if (r == 0 || error > errors.worst_row) errors.worst = rows[r];
     errors.worst_row = std::max(errors.worst_row, error);
-    errors.logit_size = std::max(errors.logit_size, answer.logit_size);
+    if (std::isfinite(answer.logit_size)) errors.logit_size = std::max(errors.logit_size, answer.logit_size);
   }
   errors.rel_l2 = ratio(all.difference, all.answer);
   errors.rel_l2_abs = ratio(all.difference, all.abs);

@@ -46,7 +46,7 @@ struct RowErrors {
   /// the two counts above counts.
   double worst_row = 0;
   Row worst = {};
-  double logit_size = 0;  ///< the largest
+  double logit_size = 0;  ///< the largest that is finite
 };
 
 /// Float64 attention of `rows` of a checked call whose tensors are float64, float32, float16 or bfloat16, on the CPU or

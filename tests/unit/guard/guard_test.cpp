@@ -167,6 +167,13 @@ TEST_F(GuardTest, NaNThatTheInputsMakeIsNobodysFault) {
   EXPECT_EQ(only(guard).failures, 0U) << guard.report().text();
 }
 
+TEST_F(GuardTest, InfiniteInputsDoNotExcuseOtherRows) {
+  testing::set_element(key_, 1, 4, 0, 0, INFINITY);
+  const Guard guard;
+  call(*layer(times(1.1)));
+  EXPECT_EQ(only(guard).failures, 1U) << guard.report().text();
+}
+
 TEST_F(GuardTest, RowsWithoutKeysMustBeZero) {
   const Tensor mask = empty({2, 23}, kBool);
   for (std::int64_t i = 0; i < mask.numel(); ++i) store_element(mask.data_ptr(), i, kBool, i < 23);
