@@ -42,6 +42,7 @@ std::vector<Row> some_rows(const Question& q, std::uint64_t seed) {
 
 reference::Result oracle(const Question& q, const std::vector<Row>& rows) {
   std::vector<reference::Row> wanted;
+  wanted.reserve(rows.size());
   for (const Row& row : rows) wanted.push_back({row.batch, row.head, row.query});
   return reference::attention(q.query, q.key, q.value, q.metadata, q.scale, q.causal, q.alignment, wanted);
 }

@@ -94,9 +94,9 @@ TEST_F(GuardReplaces, WhatIsNotCheckedYetIsNotReplaced) {
     if (count > 0) times(1.1)(c, count);
   };
   const auto layer = std::make_shared<PlantedBackend>("LATER", later)->make(config("a", "self"));
-  std::vector<bool> right;
-  for (int i = 0; i < 6; ++i) right.push_back(is_right(*layer));
-  EXPECT_EQ(right, (std::vector<bool>{true, false, false, true, true, true}));
+  std::array<bool, 6> right{};
+  for (bool& each : right) each = is_right(*layer);
+  EXPECT_EQ(right, (std::array{true, false, false, true, true, true}));
   EXPECT_EQ(of(guard, "a").replaced_at, 3U);
 }
 
@@ -226,9 +226,9 @@ TEST_F(GuardReplaces, ManyThreadsGetRightNumbers) {
   const Guard another({.every = 2});
   const std::array layers = {bad_layer("0"), bad_layer("1"), bad_layer("2", "cross")};
   std::array<std::atomic<int>, 3> wrong{};
-  std::vector<std::thread> threads;
-  for (int t = 0; t < 4; ++t) {
-    threads.emplace_back([&] {
+  std::array<std::thread, 4> threads;
+  for (std::thread& thread : threads) {
+    thread = std::thread([&] {
       for (int i = 0; i < 30; ++i) {
         for (std::size_t l = 0; l < layers.size(); ++l) wrong[l] += is_right(*layers[l]) ? 0 : 1;
         static_cast<void>(guard.report());
