@@ -101,6 +101,35 @@ TEST(RowReference, MatchesTheOracleOverAllMetadata) {
   fmt::print("worst distance from the oracle: {:.1e}\n", worst);
 }
 
+// Padding of the joined keys is one length per batch entry, which may end in either tensor.
+TEST(RowReference, MatchesTheOracleWherePaddingEndsAnywhereInJoinedKeys) {
+  double worst = 0;
+  for (const char* strategy : {"front", "rear"}) {
+    for (std::int64_t length = 0; length <= 14; ++length) {
+      const Tensor mask = empty({2, 14}, kBool);
+      for (std::int64_t i = 0; i < 28; ++i) store_element(mask.data_ptr(), i, kBool, i % 14 < (i < 14 ? length : 8));
+      AttentionMetadataFields fields{.attn_mask = mask, .joint_strategy = strategy};
+      std::mt19937_64 generator(static_cast<std::uint64_t>(length));
+      std::normal_distribution<double> normal;
+      const auto tensor = [&](std::int64_t tokens, std::int64_t heads) {
+        Tensor made = empty({2, tokens, heads, 8}, kFloat32);
+        for (std::int64_t i = 0; i < made.numel(); ++i) store_element(made.data_ptr(), i, kFloat32, normal(generator));
+        return made;
+      };
+      fields.joint_query = tensor(3, 4);
+      fields.joint_key = tensor(5, 2);
+      fields.joint_value = tensor(5, 2);
+      const Question question{tensor(6, 4), tensor(9, 2), tensor(9, 2),   AttentionMetadata(fields),
+                              0.4,          false,        kAlignments[0], 9};
+      ASSERT_EQ(question.metadata->mask_description().kind == MaskDescription::Kind::dense, false);
+      const double error = distance_from_oracle(question, 3);
+      EXPECT_LE(error, 1e-12) << strategy << ", " << length << " keys";
+      worst = std::max(worst, error);
+    }
+  }
+  fmt::print("worst distance from the oracle: {:.1e}\n", worst);
+}
+
 // Strided, broadcast and reversed tensors; masks of every rank and dtype; NaN where nobody looks, and where some do.
 TEST(RowReference, MatchesTheOracleOverAllLayoutsAndMasks) {
   double worst = 0;

@@ -190,6 +190,13 @@ TEST_F(GuardReplaces, NeverByOneThatAlignsCausalityOtherwise) {
   causal.num_heads = 2;
   bad->make(causal)->forward(key_, key_, value_);
   EXPECT_EQ(of(guard, "square").replaced_by, "TOP_LEFT") << "where it makes no difference";
+  const auto square = bad->make(causal);
+  square->forward(key_, key_, value_);
+  EXPECT_EQ(of(guard, "square").replaced_by, "TOP_LEFT");
+  const Tensor longer = empty({1, 19, 2, 8}, kFloat32);
+  std::fill_n(static_cast<float*>(longer.data_ptr()), longer.numel(), 0.5F);
+  square->forward(longer, key_, value_);
+  EXPECT_EQ(of(guard, "square").replaced_by, "EXACT_B") << "in calls that are not checked, too";
 }
 
 TEST_F(GuardReplaces, TheLseToo) {
