@@ -11,10 +11,10 @@
 #include <cmath>
 #include <limits>
 #include <map>
-#include <numeric>
 #include <utility>
 
 #include "core/host_rows.hpp"
+#include "core/row_sums.hpp"
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
@@ -22,40 +22,6 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::int64_t kBlock = 16;  // keys: 16 KiB in float64 for a head size of 128
-constexpr std::int64_t kLanes = 8;   // partial sums of a dot product, so that the compiler can use vectors
-
-// size: a multiple of kLanes, as in the two functions after it.
-double dot(const double* a, const double* b, std::int64_t size) {
-  std::array<double, kLanes> sums{};
-  for (std::int64_t d = 0; d < size; d += kLanes) {
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[d + lane] * b[d + lane];
-  }
-  return std::accumulate(sums.begin(), sums.end(), 0.);
-}
-
-struct Weighted {
-  double weight;
-  const double* values;
-};
-
-// Adds the weighted values to `out`, and their magnitudes to `abs`.
-void add_weighted(std::span<const Weighted> keys, std::int64_t size, double* out, double* abs) {
-  for (std::int64_t d = 0; d < size; d += kLanes) {
-    std::array<double, kLanes> sums{};
-    std::array<double, kLanes> magnitudes{};
-    for (const Weighted& key : keys) {
-      for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-        const double product = key.weight * key.values[d + lane];
-        sums[lane] += product;
-        magnitudes[lane] += std::abs(product);
-      }
-    }
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-      out[d + lane] += sums[lane];
-      abs[d + lane] += magnitudes[lane];
-    }
-  }
-}
 
 // A row's element of each key of a segment's mask; null where the mask says nothing of the row.
 HostRows read_mask(HostReader& reader, const KeySegment& segment, const Row& row) {
