@@ -19,7 +19,7 @@
 /// Names are looked up in the registry (registry.hpp), where each has a class path that can be overridden; the class
 /// says what it can do (problem.hpp) and builds implementations (backend.hpp), whose `forward` takes tensors
 /// (tensor.hpp) and metadata such as masks (metadata.hpp). Errors: errors.hpp. Writing a backend: plugin.hpp. Seeing
-/// every call: observer.hpp.
+/// every call: observer.hpp; checking its numbers: guard.hpp.
 
 // IWYU pragma: begin_exports
 #include "ditattn/attention.hpp"
@@ -27,6 +27,7 @@
 #include "ditattn/backend.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
+#include "ditattn/guard.hpp"
 #include "ditattn/launches.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/metadata.hpp"

@@ -27,6 +27,8 @@ struct ForwardEvent {
   const AttentionImpl& impl;  ///< its config has the layer's name (`prefix`) and `role`
   const Problem& problem;
   const AttentionCall& call;
+  /// After the call: what computed, also behind a platform's default or by `instead`. Null before.
+  const AttentionImpl* computed = nullptr;
 };
 
 /// Told of calls by the threads that make them, also at the same time. What it throws, the caller of `forward` gets.
@@ -38,6 +40,10 @@ class DITATTN_API ForwardObserver {
 
   /// Everything is checked, nothing is computed yet.
   virtual void before(const ForwardEvent& /*event*/) {}
+  /// Another implementation for this call, null for none; asked when all have been told `before`, and the first answer
+  /// counts. It must take the problem, align causality as `event.impl` does where that matters, write `out` and the
+  /// LSE, and live until the call has ended.
+  virtual const AttentionImpl* instead(const ForwardEvent& /*event*/) { return nullptr; }
   /// Computed; on a GPU: queued in this thread's stream. Not told where the back end, or an observer, threw.
   virtual void after(const ForwardEvent& /*event*/) {}
 };

@@ -19,6 +19,7 @@ from .backend import AttentionBackend, AttentionImpl
 from .capture import capture
 from .enum import DiffusionAttentionBackendEnum
 from .functional import attention
+from .guard import GuardedLayer, GuardFinding, GuardReport, guard
 from .launches import LaunchCount, launch_counts, reset_launch_counts
 from .metadata import AttentionMetadata, QueryRange
 from .problem import Problem, TunedResult
@@ -73,6 +74,9 @@ __all__ = [
     "AttentionSpec",
     "DiffusionAttentionBackendEnum",
     "Explanation",
+    "GuardFinding",
+    "GuardReport",
+    "GuardedLayer",
     "LaunchCount",
     "MemberVerdict",
     "Problem",
@@ -86,6 +90,7 @@ __all__ = [
     "exact_error",
     "explain",
     "get_attn_backend_for_role",
+    "guard",
     "launch_counts",
     "num_threads",
     "platform_candidates",

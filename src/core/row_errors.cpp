@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <random>
 
@@ -25,35 +26,71 @@ std::vector<double> read_out(const AttentionCall& call, std::span<const Row> row
   return out;
 }
 
-double ratio(double squares, double reference_squares) {
-  return squares == 0 ? 0 : std::sqrt(squares / reference_squares);
+// Of one row, or of several together.
+struct Squares {
+  double difference = 0;
+  double answer = 0;
+  double abs = 0;
+
+  Squares& operator+=(const Squares& other) {
+    difference += other.difference;
+    answer += other.answer;
+    abs += other.abs;
+    return *this;
+  }
+};
+
+double ratio(double difference, double reference) { return difference == 0 ? 0 : std::sqrt(difference / reference); }
+
+double smallest_normal(DLDataType dtype) {
+  if (dtype == kFloat16) return 0x1p-14;
+  return dtype == kFloat64 ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+}
+
+// Adds a row's elements to what is counted.
+Squares compare(std::span<const double> out, const RowAnswer& answer, RowErrors& errors) {
+  Squares squares;
+  for (std::size_t d = 0; d < out.size(); ++d) {
+    if (!answer.sees_keys && out[d] != 0) ++errors.nonzero_without_keys;
+    if (!std::isfinite(out[d]) || !std::isfinite(answer.out[d])) {
+      if (std::isfinite(out[d]) != std::isfinite(answer.out[d])) ++errors.wrong_non_finite;
+      continue;
+    }
+    const double difference = out[d] - answer.out[d];
+    errors.max_abs = std::max(errors.max_abs, std::abs(difference));
+    squares += {.difference = difference * difference,
+                .answer = answer.out[d] * answer.out[d],
+                .abs = answer.abs[d] * answer.abs[d]};
+  }
+  return squares;
 }
 
 }  // namespace
 
 RowErrors check_rows(const AttentionCall& call, double softmax_scale, bool causal, CausalAlignment alignment,
                      std::span<const Row> rows) {
-  const RowAnswers answers = answer_rows(call, softmax_scale, causal, alignment, rows);
+  const std::vector<RowAnswer> answers = answer_rows(call, softmax_scale, causal, alignment, rows);
   const std::vector<double> out = read_out(call, rows);
-  RowErrors errors{.rows = static_cast<std::int64_t>(rows.size())};
   const auto size = static_cast<std::size_t>(call.query.size(3));
-  double differences = 0;
-  double answers_squared = 0;
-  double magnitudes = 0;
-  for (std::size_t i = 0; i < out.size(); ++i) {
-    if (!answers.sees_keys[i / size] && out[i] != 0) ++errors.nonzero_without_keys;
-    if (!std::isfinite(out[i]) || !std::isfinite(answers.out[i])) {
-      if (std::isfinite(out[i]) != std::isfinite(answers.out[i])) ++errors.wrong_non_finite;
-      continue;
-    }
-    const double difference = out[i] - answers.out[i];
-    errors.max_abs = std::max(errors.max_abs, std::abs(difference));
-    differences += difference * difference;
-    answers_squared += answers.out[i] * answers.out[i];
-    magnitudes += answers.abs[i] * answers.abs[i];
+  const double normal = smallest_normal(call.out.dtype());
+  RowErrors errors{.rows = static_cast<std::int64_t>(rows.size())};
+  Squares all;
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    const RowAnswer& answer = answers[r];
+    const std::int64_t wrong_before = errors.wrong_non_finite + errors.nonzero_without_keys;
+    const Squares squares = compare({out.data() + r * size, size}, answer, errors);
+    all += squares;
+    const double random_sum = std::isfinite(answer.random_sum) ? answer.random_sum : 0;
+    const double by_size = std::max(random_sum * random_sum, normal * normal * static_cast<double>(size));
+    const bool is_wrong = errors.wrong_non_finite + errors.nonzero_without_keys > wrong_before;
+    const double error = is_wrong ? std::numeric_limits<double>::infinity()
+                                  : ratio(squares.difference, std::max(squares.answer, by_size));
+    if (r == 0 || error > errors.worst_row) errors.worst = rows[r];
+    errors.worst_row = std::max(errors.worst_row, error);
+    if (std::isfinite(answer.logit_size)) errors.logit_size = std::max(errors.logit_size, answer.logit_size);
   }
-  errors.rel_l2 = ratio(differences, answers_squared);
-  errors.rel_l2_abs = ratio(differences, magnitudes);
+  errors.rel_l2 = ratio(all.difference, all.answer);
+  errors.rel_l2_abs = ratio(all.difference, all.abs);
   return errors;
 }
 

@@ -11,10 +11,10 @@
 #include <cmath>
 #include <limits>
 #include <map>
-#include <numeric>
 #include <utility>
 
 #include "core/host_rows.hpp"
+#include "core/row_sums.hpp"
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
@@ -22,40 +22,6 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::int64_t kBlock = 16;  // keys: 16 KiB in float64 for a head size of 128
-constexpr std::int64_t kLanes = 8;   // partial sums of a dot product, so that the compiler can use vectors
-
-// size: a multiple of kLanes, as in the two functions after it.
-double dot(const double* a, const double* b, std::int64_t size) {
-  std::array<double, kLanes> sums{};
-  for (std::int64_t d = 0; d < size; d += kLanes) {
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[d + lane] * b[d + lane];
-  }
-  return std::accumulate(sums.begin(), sums.end(), 0.);
-}
-
-struct Weighted {
-  double weight;
-  const double* values;
-};
-
-// Adds the weighted values to `out`, and their magnitudes to `abs`.
-void add_weighted(std::span<const Weighted> keys, std::int64_t size, double* out, double* abs) {
-  for (std::int64_t d = 0; d < size; d += kLanes) {
-    std::array<double, kLanes> sums{};
-    std::array<double, kLanes> magnitudes{};
-    for (const Weighted& key : keys) {
-      for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-        const double product = key.weight * key.values[d + lane];
-        sums[lane] += product;
-        magnitudes[lane] += std::abs(product);
-      }
-    }
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-      out[d + lane] += sums[lane];
-      abs[d + lane] += magnitudes[lane];
-    }
-  }
-}
 
 // A row's element of each key of a segment's mask; null where the mask says nothing of the row.
 HostRows read_mask(HostReader& reader, const KeySegment& segment, const Row& row) {
@@ -77,10 +43,17 @@ struct RowState {
   std::vector<double> query = {};   // padded
   std::vector<double> logits = {};  // of the keys [begin, end); −∞: hidden
   double sum = 0;                   // of the weights that logits become
-  std::vector<double> out = {};     // padded, not yet divided by the sum
-  std::vector<double> abs = {};
-  double* answer_out = nullptr;
-  double* answer_abs = nullptr;
+  double longest_key = 0;           // squared
+  RowAnswer answer = {};            // padded and not yet divided by the sum, until it is finished
+};
+
+// Keys [begin, end) of a segment: elements, one key after the other, and each key's squared length.
+struct KeyBlock {
+  int segment;
+  std::int64_t begin;
+  std::int64_t end;
+  const double* elements;
+  const double* squares;
 };
 
 class Group {
@@ -95,8 +68,8 @@ class Group {
         reader_(call.query.device()),
         block_(static_cast<std::size_t>(kBlock * stride_)) {}
 
-  void add(const Row& row, double* out, double* abs) {
-    RowState state{.answer_out = out, .answer_abs = abs};
+  void add(const Row& row) {
+    RowState state;
     find_keys(row, state);
     for (int i = 0; i < plan_.num_queries; ++i) {
       const QuerySegment& segment = plan_.queries[i];
@@ -108,8 +81,8 @@ class Group {
     rows_.push_back(std::move(state));
   }
 
-  // Leaves in `sees_keys` of each row whether there is one.
-  void compute(double scale, std::vector<bool>& sees_keys) {
+  // The answers of the rows added, in their order.
+  std::vector<RowAnswer> compute(double scale) {
     std::array<HostRows, 2> keys;
     std::array<HostRows, 2> values;
     for (int s = 0; s < plan_.num_keys; ++s) {
@@ -118,38 +91,18 @@ class Group {
     }
     reader_.wait();
     for (RowState& row : rows_) {
-      for (std::vector<double>* elements : {&row.query, &row.out, &row.abs}) {
+      for (std::vector<double>* elements : {&row.query, &row.answer.out, &row.answer.abs}) {
         elements->assign(static_cast<std::size_t>(stride_), 0);
       }
       to_doubles(row.query_memory.first, dtype_, size_, row.query.data());
       row.logits.assign(static_cast<std::size_t>(row.end - row.begin), -kInfinity);
     }
-    for_each_block(keys, [&](RowState& row, int segment, std::int64_t begin, std::int64_t end, const double* k) {
-      for (std::int64_t key = begin; key < end; ++key, k += stride_) {
-        const double added = added_to(row, segment, key - plan_.keys[segment].first_key);
-        if (added == -kInfinity) continue;
-        row.logits[key - row.begin] = scale * dot(row.query.data(), k, stride_) + added;
-      }
-    });
-    for (RowState& row : rows_) {
-      row.sum = to_weights(row.logits);
-      sees_keys.push_back(row.sum != 0);
-    }
-    for_each_block(values, [&](RowState& row, int /*segment*/, std::int64_t begin, std::int64_t end, const double* v) {
-      std::array<Weighted, kBlock> seen;
-      std::size_t count = 0;
-      for (std::int64_t key = begin; key < end; ++key, v += stride_) {
-        const double weight = row.logits[key - row.begin];
-        if (weight != kHidden) seen[count++] = {.weight = weight, .values = v};
-      }
-      add_weighted({seen.data(), count}, stride_, row.out.data(), row.abs.data());
-    });
-    for (const RowState& row : rows_) {
-      for (std::int64_t d = 0; d < size_ && row.sum != 0; ++d) {
-        row.answer_out[d] = row.out[d] / row.sum;
-        row.answer_abs[d] = row.abs[d] / row.sum;
-      }
-    }
+    for_each_block(keys, [&](RowState& row, const KeyBlock& block) { find_logits(row, block, scale); });
+    for (RowState& row : rows_) to_weights(row, scale);
+    for_each_block(values, [&](RowState& row, const KeyBlock& block) { add_values(row, block); });
+    std::vector<RowAnswer> answers;
+    for (RowState& row : rows_) answers.push_back(finished(row));
+    return answers;
   }
 
  private:
@@ -187,23 +140,60 @@ class Group {
     return value;
   }
 
-  // exp(logit − the largest), `kHidden` for −∞; returns their sum: 0 where all are hidden, NaN where one is.
-  static double to_weights(std::vector<double>& logits) {
+  void find_logits(RowState& row, const KeyBlock& block, double scale) const {
+    for (std::int64_t i = 0; i < block.end - block.begin; ++i) {
+      const std::int64_t key = block.begin + i;
+      const double added = added_to(row, block.segment, key - plan_.keys[block.segment].first_key);
+      if (added == -kInfinity) continue;
+      row.logits[key - row.begin] = scale * dot(row.query.data(), block.elements + i * stride_, stride_) + added;
+      row.longest_key = std::max(row.longest_key, block.squares[i]);
+    }
+  }
+
+  // Logits become exp(logit − the largest), `kHidden` for −∞. Their sum is 0 where all are hidden, NaN where one is
+  // NaN.
+  void to_weights(RowState& row, double scale) const {
     double largest = -kInfinity;
-    for (const double logit : logits) {
+    for (const double logit : row.logits) {
       if (!(logit <= largest)) largest = logit;
       if (std::isnan(largest)) break;
     }
-    double sum = 0;
-    for (double& logit : logits) {
+    for (double& logit : row.logits) {
       const double weight = logit == -kInfinity ? kHidden : std::exp(logit - largest);
-      if (weight != kHidden) sum += weight;
+      if (weight != kHidden) row.sum += weight;
       logit = weight;
     }
-    return sum;
+    if (row.sum == 0) return;
+    row.answer.sees_keys = true;
+    row.answer.logit_size =
+        std::max(std::abs(scale) * std::sqrt(dot(row.query.data(), row.query.data(), stride_) * row.longest_key),
+                 std::abs(largest));
   }
 
-  // Calls `body(row, segment, begin, end, elements of begin)` for each row and block of keys that it may see.
+  void add_values(RowState& row, const KeyBlock& block) const {
+    std::array<Weighted, kBlock> seen;
+    std::size_t count = 0;
+    for (std::int64_t i = 0; i < block.end - block.begin; ++i) {
+      const double weight = row.logits[block.begin + i - row.begin];
+      if (weight == kHidden) continue;
+      seen[count++] = {.weight = weight, .values = block.elements + i * stride_};
+      row.answer.random_sum += weight * weight * block.squares[i];
+    }
+    add_weighted({seen.data(), count}, stride_, row.answer.out.data(), row.answer.abs.data());
+  }
+
+  [[nodiscard]] RowAnswer finished(RowState& row) const {
+    RowAnswer answer = std::move(row.answer);
+    answer.random_sum = std::sqrt(answer.random_sum);
+    for (std::vector<double>* elements : {&answer.out, &answer.abs}) {
+      elements->resize(static_cast<std::size_t>(size_));
+      for (double& element : *elements) element /= answer.sees_keys ? row.sum : 1;
+    }
+    answer.random_sum /= answer.sees_keys ? row.sum : 1;
+    return answer;
+  }
+
+  // Calls `body(row, block)` for each row and block of keys that it may see.
   template <class Body>
   void for_each_block(const std::array<HostRows, 2>& memory, const Body& body) {
     for (int s = 0; s < plan_.num_keys; ++s) {
@@ -218,12 +208,16 @@ class Group {
         const std::int64_t block_end = std::min(block + kBlock, end);
         for (std::int64_t key = block; key < block_end; ++key) {
           prefetch(memory[s].row(std::min(key + kBlock, end - 1) - first));
-          to_doubles(memory[s].row(key - first), dtype_, size_, block_.data() + (key - block) * stride_);
+          double* elements = block_.data() + (key - block) * stride_;
+          to_doubles(memory[s].row(key - first), dtype_, size_, elements);
+          squares_[key - block] = dot(elements, elements, stride_);
         }
         for (RowState& row : rows_) {
           const std::int64_t row_begin = std::max(block, row.begin);
           const std::int64_t row_end = std::min(block_end, row.segment_end[s]);
-          if (row_begin < row_end) body(row, s, row_begin, row_end, block_.data() + (row_begin - block) * stride_);
+          const std::int64_t skipped = row_begin - block;
+          if (row_begin >= row_end) continue;
+          body(row, {s, row_begin, row_end, block_.data() + skipped * stride_, squares_.data() + skipped});
         }
       }
     }
@@ -243,6 +237,7 @@ class Group {
   std::int64_t kv_head_;
   HostReader reader_;
   std::vector<double> block_;  // zeros between a key's elements and the next key's
+  std::array<double, kBlock> squares_{};
   std::vector<RowState> rows_;
 };
 
@@ -259,36 +254,26 @@ void check(const AttentionCall& call, const CallPlan& plan, std::span<const Row>
       continue;
     }
     throw ValueError(
-        fmt::format("There is no row (batch {}, head {}, query {}) of {} batch entries, {} heads and {} "
-                    "queries.",
+        fmt::format("There is no row (batch {}, head {}, query {}) of {} batch entries, {} heads and {} queries.",
                     row.batch, row.head, row.query, call.query.size(0), call.query.size(2), plan.total_rows));
   }
 }
 
 }  // namespace
 
-RowAnswers answer_rows(const AttentionCall& call, double softmax_scale, bool causal, CausalAlignment alignment,
-                       std::span<const Row> rows) {
+std::vector<RowAnswer> answer_rows(const AttentionCall& call, double softmax_scale, bool causal,
+                                   CausalAlignment alignment, std::span<const Row> rows) {
   const CallPlan plan = call.plan(causal, alignment);
   check(call, plan, rows);
-  const std::int64_t size = call.query.size(3);
   const std::int64_t heads_per_kv_head = call.query.size(2) / call.key.size(2);
   std::map<std::pair<std::int64_t, std::int64_t>, std::vector<std::size_t>> groups;
   for (std::size_t r = 0; r < rows.size(); ++r) groups[{rows[r].batch, rows[r].head / heads_per_kv_head}].push_back(r);
-
-  const std::size_t elements = rows.size() * static_cast<std::size_t>(size);
-  RowAnswers answers{.out = std::vector<double>(elements),
-                     .abs = std::vector<double>(elements),
-                     .sees_keys = std::vector<bool>(rows.size())};
+  std::vector<RowAnswer> answers(rows.size());
   for (const auto& [which, members] : groups) {
     Group group(call, plan, which.first, which.second);
-    for (const std::size_t r : members) {
-      const auto at = static_cast<std::int64_t>(r) * size;
-      group.add(rows[r], answers.out.data() + at, answers.abs.data() + at);
-    }
-    std::vector<bool> sees_keys;
-    group.compute(softmax_scale, sees_keys);
-    for (std::size_t i = 0; i < members.size(); ++i) answers.sees_keys[members[i]] = sees_keys[i];
+    for (const std::size_t r : members) group.add(rows[r]);
+    std::vector<RowAnswer> found = group.compute(softmax_scale);
+    for (std::size_t i = 0; i < members.size(); ++i) answers[members[i]] = std::move(found[i]);
   }
   return answers;
 }

@@ -22,11 +22,13 @@ struct Row {
   friend bool operator==(const Row&, const Row&) = default;
 };
 
-/// Rows × head size, row after row.
-struct RowAnswers {
+/// The float64 answer of one row.
+struct RowAnswer {
   std::vector<double> out;
-  std::vector<double> abs;  ///< Σ P·|V|: what rounding errors are relative to
-  std::vector<bool> sees_keys;
+  std::vector<double> abs;  ///< Σ P·|V|: what rounding errors are relative to at worst
+  bool sees_keys = false;
+  double random_sum = 0;  ///< √Σ P²·‖V‖²: the length of `out` if the values' signs were random
+  double logit_size = 0;  ///< the largest scale·‖q‖·‖k‖ or logit, masks included: float32 rounds logits in proportion
 };
 
 /// How far an output is from the answer, over the elements of the rows compared. The norms leave out what is not
@@ -38,14 +40,21 @@ struct RowErrors {
   std::int64_t wrong_non_finite = 0;      ///< elements that are finite in one of the two alone
   std::int64_t nonzero_without_keys = 0;  ///< elements that are not zero in rows that see no key
   std::int64_t rows = 0;
+
+  /// The largest of one row: ‖out − answer‖ over ‖answer‖, or over what that would be by size where it is smaller by
+  /// chance: `random_sum`, and the dtype's smallest normal number in every element. Infinite where one of
+  /// the two counts above counts.
+  double worst_row = 0;
+  Row worst = {};
+  double logit_size = 0;  ///< the largest that is finite
 };
 
 /// Float64 attention of `rows` of a checked call whose tensors are float64, float32, float16 or bfloat16, on the CPU or
 /// a CUDA device: of the latter the rows' own Q, and the K and V of their heads, are copied to the host, which waits
 /// for this thread's stream (NotImplementedError while that is captured). Each K/V head is read once. Hidden keys are
 /// skipped: what stands there never shows. ValueError for a row or dtype that there is not.
-DITATTN_API RowAnswers answer_rows(const AttentionCall& call, double softmax_scale, bool causal,
-                                   CausalAlignment alignment, std::span<const Row> rows);
+DITATTN_API std::vector<RowAnswer> answer_rows(const AttentionCall& call, double softmax_scale, bool causal,
+                                               CausalAlignment alignment, std::span<const Row> rows);
 
 /// How far `call.out` is from `answer_rows` in these rows.
 DITATTN_API RowErrors check_rows(const AttentionCall& call, double softmax_scale, bool causal,

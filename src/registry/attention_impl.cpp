@@ -34,17 +34,33 @@ std::string other_backend_for(const Problem& problem, const AttentionBackend& re
   throw ValueError(other.empty() ? verdict.text() : fmt::format("{} {} would do.", verdict.text(), other));
 }
 
+// The first implementation that an observer has for this call, else the event's own.
+const AttentionImpl& chosen_by(const ForwardObservers& observers, const ForwardEvent& event) {
+  for (const auto& observer : observers) {
+    if (const AttentionImpl* other = observer->instead(event)) return *other;
+  }
+  return event.impl;
+}
+
 // `run`, with those told who observe calls.
 void run_observed(const AttentionImpl& impl, const Problem& problem, const AttentionCall& call) {
   const auto observers = forward_observers();
-  if (!observers) return impl.run(call);  // nobody any more
-  const ForwardEvent event{.impl = impl, .problem = problem, .call = call};
+  if (!observers) return run_counted(impl, call);  // nobody any more
+  ForwardEvent event{.impl = impl, .problem = problem, .call = call};
   for (const auto& observer : *observers) observer->before(event);
-  impl.run(call);
+  const AttentionImpl& chosen = chosen_by(*observers, event);
+  BackendAccess::last_launched() = &chosen;
+  run_counted(chosen, call);
+  event.computed = BackendAccess::last_launched();  // another than `chosen` where that passes calls on
   for (const auto& observer : *observers) observer->after(event);
 }
 
 }  // namespace
+
+const AttentionImpl*& BackendAccess::last_launched() {
+  thread_local const AttentionImpl* last = nullptr;
+  return last;
+}
 
 AttentionImpl::AttentionImpl(ImplConfig config)
     : config_(std::move(config)),
@@ -70,9 +86,8 @@ Tensor AttentionImpl::forward(const Tensor& query, const Tensor& key, const Tens
     if (forwards_are_observed.load(std::memory_order_acquire)) {
       run_observed(*this, problem, call);
     } else {
-      run(call);
+      run_counted(*this, call);
     }
-    BackendAccess::count_launch(*this);
   }
   return out;
 }

@@ -39,9 +39,19 @@ struct BackendAccess {
   static std::unique_ptr<AttentionImpl> create(const BackendClass& backend, const ImplConfig& config);
   static std::vector<std::string> known_kwargs(const AttentionBackend& backend) { return backend.known_kwargs(); }
   static void count_launch(const AttentionImpl& impl) {
-    if (impl.launches_ != nullptr) impl.launches_->fetch_add(1, std::memory_order_relaxed);
+    if (impl.launches_ == nullptr) return;
+    impl.launches_->fetch_add(1, std::memory_order_relaxed);
+    last_launched() = &impl;
   }
+  /// What this thread counted last: it may be gone.
+  static const AttentionImpl*& last_launched();
 };
+
+/// `run`, counted.
+inline void run_counted(const AttentionImpl& impl, const AttentionCall& call) {
+  impl.run(call);
+  BackendAccess::count_launch(impl);
+}
 
 /// Calls `function` and turns whatever it throws into a `ditattn::Error` of the same kind; things that are not
 /// exceptions too.

@@ -293,3 +293,18 @@ def test_an_existing_output_is_replaced(ditattn, paths):
     ditattn.ok("run", *paths)
     assert list(load(paths[-1])) == ["out"]
     assert {file.name for file in paths[-1].parent.iterdir()} == {"in.safetensors", "out"}
+
+
+def test_guard(ditattn, paths):
+    document = ditattn.json("run", "--guard", *paths)
+    (seen,) = document["guard"]["layers"]
+    assert document["guard"]["failures"] == 0 and seen["checks"] == 1
+    assert 0 < seen["worst"]["error"] < seen["worst"]["bound"]
+    assert "FLASH_ATTN" in ditattn.ok("run", "--guard", *paths).splitlines()[-1]
+
+
+def test_guard_finds_what_is_too_far(ditattn, paths):
+    result = ditattn("run", "--backend", "SAGE_ATTN", "--guard", *paths)
+    assert result.returncode == 5 and "SAGE_ATTN" in result.stdout
+    assert ditattn("run", "--backend", "SAGE_ATTN", "--guard", "--max-error", "0.5", *paths).returncode == 0
+    assert ditattn("run", "--max-error", "0.5", *paths).returncode == 2

@@ -5,7 +5,6 @@
 #include <ditattn/ditattn.hpp>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
-#include <tvm/ffi/extra/c_env_api.h>
 
 #include <algorithm>
 #include <barrier>
@@ -22,34 +21,12 @@
 namespace ditattn {
 namespace {
 
+using testing::InStream;
 using testing::kGpu;
 using testing::must;
 using testing::random_tensor;
 using testing::relative_error;
 using testing::same_bytes;
-
-// A stream, and this thread's work in it, for a while.
-class InStream {
- public:
-  InStream() {
-    cudaSetDevice(kGpu.device_id);
-    if (cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) != cudaSuccess)
-      throw std::runtime_error("no stream");
-    TVMFFIEnvSetStream(kGpu.device_type, kGpu.device_id, stream_, &before_);
-  }
-  ~InStream() {
-    cudaStreamSynchronize(stream_);
-    TVMFFIEnvSetStream(kGpu.device_type, kGpu.device_id, before_, nullptr);
-    cudaStreamDestroy(stream_);
-  }
-  InStream(const InStream&) = delete;
-  InStream& operator=(const InStream&) = delete;
-  [[nodiscard]] cudaStream_t get() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-  TVMFFIStreamHandle before_ = nullptr;
-};
 
 // (1, rows, 4, 64) against (1, keys, 2, 64), and the answer of the CPU's native engine.
 struct Call {

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 #include <ditattn/ditattn.hpp>
+#include <tvm/ffi/extra/c_env_api.h>
 
 #include <cmath>
 #include <cstring>
@@ -17,6 +18,29 @@ inline constexpr DLDevice kGpu{kDLCUDA, 0};
 inline void must(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
 }
+
+/// A stream, and this thread's work in it, for a while.
+class InStream {
+ public:
+  InStream() {
+    cudaSetDevice(kGpu.device_id);
+    if (cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) != cudaSuccess)
+      throw std::runtime_error("no stream");
+    TVMFFIEnvSetStream(kGpu.device_type, kGpu.device_id, stream_, &before_);
+  }
+  ~InStream() {
+    cudaStreamSynchronize(stream_);
+    TVMFFIEnvSetStream(kGpu.device_type, kGpu.device_id, before_, nullptr);
+    cudaStreamDestroy(stream_);
+  }
+  InStream(const InStream&) = delete;
+  InStream& operator=(const InStream&) = delete;
+  [[nodiscard]] cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  TVMFFIStreamHandle before_ = nullptr;
+};
 
 /// Standard normals, on the host.
 inline Tensor random_tensor(std::initializer_list<std::int64_t> shape, DLDataType dtype, std::uint64_t seed) {

@@ -10,7 +10,7 @@ pytest.importorskip("mypy", reason="mypy is not installed")
 
 GOOD = """
 import numpy as np
-from ditattn import AttentionMetadata, DiffusionAttentionBackendEnum, attention, capture, select_backend
+from ditattn import AttentionMetadata, DiffusionAttentionBackendEnum, attention, capture, guard, select_backend
 from ditattn import AttentionBackend, AttentionImpl, register_diffusion_backend
 
 query = np.zeros((1, 4, 2, 16), "float32")
@@ -23,6 +23,8 @@ source: str = select_backend(head_size=16, role="self").source
 names: list[str] = [each.name for each in DiffusionAttentionBackendEnum]
 with capture("file", every=2, layers=["a.*", 3]) as recording:
     cases: list[str] = recording.cases
+with guard(every=2, safer=member, layers=["a.*"], on_event=lambda finding: print(finding.error)) as watch:
+    worst: float = watch.report().layers[0].last_error
 
 
 @register_diffusion_backend(DiffusionAttentionBackendEnum["CUSTOM"])
@@ -47,6 +49,8 @@ MISTAKES = [
     'select_backend(role=1)',
     "number: int = DiffusionAttentionBackendEnum.define('X').name",
     'capture("file", every="two")',
+    "guard(on_event=3)",
+    'guard(every="two")',
 ]  # fmt: skip
 
 

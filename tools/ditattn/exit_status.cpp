@@ -12,7 +12,7 @@ const char* const kExitStatusHelp =
     "  2  wrong usage: flags, verbs, backend names, configuration, class-path syntax\n"
     "  3  a backend is not registered or cannot be imported, or its library or device is unavailable\n"
     "  4  a file is missing or malformed, or tensors or a problem were refused\n"
-    "  5  an explicitly named backend exceeded --max-error\n"
+    "  5  an explicitly named backend exceeded --max-error, or --guard found wrong numbers\n"
     "  1  anything else\n";
 
 Failure current_failure() {

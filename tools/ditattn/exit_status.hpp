@@ -12,7 +12,7 @@ enum ExitStatus : int {
   kUsage = 2,          ///< flags, verbs, backend names, configuration, class-path syntax
   kUnavailable = 3,    ///< a backend not registered or importable, or its library or device unavailable
   kRefused = 4,        ///< a file missing or malformed, tensors or a problem refused, memory that cannot be had
-  kErrorExceeded = 5,  ///< an explicitly named backend exceeded --max-error
+  kErrorExceeded = 5,  ///< an explicitly named backend exceeded --max-error, or `run --guard` found wrong numbers
 };
 
 /// The statuses for people, one line each.

@@ -7,6 +7,7 @@
 
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
+#include "ditattn/guard.hpp"
 #include "ditattn/safetensors.hpp"
 #include "ditattn/selector.hpp"
 #include "tools/ditattn/exit_status.hpp"
@@ -29,6 +30,8 @@ struct Options {
   CallOptions call;
   bool causal = false;
   bool lse = false;
+  bool guard = false;
+  std::optional<double> max_error;
   bool json = false;
 };
 
@@ -48,24 +51,36 @@ void save(const Options& options, const ForwardOutputs& outputs) {
   save_safetensors(options.output, file);
 }
 
-void report(const Options& options, const Selection& selection, const Tensor& out, double milliseconds) {
+void report(const Options& options, const Selection& selection, const Tensor& out, double milliseconds,
+            const GuardReport& guarded) {
   const std::string engine = selection.backend->capabilities().engine;
   if (options.json) {
-    print_json({{"backend", selection.member.name()},
-                {"engine", engine},
-                {"source", selection.source},
-                {"input", options.input},
-                {"output", options.output},
-                {"shape", std::vector<std::int64_t>(out.shape().begin(), out.shape().end())},
-                {"dtype", dtype_name(out.dtype())},
-                {"device", options.device},
-                {"lse", options.lse},
-                {"ms", milliseconds}});
+    Json document = {{"backend", selection.member.name()},
+                               {"engine", engine},
+                               {"source", selection.source},
+                               {"input", options.input},
+                               {"output", options.output},
+                               {"shape", std::vector<std::int64_t>(out.shape().begin(), out.shape().end())},
+                               {"dtype", dtype_name(out.dtype())},
+                               {"device", options.device},
+                               {"lse", options.lse},
+                               {"ms", milliseconds}};
+    if (options.guard) document["guard"] = Json::parse(guarded.json());
+    print_json(document);
   } else {
     print(printable(fmt::format("{}: out {} {} by {} ({}; {}) in {:.3f} ms\n", options.output, shape_name(out),
                                 dtype_name(out.dtype()), selection.member.name(), engine, selection.source,
                                 milliseconds)));
+    if (options.guard) print(printable(guarded.text()));
   }
+}
+
+// The same call once more, with its numbers checked: the time that is told has no check in it.
+GuardReport checked(const Options& options, const AttentionImpl& attention, const Inputs& inputs,
+                    const ForwardOutputs& outputs) {
+  const Guard guard({.every = 1, .rows = 64, .max_error = options.max_error});
+  attention.forward(inputs.query, inputs.key, inputs.value, inputs.metadata, outputs);
+  return guard.report();
 }
 
 int run(const Options& options) {
@@ -98,8 +113,9 @@ int run(const Options& options) {
   synchronize(device);
   const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
   save(options, outputs);
-  report(options, selection, outputs.out, elapsed.count());
-  return kDone;
+  const GuardReport guarded = options.guard ? checked(options, *attention, inputs, outputs) : GuardReport();
+  report(options, selection, outputs.out, elapsed.count(), guarded);
+  return guarded.failures() > 0 ? kErrorExceeded : kDone;
 }
 
 }  // namespace
@@ -123,6 +139,13 @@ void add_run_verb(CLI::App& app, Action& action) {
   verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
   add_call_flags(*verb, options->call);
   verb->add_flag("--lse", options->lse, "Write the log-sum-exp too: `lse`, float32 (B, H, Sq + joint)");
+  CLI::Option* guard = verb->add_flag("--guard", options->guard,
+                                      "Compare 64 rows with float64 attention, and look for NaN: status 5 for wrong "
+                                      "numbers");
+  verb->add_option("--max-error", options->max_error,
+                   "What --guard allows the worst row, relative to its length (default: what rounding allows)")
+      ->check(number_from(0))
+      ->needs(guard);
   add_json_flag(*verb, options->json);
   verb->callback([&action, options] { action = [options] { return run(*options); }; });
 }

@@ -42,6 +42,7 @@ std::vector<Row> some_rows(const Question& q, std::uint64_t seed) {
 
 reference::Result oracle(const Question& q, const std::vector<Row>& rows) {
   std::vector<reference::Row> wanted;
+  wanted.reserve(rows.size());
   for (const Row& row : rows) wanted.push_back({row.batch, row.head, row.query});
   return reference::attention(q.query, q.key, q.value, q.metadata, q.scale, q.causal, q.alignment, wanted);
 }
@@ -64,11 +65,17 @@ double distance(const std::vector<double>& a, const std::vector<double>& b, cons
 // The worse of the distances of out and Σ P·|V| from the oracle's.
 double distance_from_oracle(const Question& q, std::uint64_t seed) {
   const std::vector<Row> rows = some_rows(q, seed);
-  const RowAnswers got =
+  const std::vector<RowAnswer> got =
       answer_rows({q.query, q.key, q.value, q.query, q.lse, q.metadata}, q.scale, q.causal, q.alignment, rows);
   const reference::Result expected = oracle(q, rows);
-  for (std::size_t r = 0; r < rows.size(); ++r) EXPECT_EQ(got.sees_keys[r], expected.lse[r] != -kInfinity);
-  return std::max(distance(got.out, expected.out, expected.abs), distance(got.abs, expected.abs, expected.abs));
+  std::vector<double> out;
+  std::vector<double> abs;
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    EXPECT_EQ(got[r].sees_keys, expected.lse[r] != -kInfinity);
+    out.insert(out.end(), got[r].out.begin(), got[r].out.end());
+    abs.insert(abs.end(), got[r].abs.begin(), got[r].abs.end());
+  }
+  return std::max(distance(out, expected.out, expected.abs), distance(abs, expected.abs, expected.abs));
 }
 
 Capabilities everything() {
@@ -88,6 +95,35 @@ TEST(RowReference, MatchesTheOracleOverAllMetadata) {
           {drawn.query, drawn.key, drawn.value, drawn.metadata, scale, drawn.config.causal, alignment, drawn.rows},
           seed);
       EXPECT_LE(error, 1e-12);
+      worst = std::max(worst, error);
+    }
+  }
+  fmt::print("worst distance from the oracle: {:.1e}\n", worst);
+}
+
+// Padding of the joined keys is one length per batch entry, which may end in either tensor.
+TEST(RowReference, MatchesTheOracleWherePaddingEndsAnywhereInJoinedKeys) {
+  double worst = 0;
+  for (const char* strategy : {"front", "rear"}) {
+    for (std::int64_t length = 0; length <= 14; ++length) {
+      const Tensor mask = empty({2, 14}, kBool);
+      for (std::int64_t i = 0; i < 28; ++i) store_element(mask.data_ptr(), i, kBool, i % 14 < (i < 14 ? length : 8));
+      AttentionMetadataFields fields{.attn_mask = mask, .joint_strategy = strategy};
+      std::mt19937_64 generator(static_cast<std::uint64_t>(length));
+      std::normal_distribution<double> normal;
+      const auto tensor = [&](std::int64_t tokens, std::int64_t heads) {
+        Tensor made = empty({2, tokens, heads, 8}, kFloat32);
+        for (std::int64_t i = 0; i < made.numel(); ++i) store_element(made.data_ptr(), i, kFloat32, normal(generator));
+        return made;
+      };
+      fields.joint_query = tensor(3, 4);
+      fields.joint_key = tensor(5, 2);
+      fields.joint_value = tensor(5, 2);
+      const Question question{tensor(6, 4), tensor(9, 2), tensor(9, 2),   AttentionMetadata(fields),
+                              0.4,          false,        kAlignments[0], 9};
+      ASSERT_EQ(question.metadata->mask_description().kind == MaskDescription::Kind::dense, false);
+      const double error = distance_from_oracle(question, 3);
+      EXPECT_LE(error, 1e-12) << strategy << ", " << length << " keys";
       worst = std::max(worst, error);
     }
   }
@@ -199,6 +235,33 @@ TEST_F(PlantedErrors, AreMeasuredAsWhatTheyAre) {
 TEST_F(PlantedErrors, AFactorIsItsDistanceFromOne) {
   for (std::int64_t i = 0; i < out_.numel(); ++i) static_cast<double*>(out_.data_ptr())[i] *= 1.1;
   EXPECT_NEAR(measured().rel_l2, 0.1, 1e-12);
+  EXPECT_LE(measured().worst_row, 0.1 + 1e-12);
+  EXPECT_GE(measured().worst_row, 0.05);
+}
+
+TEST_F(PlantedErrors, TheWorstRowIsTheOneThatIsWrong) {
+  for (std::int64_t d = 0; d < 5; ++d) at(1, 2, 6, d) *= 1.5;
+  EXPECT_EQ(measured().worst, (Row{1, 2, 6}));
+  rows_ = {{1, 2, 6}};
+  const double alone = measured().rel_l2;
+  EXPECT_NEAR(alone, 0.5, 1e-12);
+  EXPECT_LE(measured().worst_row, alone + 1e-12) << "where values cancel by chance, it is less";
+}
+
+// One key: the answer is its value, whose length is the random sum; the logit is all there is to round.
+TEST_F(PlantedErrors, SizesOfARowWithOneKey) {
+  for (std::int64_t key = 1; key < 7; ++key) mask_row(3, key);
+  const Question& q = question_;
+  const std::vector<Row> row = {{0, 1, 3}};
+  const RowAnswer answer =
+      answer_rows({q.query, q.key, q.value, out_, q.lse, q.metadata}, q.scale, q.causal, q.alignment, row).front();
+  const auto length = [](const Tensor& tensor, std::int64_t first) {
+    double squares = 0;
+    for (std::int64_t d = 0; d < 5; ++d) squares += std::pow(load_element(tensor.data_ptr(), first + d, kFloat32), 2);
+    return std::sqrt(squares);
+  };
+  EXPECT_NEAR(answer.random_sum, length(q.value, 0), 1e-14);
+  EXPECT_NEAR(answer.logit_size, q.scale * length(q.query, (3 * 4 + 1) * 5) * length(q.key, 0), 1e-14);
 }
 
 TEST_F(PlantedErrors, NotFiniteIsCountedAndNoErrorOfTheRest) {

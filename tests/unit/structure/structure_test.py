@@ -16,6 +16,7 @@ RULES = {
     "src/registry": r'<|"(?:ditattn|core|registry)/',
     "src/tuner": r'<|"(?:ditattn|core|registry|tuner)/',
     "src/selector": r'<|"(?:ditattn|core|registry|tuner|selector)/',
+    "src/guard": r'<|"(?:ditattn|core|registry|guard)/',
     "src/parallel": r'<|"(?:ditattn|core|registry|parallel)/',
     "python": rf'{STD}|[<"](?:ditattn|tvm)/',
     "backends": r'<(?!core/|registry/|selector/|src/|tools/)|"(?:ditattn|kernels|backends)/',
