@@ -74,7 +74,7 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
 
   const KeysAndValues own{.key = keys.tensor, .value = values.tensor};
   if (group_.mesh.second() == 1) {
-    compute_whole(own);
+    compute_whole(own, outputs.lse.defined());
   } else {
     const Range text = plan_->rows[0].tokens;
     if (sizes.joint_rows > 0) {
@@ -114,23 +114,23 @@ ParallelCall::KeysAndValues ParallelCall::keys_in(char* memory, std::int64_t tok
 }
 
 // Every key is here: the back end's own call, for some heads.
-void ParallelCall::compute_whole(const KeysAndValues& keys) {
+void ParallelCall::compute_whole(const KeysAndValues& keys, bool lse_wanted) {
   const Sizes& sizes = agreement_.sizes;
-  const Rows all{.out = like_query(Slot::image_out, sizes.total_rows()),
-                 .lse = floats(Slot::image_lse, sizes.total_rows(), 1)};
+  Rows all{.out = like_query(Slot::image_out, sizes.total_rows()), .lse = {}};
+  if (lse_wanted) all.lse = floats(Slot::image_lse, sizes.total_rows(), 1);
   const bool causal = layer_.whole->config().causal;
   for (std::size_t run = 0; run < layer_.heads.runs.size(); ++run) {
     const Range heads = from(layer_.heads.runs[run].query, layer_.heads.query.begin);
     const Range kv = from(layer_.heads.runs[run].kv, layer_.heads.kv.begin);
     layer_.runs[run][causal ? 1 : 0]->forward(
         slice(queries_[1], 2, heads), slice(keys.key, 2, kv), slice(keys.value, 2, kv), plan_->whole[run],
-        {.out = slice(all.out, 2, heads), .lse = tokens_as_lse(slice(all.lse, 2, heads))});
+        {.out = slice(all.out, 2, heads), .lse = lse_wanted ? tokens_as_lse(slice(all.lse, 2, heads)) : Tensor()});
   }
   const std::array segments = {Segment{.joint = true, .tokens = {0, sizes.joint_rows}},
                                Segment{.joint = false, .tokens = {0, sizes.rows}}};
   for (std::size_t i = 0; i < segments.size(); ++i) {
     const Range rows = joined_rows(sizes, segments[i]);
-    rows_[i] = {.out = slice(all.out, 1, rows), .lse = slice(all.lse, 1, rows)};
+    rows_[i] = {.out = slice(all.out, 1, rows), .lse = lse_wanted ? slice(all.lse, 1, rows) : Tensor()};
   }
 }
 

@@ -30,7 +30,7 @@ class ParallelCall {
   void run(const Tensor& query, const Tensor& key, const Tensor& value, const ForwardOutputs& outputs);
 
  private:
-  /// Results for some rows and this rank's heads, token-major. `lse` (B, rows, heads, 1).
+  /// Results for some rows and this rank's heads, token-major. `lse` (B, rows, heads, 1), or null.
   struct Rows {
     Tensor out;
     Tensor lse;
@@ -40,7 +40,7 @@ class ParallelCall {
     Tensor value;
   };
 
-  void compute_whole(const KeysAndValues& keys);
+  void compute_whole(const KeysAndValues& keys, bool lse_wanted);
   void compute_ring(const KeysAndValues& own);
   void compute_gathered(const KeysAndValues& own);
   void compute_text_keys();
