@@ -73,8 +73,8 @@ class DITATTN_API Communicator {
   /// A group of the ranks that give the same `colour`, in the order of `key`, then of rank. Called by all ranks.
   virtual std::shared_ptr<Communicator> split(int colour, int key) = 0;
 
-  /// Makes the others' operations, present and future, fail with a CommunicationError that has `reason`, where the
-  /// transport can; under MPI the job ends. For a rank that cannot go on.
+  /// For a rank that cannot go on: the others' operations, present and future, fail with a CommunicationError that has
+  /// `reason`. Where a transport cannot tell them (MPI), they end with this rank's program, or by their timeout.
   virtual void abort(const std::string& reason) noexcept = 0;
 
   /// Block r of `send`, `send_bytes[r]` long, goes to rank r; block r of `receive` comes from it. Blocks lie one after

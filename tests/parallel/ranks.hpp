@@ -25,6 +25,7 @@ struct Ranks {
   /// Numbers of ranks that there are.
   std::vector<int> sizes = {1, 2, 3, 4, 8};
   bool is_first = true;  ///< this process has rank 0, which sees results
+  int fraction = 1;      ///< of the problems, one of so many is run
 };
 Ranks& ranks();
 
