@@ -180,6 +180,7 @@ std::vector<Header> gather_headers(Communicator& communicator, const Header& min
 void refuse_together(Communicator& communicator, const std::vector<Header>& all, const std::exception_ptr& error,
                      const std::string& text) {
   std::vector<std::int64_t> bytes;
+  bytes.reserve(all.size());
   for (const Header& header : all) bytes.push_back(header[text_bytes]);
   std::string texts;
   for (std::int64_t size : bytes) texts.resize(texts.size() + static_cast<std::size_t>(size));

@@ -7,8 +7,6 @@
 namespace ditattn::parallel {
 namespace {
 
-using tvm::ffi::Optional;
-
 // Options that say which keys are seen, and not how to compute.
 constexpr std::array<std::string_view, 5> kKeyOptions = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
                                                          "valid_kv_length"};

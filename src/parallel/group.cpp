@@ -60,10 +60,10 @@ std::string_view trimmed(std::string_view text) {
 }  // namespace
 
 std::string mesh_name(const Mesh& mesh) {
-  constexpr std::array kNames = {"ulysses", "ring", "allgather"};
+  constexpr std::array names_of_degrees = {"ulysses", "ring", "allgather"};
   std::vector<std::string> parts;
-  for (std::size_t i = 0; i < kNames.size(); ++i) {
-    if (degrees_of(mesh)[i] != 1) parts.push_back(fmt::format("{}={}", kNames[i], degrees_of(mesh)[i]));
+  for (std::size_t i = 0; i < names_of_degrees.size(); ++i) {
+    if (degrees_of(mesh)[i] != 1) parts.push_back(fmt::format("{}={}", names_of_degrees[i], degrees_of(mesh)[i]));
   }
   return parts.empty() ? "1 rank" : fmt::format("{}", fmt::join(parts, ", "));
 }
@@ -93,6 +93,7 @@ Mesh parse_mesh(std::string_view text) {
 std::vector<std::int64_t> balanced_lengths(std::int64_t tokens, int ranks) {
   if (tokens < 0 || ranks < 1) throw ValueError(fmt::format("{} tokens cannot be shared by {} ranks.", tokens, ranks));
   std::vector<std::int64_t> lengths;
+  lengths.reserve(static_cast<std::size_t>(ranks));
   for (int rank = 0; rank < ranks; ++rank) lengths.push_back(share(tokens, ranks, rank).size());
   return lengths;
 }

@@ -51,10 +51,6 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
   size_ = query.size(3);
   dtype_ = query.dtype();
   const Sizes& sizes = agreement_.sizes;
-  const auto of_my_place = [&](const std::vector<std::int64_t>& lengths) {
-    const auto ulysses = static_cast<std::size_t>(group_.mesh.ulysses);
-    return std::span(lengths).subspan(static_cast<std::size_t>(place_) * ulysses, ulysses);
-  };
   const Range my_rows = row_chunks_[static_cast<std::size_t>(place_)];
   const Range my_keys = key_chunks_[static_cast<std::size_t>(place_)];
   Workspace& workspace = group_.workspace;
@@ -92,6 +88,11 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
     }
   }
   give_back(outputs);
+}
+
+std::span<const std::int64_t> ParallelCall::of_my_place(const std::vector<std::int64_t>& lengths) const {
+  const auto ulysses = static_cast<std::size_t>(group_.mesh.ulysses);
+  return std::span(lengths).subspan(static_cast<std::size_t>(place_) * ulysses, ulysses);
 }
 
 Tensor ParallelCall::floats(Slot slot, std::int64_t tokens, std::int64_t size) const {
@@ -217,8 +218,6 @@ void ParallelCall::give_back(const ForwardOutputs& outputs) {
   const Sizes& sizes = agreement_.sizes;
   const auto places = static_cast<std::int64_t>(row_chunks_.size());
   const int ulysses = group_.mesh.ulysses;
-  const auto lengths =
-      std::span(agreement_.rows).subspan(static_cast<std::size_t>(place_ * ulysses), static_cast<std::size_t>(ulysses));
   std::vector<Range> text_rows;
   std::vector<Range> text_heads;
   for (int rank = 0; rank < group_.all->size(); ++rank) {
@@ -229,7 +228,8 @@ void ParallelCall::give_back(const ForwardOutputs& outputs) {
   const Range image = sizes.joint_first ? Range{sizes.joint_rows, sizes.joint_rows + my_rows} : Range{0, my_rows};
   const Range text = sizes.joint_first ? Range{0, sizes.joint_rows} : Range{my_rows, my_rows + sizes.joint_rows};
   const auto give = [&](const Tensor& to, Tensor Rows::*member) {
-    gather_heads(*group_.ulysses, group_.workspace, rows_[1].*member, slice(to, 1, image), layer_.query_heads, lengths);
+    gather_heads(*group_.ulysses, group_.workspace, rows_[1].*member, slice(to, 1, image), layer_.query_heads,
+                 of_my_place(agreement_.rows));
     if (sizes.joint_rows == 0) return;
     gather_parts(*group_.all, group_.workspace, rows_[0].*member, slice(to, 1, text), text_rows, text_heads);
   };

@@ -48,6 +48,8 @@ class ParallelCall {
   void compute_part(const PlannedCall& planned, const Tensor& query, const KeysAndValues& keys, const Rows& into);
   void give_back(const ForwardOutputs& outputs);
 
+  // Of the ranks that share this place on the second axis.
+  [[nodiscard]] std::span<const std::int64_t> of_my_place(const std::vector<std::int64_t>& lengths) const;
   [[nodiscard]] KeysAndValues keys_in(char* memory, std::int64_t tokens) const;
   [[nodiscard]] Tensor floats(Slot slot, std::int64_t tokens, std::int64_t size) const;
   [[nodiscard]] Tensor like_query(Slot slot, std::int64_t tokens) const;

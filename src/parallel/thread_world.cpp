@@ -10,6 +10,7 @@
 #include <exception>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <thread>
 #include <tuple>
@@ -146,6 +147,7 @@ class ThreadCommunicator final : public Communicator {
     }
     std::ranges::sort(chosen);
     std::vector<int> members;
+    members.reserve(chosen.size());
     for (const auto& [peer_key, peer] : chosen) members.push_back(world_rank(peer));
     const auto place = std::ranges::find(members, world_rank(rank())) - members.begin();
     return std::make_shared<ThreadCommunicator>(world_, fmt::format("{}/{}.{}", group_, splits_++, colour), members,
@@ -178,8 +180,8 @@ ThreadWorld::ThreadWorld(int size, Seconds timeout) {
 std::shared_ptr<Communicator> ThreadWorld::communicator(int rank) const {
   const auto size = static_cast<int>(state_->arrived.size());
   if (rank < 0 || rank >= size) throw ValueError(fmt::format("There is no rank {} in a world of {}.", rank, size));
-  std::vector<int> members;
-  for (int member = 0; member < size; ++member) members.push_back(member);
+  std::vector<int> members(static_cast<std::size_t>(size));
+  std::iota(members.begin(), members.end(), 0);
   return std::make_shared<ThreadCommunicator>(state_, "world", std::move(members), rank);
 }
 
@@ -202,6 +204,7 @@ void run_ranks(int size, const std::function<void(const std::shared_ptr<Communic
   };
   {
     std::vector<std::jthread> threads;
+    threads.reserve(static_cast<std::size_t>(size));
     for (int rank = 0; rank < size; ++rank) threads.emplace_back(run, rank);
   }
   if (first) std::rethrow_exception(first);

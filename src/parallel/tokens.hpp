@@ -44,12 +44,12 @@ void for_each_token(const Tensor& tensor, const Body& body) {
     const Body& body;
     std::int64_t tokens, total, step;
   };
-  constexpr std::int64_t kElements = 1 << 15;  // per task: some 10 µs
+  constexpr std::int64_t elements_per_task = 1 << 15;  // per task: some 10 µs
   const std::int64_t per_token = std::max<std::int64_t>(tensor.size(2) * tensor.size(3), 1);
   Work work{.body = body,
             .tokens = tensor.size(1),
             .total = tensor.size(0) * tensor.size(1),
-            .step = std::max<std::int64_t>(kElements / per_token, 1)};
+            .step = std::max<std::int64_t>(elements_per_task / per_token, 1)};
   const auto run = [](void* context, std::int64_t index) {
     const Work& all = *static_cast<Work*>(context);
     const std::int64_t end = std::min((index + 1) * all.step, all.total);

@@ -51,6 +51,7 @@ std::vector<std::string> errors_of(const Mesh& mesh, const std::function<void(in
         ParallelAttention layer(call.backend, call.config, std::make_shared<ParallelGroup>(ranks, mesh));
         try {
           layer.forward(call.query, call.key, call.value, AttentionMetadata(call.fields), call.outputs);
+          ranks->barrier();  // a rank that another one's failure does not concern learns of it here
         } catch (const Error& error) {
           texts[static_cast<std::size_t>(ranks->rank())] =
               fmt::format("{}: {}", std::string(error.kind()), error.message());
