@@ -6,6 +6,17 @@ find_package(spdlog REQUIRED)
 find_package(nlohmann_json REQUIRED)
 find_package(CLI11 REQUIRED)
 
+# Processes as ranks: in a library of its own, ditattn_mpi.
+if(DITATTN_MPI AND NOT DITATTN_SANITIZE)
+  set(MPI_CXX_SKIP_MPICXX ON)
+  find_package(MPI COMPONENTS CXX QUIET)
+  if(MPI_CXX_FOUND)
+    message(STATUS "MPI: found, version ${MPI_CXX_VERSION}; building ditattn_mpi")
+  else()
+    message(STATUS "MPI: not found; ranks are threads only (Debian: scripts/packages-mpi.txt)")
+  endif()
+endif()
+
 # Shared libraries, or headers alone: the sources that use them take 60 % longer to compile then, but what comes out runs
 # on machines without the libraries.
 add_library(ditattn_fmt INTERFACE)

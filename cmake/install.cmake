@@ -3,6 +3,9 @@
 include(CMakePackageConfigHelpers)
 
 install(TARGETS ditattn EXPORT ditattn-targets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT package)
+if(TARGET ditattn_mpi)
+  install(TARGETS ditattn_mpi EXPORT ditattn-targets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+endif()
 if(DITATTN_BUILD_TOOLS)
   install(TARGETS ditattn_cli)
   install(TARGETS ditattn_command LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT package)

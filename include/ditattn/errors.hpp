@@ -64,6 +64,18 @@ class DITATTN_API MemoryError : public Error {
   explicit MemoryError(const std::string& message);
 };
 
+/// Ranks that compute together could not go on: one of them failed, or they called different operations.
+class DITATTN_API CommunicationError : public Error {
+ public:
+  explicit CommunicationError(const std::string& message);
+};
+
+/// A rank did not come within the time it was given; the message names it, the operation and the seconds.
+class DITATTN_API TimeoutError : public Error {
+ public:
+  explicit TimeoutError(const std::string& message);
+};
+
 /// Throws `error` again as the `ditattn` type of its kind (errors that came through a plug-in's function table have
 /// only their kind). Kinds without a type of their own become a plain `ditattn::Error`.
 [[noreturn]] DITATTN_API void rethrow(const tvm::ffi::Error& error);

@@ -11,6 +11,8 @@ ImportError::ImportError(const std::string& message) : Error("ImportError", mess
 NotImplementedError::NotImplementedError(const std::string& message) : Error("NotImplementedError", message) {}
 FileError::FileError(const std::string& message) : Error("OSError", message) {}
 MemoryError::MemoryError(const std::string& message) : Error("MemoryError", message) {}
+CommunicationError::CommunicationError(const std::string& message) : Error("RuntimeError", message) {}
+TimeoutError::TimeoutError(const std::string& message) : Error("TimeoutError", message) {}
 
 void rethrow(const tvm::ffi::Error& error) {
   const std::string kind = error.kind();
@@ -20,6 +22,7 @@ void rethrow(const tvm::ffi::Error& error) {
   if (kind == "NotImplementedError") throw NotImplementedError(message);
   if (kind == "OSError") throw FileError(message);
   if (kind == "MemoryError") throw MemoryError(message);
+  if (kind == "TimeoutError") throw TimeoutError(message);
   throw Error(kind, message);
 }
 

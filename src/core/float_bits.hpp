@@ -37,6 +37,31 @@ inline std::uint16_t bf16_from_double(double value) {
   return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(rounded) >> 16);
 }
 
+/// binary32 to bfloat16, nearest even.
+inline std::uint16_t bf16_from_float(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  if (std::isnan(value)) return 0x7FC0;
+  return static_cast<std::uint16_t>((bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16);
+}
+
+/// binary32 to binary16, nearest even. Small results are rounded by an addition whose last place is theirs.
+inline std::uint16_t f16_from_float(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t sign = (bits >> 16) & 0x8000U;
+  const std::uint32_t magnitude = bits & 0x7FFFFFFFU;
+  std::uint32_t half = 0;
+  if (magnitude > 0x7F800000U) {
+    half = 0x7E00;
+  } else if (magnitude >= 0x47800000U) {  // 2^16
+    half = 0x7C00;
+  } else if (magnitude < 0x38800000U) {  // 2^-14
+    half = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5F) - std::bit_cast<std::uint32_t>(0.5F);
+  } else {
+    half = (magnitude - (112U << 23) + 0xFFFU + ((magnitude >> 13) & 1U)) >> 13;
+  }
+  return static_cast<std::uint16_t>(sign | half);
+}
+
 inline std::uint16_t f16_from_double(double value) {
   if (std::isnan(value)) return 0x7E00;
   const double rounded = round_to_format(value, 11, -14, 65504);

@@ -58,10 +58,12 @@ void check_mask(const char* what, const Tensor& mask, DLDevice device, const Mas
                                full == joined ? "" : fmt::format(", nor to the joined {}", shape_name(joined)), hint));
 }
 
-MaskKind kind_of(const Tensor& mask, const MaskDescription& description) {
+// `of_some_rows`: the text's rows are not the mask's, so that it hides keys from some rows and not from others.
+MaskKind kind_of(const Tensor& mask, const MaskDescription& description, bool of_some_rows) {
   if (description.kind == MaskDescription::Kind::none) return MaskKind::none;
-  if (description.kind == MaskDescription::Kind::key_prefix) return MaskKind::padding;
+  if (description.kind == MaskDescription::Kind::key_prefix && !of_some_rows) return MaskKind::padding;
   if (mask.dtype() != kBool) return MaskKind::additive;
+  if (of_some_rows) return MaskKind::boolean;
   const auto constant = [&](int from_end) {
     return mask.ndim() < from_end || mask.size(-from_end) == 1 || mask.stride(-from_end) == 0;
   };
@@ -69,13 +71,16 @@ MaskKind kind_of(const Tensor& mask, const MaskDescription& description) {
 }
 
 // The more demanding of the two masks.
-MaskKind mask_kind(const AttentionMetadataObj& metadata) {
+MaskKind mask_kind(const AttentionMetadataObj& metadata, std::int64_t image_rows, std::int64_t total_rows) {
   MaskKind kind = MaskKind::none;
   if (metadata.fields.attn_mask.has_value()) {
-    kind = kind_of(metadata.fields.attn_mask.value(), metadata.mask_description());
+    const Tensor& mask = metadata.fields.attn_mask.value();
+    const bool of_image_rows =
+        mask.ndim() > 2 && mask.size(-2) == image_rows && image_rows != 1 && image_rows != total_rows;
+    kind = kind_of(mask, metadata.mask_description(), of_image_rows);
   }
   if (metadata.fields.joint_attn_mask.has_value()) {
-    kind = std::max(kind, kind_of(metadata.fields.joint_attn_mask.value(), metadata.joint_mask_description()));
+    kind = std::max(kind, kind_of(metadata.fields.joint_attn_mask.value(), metadata.joint_mask_description(), false));
   }
   return kind;
 }
@@ -161,7 +166,7 @@ void check_metadata(const AttentionMetadataObj& metadata, const Tensor& query, c
     problem.seq_kv += fields.joint_key.value().size(1);
   }
   check_masks(fields, query, key, problem.seq_q);
-  problem.mask = mask_kind(metadata);
+  problem.mask = mask_kind(metadata, query.size(1), problem.seq_q);
   problem.spans = fields.full_attn_spans.has_value();
   problem.packed = metadata.is_packed() && !problem.spans;
   problem.fp8_kv = wants_fp8(fields.extra);

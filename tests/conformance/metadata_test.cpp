@@ -7,7 +7,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "backends/reference/reference.hpp"
 #include "tests/conformance/options.hpp"
@@ -17,74 +16,11 @@
 namespace ditattn {
 namespace {
 
-using conformance::draw_problem;
-using conformance::Drawn;
-
 constexpr int kProblems = 500;
 constexpr int kGpuProblems = 1000;
 constexpr std::uint64_t kFirstSeed = 20260;
 
-// Largest |q|·|k|·scale: logits of that size lose their last digits in float32.
-double logit_size(const Drawn& drawn, double scale) {
-  const auto longest = [](const Tensor& tensor) {
-    double largest = 0;
-    const std::int64_t size = tensor.size(3);
-    for (std::int64_t i = 0; i < tensor.numel(); i += size) {
-      double sum = 0;
-      for (std::int64_t d = 0; d < size; ++d)
-        sum += std::pow(load_element(tensor.data_ptr(), i + d, tensor.dtype()), 2);
-      largest = std::max(largest, std::sqrt(sum));
-    }
-    return largest;
-  };
-  return longest(drawn.query) * longest(drawn.key) * scale;
-}
-
-double bound_for(const Drawn& drawn, const Tensor& out, double scale) {
-  if (out.dtype() == kFloat32) return 2e-6 * std::max(1.0, logit_size(drawn, scale) / 32);
-  const bool large = out.numel() >= 1000;
-  if (out.dtype() == kBFloat16) return large ? 2.5e-3 : 4e-3;
-  return large ? 3.5e-4 : 6e-4;
-}
-
-struct Errors {
-  double out = 0;           // ‖out − ref‖ / ‖Σ P·|V|‖
-  double lse = 0;           // the largest
-  double result_share = 1;  // ‖ref‖ / ‖Σ P·|V|‖
-};
-
-// Rows without keys must be exactly zero and −∞.
-Errors compare(const Tensor& out, const Tensor& lse, const reference::Result& expected) {
-  const std::int64_t heads = out.size(2);
-  const std::int64_t rows = out.size(1);
-  const std::int64_t size = out.size(3);
-  double error = 0;
-  double result = 0;
-  double norm = 0;
-  double lse_error = 0;
-  for (std::int64_t r = 0; r < static_cast<std::int64_t>(expected.lse.size()); ++r) {
-    const std::int64_t row = r % rows;
-    const std::int64_t head = r / rows % heads;
-    const std::int64_t batch = r / rows / heads;
-    const double got = load_element(lse.data_ptr(), r, kFloat32);
-    if (std::isinf(expected.lse[r])) {
-      EXPECT_EQ(got, expected.lse[r]);
-    } else {
-      lse_error = std::max(lse_error, std::abs(got - expected.lse[r]) / std::max(1.0, std::abs(expected.lse[r])));
-    }
-    for (std::int64_t d = 0; d < size; ++d) {
-      const double value = load_element(out.data_ptr(), ((batch * rows + row) * heads + head) * size + d, out.dtype());
-      if (std::isinf(expected.lse[r])) {
-        EXPECT_EQ(value, 0);
-      }
-      error += std::pow(value - expected.out[r * size + d], 2);
-      result += std::pow(expected.out[r * size + d], 2);
-      norm += std::pow(expected.abs[r * size + d], 2);
-    }
-  }
-  if (norm == 0) return {.out = std::sqrt(error), .lse = lse_error};
-  return {.out = std::sqrt(error / norm), .lse = lse_error, .result_share = std::sqrt(result / norm)};
-}
+using conformance::Drawn;
 
 class Metadata : public testing::TestWithParam<const char*> {};
 
@@ -112,7 +48,7 @@ TEST_P(Metadata, RandomProblemsMatchTheOracle) {
   int refused = 0;
   const int problems = device.device_type == kDLCPU ? kProblems : kGpuProblems;
   for (int i = 0; i < problems; ++i) {
-    const Drawn drawn = draw_problem(kFirstSeed + static_cast<std::uint64_t>(i), can);
+    const Drawn drawn = conformance::draw_problem(kFirstSeed + static_cast<std::uint64_t>(i), can);
     SCOPED_TRACE(drawn.text);
     const auto impl = backend->make(drawn.config);
     Tensor lse = empty(std::array{drawn.query.size(0), drawn.config.num_heads, drawn.rows}, kFloat32, device);
@@ -130,9 +66,9 @@ TEST_P(Metadata, RandomProblemsMatchTheOracle) {
     const reference::Result expected =
         reference::attention(drawn.query, drawn.key, drawn.value, drawn.metadata, impl->softmax_scale(),
                              drawn.config.causal, can.causal_alignment);
-    const Errors errors = compare(out, lse, expected);
-    const double logits = logit_size(drawn, impl->softmax_scale());
-    const double bound = bound_for(drawn, out, impl->softmax_scale()) +
+    const conformance::Errors errors = conformance::errors_of(out, lse, expected);
+    const double logits = conformance::logit_size(drawn, impl->softmax_scale());
+    const double bound = conformance::bound_for(drawn, out, impl->softmax_scale()) +
                          conformance::quantized_error_bound(quantized, logits, errors.result_share);
     EXPECT_LE(errors.out, bound);
     EXPECT_LE(errors.lse, 1e-5 + conformance::quantized_lse_bound(quantized, logits) +

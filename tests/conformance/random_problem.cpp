@@ -1,36 +1,13 @@
 #include "tests/conformance/random_problem.hpp"
 
 #include <fmt/format.h>
+#include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
-#include <random>
-#include <vector>
 
 namespace ditattn::conformance {
 namespace {
-
-class Draw {
- public:
-  explicit Draw(std::uint64_t seed) : generator_(seed) {}
-  std::int64_t number(std::int64_t low, std::int64_t high) {
-    return std::uniform_int_distribution<std::int64_t>(low, high)(generator_);
-  }
-  bool chance(double p) { return std::bernoulli_distribution(p)(generator_); }
-  std::int64_t one_of(const std::vector<std::int64_t>& values) {
-    return values[static_cast<std::size_t>(number(0, static_cast<std::int64_t>(values.size()) - 1))];
-  }
-  Tensor normal(std::initializer_list<std::int64_t> shape, DLDataType dtype) {
-    Tensor tensor = empty(shape, dtype);
-    std::normal_distribution<double> distribution;
-    for (std::int64_t i = 0; i < tensor.numel(); ++i)
-      store_element(tensor.data_ptr(), i, dtype, distribution(generator_));
-    return tensor;
-  }
-
- private:
-  std::mt19937_64 generator_;
-};
 
 Tensor draw_mask(Draw& draw, std::initializer_list<std::int64_t> shape) {
   const bool boolean = draw.chance(0.7);
@@ -44,11 +21,8 @@ Tensor draw_mask(Draw& draw, std::initializer_list<std::int64_t> shape) {
   return mask;
 }
 
-// Sorted cut points of [0, total], `parts` + 1 of them, empty parts included.
 Tensor draw_offsets(Draw& draw, std::int64_t total, std::int64_t parts) {
-  std::vector<std::int64_t> cuts{0, total};
-  for (std::int64_t i = 1; i < parts; ++i) cuts.push_back(draw.number(0, total));
-  std::ranges::sort(cuts);
+  const std::vector<std::int64_t> cuts = draw_cuts(draw, total, parts);
   Tensor tensor = empty({parts + 1}, kInt32);
   for (std::int64_t i = 0; i <= parts; ++i) store_element(tensor.data_ptr(), i, kInt32, static_cast<double>(cuts[i]));
   return tensor;
@@ -67,7 +41,22 @@ std::vector<Span> draw_spans(Draw& draw, std::int64_t keys) {
 
 }  // namespace
 
-Drawn draw_problem(std::uint64_t seed, const Capabilities& can) {
+Tensor Draw::normal(std::initializer_list<std::int64_t> shape, DLDataType dtype) {
+  Tensor tensor = empty(shape, dtype);
+  std::normal_distribution<double> distribution;
+  for (std::int64_t i = 0; i < tensor.numel(); ++i)
+    store_element(tensor.data_ptr(), i, dtype, distribution(generator_));
+  return tensor;
+}
+
+std::vector<std::int64_t> draw_cuts(Draw& draw, std::int64_t total, std::int64_t parts) {
+  std::vector<std::int64_t> cuts{0, total};
+  for (std::int64_t i = 1; i < parts; ++i) cuts.push_back(draw.number(0, total));
+  std::ranges::sort(cuts);
+  return cuts;
+}
+
+Drawn draw_problem(std::uint64_t seed, const Capabilities& can, const Limits& limits) {
   Draw draw(seed);
   Drawn drawn;
   const std::int64_t batch = draw.number(1, 3);
@@ -76,8 +65,8 @@ Drawn draw_problem(std::uint64_t seed, const Capabilities& can) {
   std::vector<std::int64_t> head_sizes{1, 8, 40, 64, 72, 128};
   std::erase_if(head_sizes, [&](std::int64_t size) { return !can.head_sizes.contains(size); });
   const std::int64_t head_size = draw.one_of(head_sizes);
-  const std::int64_t queries = draw.number(1, 200);
-  const std::int64_t keys = draw.number(1, 300);
+  const std::int64_t queries = draw.number(1, limits.queries);
+  const std::int64_t keys = draw.number(1, limits.keys);
   DLDataType dtype = draw.chance(0.6) ? kFloat32 : draw.chance(0.5) ? kFloat16 : kBFloat16;
   if (std::ranges::find(can.dtypes, dtype) == can.dtypes.end()) dtype = kBFloat16;
   drawn.config = {.num_heads = heads, .head_size = head_size, .causal = draw.chance(0.3), .num_kv_heads = kv_heads};
@@ -98,8 +87,8 @@ Drawn draw_problem(std::uint64_t seed, const Capabilities& can) {
   const bool packed = draw.chance(0.25);
   std::int64_t joint_keys = 0;
   if (!packed && draw.chance(0.5)) {
-    const std::int64_t joint_queries = draw.number(0, 40);
-    joint_keys = draw.number(0, 150);
+    const std::int64_t joint_queries = draw.number(0, limits.joint_queries);
+    joint_keys = draw.number(0, limits.joint_keys);
     fields.joint_query = draw.normal({batch, joint_queries, heads, head_size}, dtype);
     fields.joint_key = draw.normal({batch, joint_keys, kv_heads, head_size}, dtype);
     fields.joint_value = draw.normal({batch, joint_keys, kv_heads, head_size}, dtype);
@@ -146,6 +135,64 @@ Drawn draw_problem(std::uint64_t seed, const Capabilities& can) {
   if (fields.attn_mask.has_value()) drawn.text += " mask=" + shape_name(fields.attn_mask.value());
   drawn.metadata = AttentionMetadata(std::move(fields));
   return drawn;
+}
+
+double logit_size(const Drawn& drawn, double scale) {
+  const auto longest = [](const Tensor& tensor) {
+    double largest = 0;
+    const std::int64_t size = tensor.size(3);
+    for (std::int64_t i = 0; i < tensor.numel(); i += size) {
+      double sum = 0;
+      for (std::int64_t d = 0; d < size; ++d)
+        sum += std::pow(load_element(tensor.data_ptr(), i + d, tensor.dtype()), 2);
+      if (std::isfinite(sum)) largest = std::max(largest, std::sqrt(sum));
+    }
+    return largest;
+  };
+  const auto with_joint = [&](const Tensor& image, const tvm::ffi::Optional<Tensor>& joint) {
+    return std::max(longest(image), joint.has_value() ? longest(joint.value()) : 0.);
+  };
+  const AttentionMetadataFields& fields = drawn.metadata->fields;
+  return with_joint(drawn.query, fields.joint_query) * with_joint(drawn.key, fields.joint_key) * scale;
+}
+
+double bound_for(const Drawn& drawn, const Tensor& out, double scale) {
+  if (out.dtype() == kFloat32) return 2e-6 * std::max(1.0, logit_size(drawn, scale) / 32);
+  const bool large = out.numel() >= 1000;
+  if (out.dtype() == kBFloat16) return large ? 2.5e-3 : 4e-3;
+  return large ? 3.5e-4 : 6e-4;
+}
+
+Errors errors_of(const Tensor& out, const Tensor& lse, const reference::Result& expected) {
+  const std::int64_t heads = out.size(2);
+  const std::int64_t rows = out.size(1);
+  const std::int64_t size = out.size(3);
+  double error = 0;
+  double result = 0;
+  double norm = 0;
+  double lse_error = 0;
+  for (std::int64_t r = 0; r < static_cast<std::int64_t>(expected.lse.size()); ++r) {
+    const std::int64_t row = r % rows;
+    const std::int64_t head = r / rows % heads;
+    const std::int64_t batch = r / rows / heads;
+    const double got = load_element(lse.data_ptr(), r, kFloat32);
+    if (std::isinf(expected.lse[r])) {
+      EXPECT_EQ(got, expected.lse[r]);
+    } else {
+      lse_error = std::max(lse_error, std::abs(got - expected.lse[r]) / std::max(1.0, std::abs(expected.lse[r])));
+    }
+    for (std::int64_t d = 0; d < size; ++d) {
+      const double value = load_element(out.data_ptr(), ((batch * rows + row) * heads + head) * size + d, out.dtype());
+      if (std::isinf(expected.lse[r])) {
+        EXPECT_EQ(value, 0);
+      }
+      error += std::pow(value - expected.out[r * size + d], 2);
+      result += std::pow(expected.out[r * size + d], 2);
+      norm += std::pow(expected.abs[r * size + d], 2);
+    }
+  }
+  if (norm == 0) return {.out = std::sqrt(error), .lse = lse_error};
+  return {.out = std::sqrt(error / norm), .lse = lse_error, .result_share = std::sqrt(result / norm)};
 }
 
 }  // namespace ditattn::conformance

@@ -201,6 +201,24 @@ TEST(CheckJoint, MasksThatFit) {
   }
 }
 
+// It hides the same keys from all of the image's rows, and none from the text's.
+TEST(CheckJoint, AMaskOfTheImagesRowsIsNoPaddingMask) {
+  Call call;
+  call.can.masks = {"padding"};
+  AttentionMetadataFields fields = joint();
+  const auto hide_from_third_on = [](std::initializer_list<std::int64_t> shape) {
+    const Tensor mask = empty(shape, kBool);
+    for (std::int64_t i = 0; i < mask.numel(); ++i) store_element(mask.data_ptr(), i, kBool, i % 7 < 3 ? 1 : 0);
+    return mask;
+  };
+  fields.attn_mask = hide_from_third_on({1, 1, 5, 7});
+  testing::expect_contains(call.error(fields), {"TOY does not support a mask of kind bool"});
+  fields.attn_mask = hide_from_third_on({1, 1, 8, 7});
+  call.forward(fields);
+  fields.attn_mask = hide_from_third_on({1, 1, 1, 7});
+  call.forward(fields);
+}
+
 TEST(CheckJoint, OutputHasTheTextsRowsToo) {
   EXPECT_EQ(testing::error_text<ValueError>([&] {
               return Call().forward(joint(), {.out = empty({2, 5, 4, 8}, kFloat32)});

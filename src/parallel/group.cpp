@@ -1,0 +1,117 @@
+#include "parallel/group.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <charconv>
+
+namespace ditattn::parallel {
+namespace {
+
+using Degrees = std::array<int, 3>;
+
+Degrees degrees_of(const Mesh& mesh) { return {mesh.ulysses, mesh.ring, mesh.allgather}; }
+
+// All meshes of so many ranks.
+std::string meshes_of(int ranks) {
+  std::vector<std::string> names;
+  for (int ulysses = ranks; ulysses >= 1; --ulysses) {
+    if (ranks % ulysses == 0) names.push_back(mesh_name({.ulysses = ulysses, .ring = ranks / ulysses}));
+  }
+  return fmt::format("{} (allgather in the place of ring)", fmt::join(names, "; "));
+}
+
+void check_mesh(const Mesh& mesh, int ranks) {
+  for (int degree : degrees_of(mesh)) {
+    if (degree >= 1 && degree <= ranks) continue;
+    throw ValueError(
+        fmt::format("A degree of {} among {} ranks. Degrees that work: {}.", degree, ranks, meshes_of(ranks)));
+  }
+  if (mesh.ring > 1 && mesh.allgather > 1) {
+    throw ValueError(fmt::format("ring={} and allgather={} exclude each other. Degrees that work: {}.", mesh.ring,
+                                 mesh.allgather, meshes_of(ranks)));
+  }
+  const std::int64_t product = std::int64_t{mesh.ulysses} * mesh.second();
+  if (product != ranks) {
+    throw ValueError(fmt::format("{} takes {} ranks, there are {}. Degrees that work: {}.", mesh_name(mesh), product,
+                                 ranks, meshes_of(ranks)));
+  }
+}
+
+// The same error on every rank, whichever is wrong.
+void check_same_mesh(Communicator& communicator, const Mesh& mesh) {
+  const Degrees mine = degrees_of(mesh);
+  std::vector<Degrees> all(static_cast<std::size_t>(communicator.size()));
+  communicator.all_gather(mine.data(), all.data(), std::vector<std::int64_t>(all.size(), sizeof(mine)))->wait();
+  for (std::size_t rank = 1; rank < all.size(); ++rank) {
+    if (all[rank] == all[0]) continue;
+    const auto name = [](const Degrees& degrees) { return mesh_name({degrees[0], degrees[1], degrees[2]}); };
+    throw ValueError(
+        fmt::format("Ranks differ in their mesh: rank 0 has {}, rank {} has {}.", name(all[0]), rank, name(all[rank])));
+  }
+}
+
+std::string_view trimmed(std::string_view text) {
+  const auto first = text.find_first_not_of(' ');
+  if (first == std::string_view::npos) return {};
+  return text.substr(first, text.find_last_not_of(' ') - first + 1);
+}
+
+}  // namespace
+
+std::string mesh_name(const Mesh& mesh) {
+  constexpr std::array names_of_degrees = {"ulysses", "ring", "allgather"};
+  std::vector<std::string> parts;
+  for (std::size_t i = 0; i < names_of_degrees.size(); ++i) {
+    if (degrees_of(mesh)[i] != 1) parts.push_back(fmt::format("{}={}", names_of_degrees[i], degrees_of(mesh)[i]));
+  }
+  return parts.empty() ? "1 rank" : fmt::format("{}", fmt::join(parts, ", "));
+}
+
+Mesh parse_mesh(std::string_view text) {
+  Mesh mesh;
+  for (std::string_view rest = text; !rest.empty();) {
+    const auto comma = rest.find(',');
+    const std::string_view part = trimmed(rest.substr(0, comma));
+    rest = comma == std::string_view::npos ? "" : rest.substr(comma + 1);
+    const auto equals = part.find('=');
+    const std::string_view name = trimmed(part.substr(0, equals));
+    const std::string_view number = equals == std::string_view::npos ? "" : trimmed(part.substr(equals + 1));
+    int* degree = name == "ulysses" ? &mesh.ulysses : name == "ring" ? &mesh.ring : nullptr;
+    if (name == "allgather") degree = &mesh.allgather;
+    int value = 0;
+    const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), value);
+    if (degree == nullptr || error != std::errc() || end != number.data() + number.size() || value < 1) {
+      throw ValueError(fmt::format(
+          "'{}' in '{}' is no degree. Give ulysses=N, ring=N, allgather=N, commas between, N from 1.", part, text));
+    }
+    *degree = value;
+  }
+  return mesh;
+}
+
+std::vector<std::int64_t> balanced_lengths(std::int64_t tokens, int ranks) {
+  if (tokens < 0 || ranks < 1) throw ValueError(fmt::format("{} tokens cannot be shared by {} ranks.", tokens, ranks));
+  std::vector<std::int64_t> lengths;
+  lengths.reserve(static_cast<std::size_t>(ranks));
+  for (int rank = 0; rank < ranks; ++rank) lengths.push_back(share(tokens, ranks, rank).size());
+  return lengths;
+}
+
+ParallelGroup::ParallelGroup(std::shared_ptr<Communicator> communicator, Mesh mesh)
+    : state_(std::make_unique<GroupState>()) {
+  check_same_mesh(*communicator, mesh);
+  check_mesh(mesh, communicator->size());
+  const int first = communicator->rank() % mesh.ulysses;
+  const int second = communicator->rank() / mesh.ulysses;
+  state_->ulysses = communicator->split(second, first);
+  state_->second = communicator->split(first, second);
+  state_->mesh = mesh;
+  state_->all = std::move(communicator);
+}
+
+ParallelGroup::~ParallelGroup() = default;
+const Mesh& ParallelGroup::mesh() const { return state_->mesh; }
+Communicator& ParallelGroup::communicator() const { return *state_->all; }
+
+}  // namespace ditattn::parallel

@@ -1,0 +1,76 @@
+#include <fmt/format.h>
+
+#include "ditattn/log.hpp"
+#include "ditattn/parallel.hpp"
+#include "parallel/error_text.hpp"
+#include "parallel/parallel_call.hpp"
+#include "registry/table_backend.hpp"
+
+namespace ditattn::parallel {
+
+struct ParallelAttention::Layer : LayerState {};
+
+namespace {
+
+// The layer's config for some of its heads.
+std::unique_ptr<AttentionImpl> make_run(const BackendClass& backend, ImplConfig config, const HeadRun& run,
+                                        bool causal) {
+  config.num_heads = run.query.size();
+  config.num_kv_heads = run.kv.size();
+  config.causal = causal;
+  return BackendAccess::create(backend, config);
+}
+
+}  // namespace
+
+ParallelAttention::ParallelAttention(const BackendClass& backend, const ImplConfig& config,
+                                     std::shared_ptr<ParallelGroup> group)
+    : layer_(std::make_unique<Layer>()) {
+  layer_->whole = backend->make(config);
+  layer_->group = std::move(group);
+  const GroupState& state = *layer_->group->state_;
+  const int ulysses = state.mesh.ulysses;
+  for (int place = 0; place < ulysses; ++place) {
+    const Heads heads = heads_of(config.num_heads, layer_->whole->num_kv_heads(), ulysses, place);
+    layer_->query_heads.push_back(heads.query);
+    layer_->kv_heads.push_back(heads.kv);
+    if (place == state.ulysses->rank()) layer_->heads = heads;
+  }
+  for (const HeadRun& run : layer_->heads.runs) {
+    auto& impls = layer_->runs.emplace_back();
+    impls[0] = make_run(backend, config, run, false);
+    if (config.causal || backend->capabilities().causal) impls[1] = make_run(backend, config, run, true);
+  }
+  if (ulysses > config.num_heads && state.all->rank() == 0) {
+    log(LogLevel::warning,
+        fmt::format(
+            "ulysses={} shares out {} heads: {} of {} ranks have none and only pass tokens on. A larger ring or "
+            "allgather degree, and ulysses of at most {}, lets all compute.",
+            ulysses, config.num_heads, (ulysses - config.num_heads) * state.mesh.second(), state.all->size(),
+            config.num_heads));
+  }
+}
+
+ParallelAttention::~ParallelAttention() = default;
+
+Tensor ParallelAttention::forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                  const AttentionMetadata& metadata, const ForwardOutputs& outputs) {
+  GroupState& group = *layer_->group->state_;
+  if (group.all->size() == 1) return layer_->whole->forward(query, key, value, metadata, outputs);
+  const Agreement agreement =
+      agree(*group.all, *layer_->whole, query, key, value, metadata, outputs, group.mesh.second() > 1);
+  try {
+    ForwardOutputs results = outputs;
+    if (!results.out.defined()) {
+      const std::int64_t rows = query.size(1) + agreement.sizes.joint_rows;
+      results.out = empty({query.size(0), rows, query.size(2), query.size(3)}, query.dtype());
+    }
+    ParallelCall(*layer_, group, agreement, metadata).run(query, key, value, results);
+    return results.out;
+  } catch (...) {  // the others wait for this rank
+    group.all->abort(error_text(std::current_exception()));
+    throw;
+  }
+}
+
+}  // namespace ditattn::parallel

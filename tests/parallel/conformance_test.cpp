@@ -1,0 +1,182 @@
+// Random problems over all metadata, spread over 1, 2, 3, 4 and 8 ranks in every mesh, by every back end, against the
+// float64 oracle: the same bounds as one rank's, the same refusals, and the same bits when a layer is called again.
+// DITATTN_TEST_SEED chooses other problems.
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <limits>
+#include <optional>
+#include <string_view>
+
+#include "tests/conformance/run_case.hpp"
+#include "tests/parallel/ranks.hpp"
+
+namespace ditattn::parallel::testing {
+namespace {
+
+using conformance::Draw;
+using conformance::Drawn;
+using conformance::NamedBackend;
+
+std::uint64_t first_seed() {
+  const char* text = std::getenv("DITATTN_TEST_SEED");
+  std::uint64_t seed = 12000;
+  if (text != nullptr) std::from_chars(text, text + std::string_view(text).size(), seed);
+  return seed;
+}
+
+std::optional<NamedBackend> backend_named(const std::string& member) {
+  for (const NamedBackend& named : conformance::cpu_backends()) {
+    if (named.member == member) return named;
+  }
+  return std::nullopt;
+}
+
+// NaN and infinity where no row looks: behind the valid prefix and where a padding mask hides keys.
+void poison(const Drawn& drawn) {
+  const AttentionMetadataFields& fields = drawn.metadata->fields;
+  const std::int64_t keys = drawn.key.size(1);
+  const std::int64_t valid = drawn.metadata->valid_kv_length(keys);
+  const auto hides = [&](std::int64_t batch, std::int64_t key) {
+    if (key >= valid) return true;
+    if (!fields.attn_mask.has_value() || fields.attn_mask.value().ndim() != 2) return false;
+    const Tensor& mask = fields.attn_mask.value();
+    if (mask.size(1) != keys) return false;
+    const double value = load_element(data_pointer(mask), batch * mask.stride(0) + key, mask.dtype());
+    return mask.dtype() == kBool ? value == 0 : std::isinf(value);
+  };
+  const std::int64_t row = drawn.key.size(2) * drawn.key.size(3);
+  for (std::int64_t i = 0; i < drawn.key.size(0) * keys; ++i) {
+    if (!hides(i / keys, i % keys)) continue;
+    for (std::int64_t d = 0; d < row; ++d) {
+      store_element(data_pointer(drawn.key), i * row + d, drawn.key.dtype(), std::numeric_limits<double>::quiet_NaN());
+      store_element(data_pointer(drawn.value), i * row + d, drawn.key.dtype(), d % 2 == 0 ? INFINITY : NAN);
+    }
+  }
+}
+
+std::vector<std::int64_t> draw_lengths(Draw& draw, std::int64_t total, int size) {
+  if (draw.chance(0.3)) return balanced_lengths(total, size);
+  const auto cuts = conformance::draw_cuts(draw, total, size);
+  std::vector<std::int64_t> lengths;
+  for (std::size_t i = 0; i + 1 < cuts.size(); ++i) lengths.push_back(cuts[i + 1] - cuts[i]);
+  return lengths;
+}
+
+struct Tally {
+  int computed = 0;
+  int refused = 0;
+  double worst = 0;      // of the bound
+  double worst_lse = 0;  // error
+};
+
+// One problem in every mesh of `size`.
+class Check {
+ public:
+  Check(const NamedBackend& named, std::uint64_t seed, const conformance::Limits& limits)
+      : named_(named), seed_(seed), drawn_(conformance::draw_problem(seed, named.backend->capabilities(), limits)) {
+    if (!named.backend->capabilities().masked_nan_propagates) poison(drawn_);
+  }
+
+  void run(int size, Tally& tally) {
+    Draw draw(seed_ + 1);
+    const auto rows = draw_lengths(draw, drawn_.query.size(1), size);
+    const auto keys = draw_lengths(draw, drawn_.key.size(1), size);
+    compute_alone();
+    for (const Mesh& mesh : meshes_of(size)) {
+      SCOPED_TRACE(fmt::format("{} on {} ({}; rows {}, keys {})", named_.member, mesh_name(mesh), drawn_.text,
+                               fmt::join(rows, "+"), fmt::join(keys, "+")));
+      try {
+        const Whole whole = compute(drawn_, named_.backend, mesh, rows, keys);
+        EXPECT_EQ(refusal_, "") << "one rank refuses it";
+        if (ranks().is_first) check(whole, tally);
+        if (seed_ % 4 == 0) {
+          const Whole again = compute(drawn_, named_.backend, mesh, rows, keys, 2);
+          if (!ranks().is_first) continue;
+          EXPECT_TRUE(same_bits(whole.out, again.out) && same_bits(whole.lse, again.lse)) << "other bits the next time";
+        }
+      } catch (const ValueError& error) {
+        EXPECT_NE(refusal_, "") << "one rank computes it: " << error.message();
+        ++tally.refused;
+      }
+    }
+  }
+
+ private:
+  void compute_alone() {
+    const auto layer = named_.backend->make(drawn_.config);
+    const Tensor lse = empty({drawn_.query.size(0), drawn_.query.size(2), drawn_.rows}, kFloat32);
+    try {
+      const Tensor out = layer->forward(drawn_.query, drawn_.key, drawn_.value, drawn_.metadata, {.lse = lse});
+      if (!ranks().is_first) return;
+      expected_ = reference::attention(drawn_.query, drawn_.key, drawn_.value, drawn_.metadata, layer->softmax_scale(),
+                                       drawn_.config.causal, named_.backend->capabilities().causal_alignment);
+      alone_ = conformance::errors_of(out, lse, expected_);
+    } catch (const ValueError& error) {
+      refusal_ = error.message();
+    }
+  }
+
+  void check(const Whole& whole, Tally& tally) {
+    const double scale = named_.backend->make(drawn_.config)->softmax_scale();
+    EXPECT_EQ(whole.wrong, "");
+    const auto quantized = conformance::quantization(named_, kCpu);
+    const auto errors = conformance::errors_of(whole.out, whole.lse, expected_);
+    const double logits = conformance::logit_size(drawn_, scale);
+    // Quantized errors of a handful of numbers do not average out: one rank's are then the measure too.
+    const bool exact = quantized.bytes == 0 && !quantized.in_e2m1;
+    const double bound = conformance::bound_for(drawn_, whole.out, scale) + (exact ? 0 : 2 * alone_.out) +
+                         conformance::quantized_error_bound(quantized, logits, errors.result_share);
+    EXPECT_LE(errors.out, bound);
+    EXPECT_LE(errors.lse, 1e-5 + conformance::quantized_lse_bound(quantized, logits));
+    ++tally.computed;
+    tally.worst = std::max(tally.worst, errors.out / bound);
+    tally.worst_lse = std::max(tally.worst_lse, errors.lse);
+  }
+
+  const NamedBackend& named_;
+  std::uint64_t seed_;
+  Drawn drawn_;
+  std::string refusal_;  // one rank's; empty: it computes
+  reference::Result expected_;
+  conformance::Errors alone_;
+};
+
+void check_problems(const std::string& member, int count, const conformance::Limits& limits) {
+  const auto named = backend_named(member);
+  if (!named) GTEST_SKIP() << member << " does not compute here";
+  for (int size : ranks().sizes) {
+    Tally tally;
+    for (int i = 0; i < count / ranks().fraction && !::testing::Test::HasFailure(); ++i) {
+      Check(*named, first_seed() + static_cast<std::uint64_t>(100 * size + i), limits).run(size, tally);
+    }
+    if (!ranks().is_first) continue;
+    std::cout << fmt::format(
+        "{} on {} ranks, seeds from {}: {} computed, {} refused, worst error {:.2f} of the bound, "
+        "LSE {:.1e}\n",
+        member, size, first_seed() + static_cast<std::uint64_t>(100 * size), tally.computed, tally.refused, tally.worst,
+        tally.worst_lse);
+    EXPECT_GT(tally.computed, 0);
+  }
+}
+
+class ParallelConformance : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(ParallelConformance, RandomProblemsMatchTheOracle) { check_problems(GetParam(), 32, {}); }
+
+// Fewer tokens than ranks, ranks without any, one token.
+TEST_P(ParallelConformance, FewTokensMatchTheOracle) {
+  check_problems(GetParam(), 60, {.queries = 5, .keys = 7, .joint_queries = 3, .joint_keys = 4});
+}
+
+INSTANTIATE_TEST_SUITE_P(, ParallelConformance,
+                         ::testing::Values("FLASH_ATTN", "TORCH_SDPA", "SAGE_ATTN", "SAGE_ATTN_3", "CUDNN_ATTN",
+                                           "FLASHINFER_ATTN"),
+                         [](const auto& instance) { return std::string(instance.param); });
+
+}  // namespace
+}  // namespace ditattn::parallel::testing

@@ -1,0 +1,50 @@
+#pragma once
+
+/// Ranks for tests, and one problem computed by them.
+
+#include <ditattn/ditattn.hpp>
+#include <ditattn/parallel.hpp>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tests/conformance/random_problem.hpp"
+
+namespace ditattn::parallel::testing {
+
+using Body = std::function<void(const std::shared_ptr<Communicator>&)>;
+
+/// What ranks are: threads, unless a program's main says otherwise.
+struct Ranks {
+  /// Calls the body as each of `size` ranks, or as this process's of them.
+  std::function<void(int size, const Body&)> run = [](int size, const Body& body) {
+    run_ranks(size, body, Seconds(60));
+  };
+  /// Numbers of ranks that there are.
+  std::vector<int> sizes = {1, 2, 3, 4, 8};
+  bool is_first = true;  ///< this process has rank 0, which sees results
+  int fraction = 1;      ///< of the problems, one of so many is run
+};
+Ranks& ranks();
+
+/// Every mesh of so many ranks.
+std::vector<Mesh> meshes_of(int size);
+
+/// The whole's results, contiguous, as rank 0 put them together.
+struct Whole {
+  Tensor out;
+  Tensor lse;
+  std::string wrong;  ///< what no number shows: text rows that differ between ranks
+};
+
+/// Ranks get `rows[r]` and `keys[r]` tokens. Throws what the ranks throw. `repeats`: calls of the same layer, the last
+/// one's results are kept.
+Whole compute(const conformance::Drawn& problem, const BackendClass& backend, const Mesh& mesh,
+              const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& keys, int repeats = 1);
+
+/// Whether two tensors of one shape have the same bits.
+bool same_bits(const Tensor& a, const Tensor& b);
+
+}  // namespace ditattn::parallel::testing
