@@ -7,7 +7,7 @@
 namespace ditattn::kernels::cpu {
 namespace {
 
-[[maybe_unused]] std::uint64_t read_ticks() {
+[[maybe_unused]] inline std::uint64_t read_ticks() {
 #if defined(__aarch64__)
   std::uint64_t count = 0;
   asm volatile("mrs %0, cntvct_el0" : "=r"(count));  // 24 MHz to 1 GHz

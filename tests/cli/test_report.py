@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import json
 import math
 import re
@@ -315,10 +316,29 @@ def test_a_picture_needs_a_report(ditattn):
 # --- Colours --------------------------------------------------------------------------------------------------------
 
 
+SIGHT = {  # in linear RGB: Machado, Oliveira and Fernandes (2009), severity 1
+    "usual": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def linear(colour):
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
 def luminance(colour):
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return linear(colour) @ [0.2126, 0.7152, 0.0722]
+
+
+def lab(colour, sight):
+    """CIELAB, in which equal distances look alike."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = to_xyz @ np.clip(np.asarray(sight) @ linear(colour), 0, 1) / [0.9505, 1, 1.089]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def contrast(one, other):
@@ -339,7 +359,11 @@ def test_colours_have_contrast(ditattn, tmp_path, scheme):
         assert contrast(colours[f"b{slot}"], colours["page"]) >= 3, slot
         on = colours["on-low" if slot <= 5 else "on-high"]
         assert contrast(colours[f"h{slot}"], on) >= 4.5, slot
-    assert len({colours[f"b{slot}"] for slot in range(8)}) == 8
+    for name, sight in SIGHT.items():
+        places = [lab(colours[f"b{slot}"], sight) for slot in range(8)]
+        least = min(np.linalg.norm(a - b) for a, b in itertools.combinations(places, 2))
+        print(f"{name}: colours of back ends are {least:.1f} apart")
+        assert least >= 20, name
 
 
 # --- In a browser ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ constexpr double kWidth = 360;
 constexpr double kRight = 12;
 constexpr double kLine = 15;
 constexpr double kCharacter = 7.6;  // width of capitals at 11 units, in bold
-constexpr double kFarBeyond = 3;    // lines this many times beyond the fastest back end are told in words
+constexpr double kFarBeyond = 6;    // lines this many times beyond the fastest back end are told in words
 
 // Speeds from left to right, from 0 on.
 struct SpeedAxis {

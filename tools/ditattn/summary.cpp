@@ -68,6 +68,7 @@ std::vector<SummaryRow> rows_by(const Cases& cases, const std::vector<std::strin
     }
   }
   std::vector<SummaryRow> rows;
+  rows.reserve(groups.size());
   for (const auto& [name, group] : groups) rows.push_back(summarize_row(name, group, backends));
   return rows;
 }
