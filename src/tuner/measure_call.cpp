@@ -119,7 +119,9 @@ class Measurement {
   std::vector<std::size_t> within(double factor) const {
     std::vector<std::size_t> entries;
     for (const Running& running : running_) {
-      const double error = std::max(results_[running.result].error, exact_error(problem_.dtype));
+      const double own = results_[running.result].error;
+      const double error =
+          std::isnan(own) ? std::numeric_limits<double>::infinity() : std::max(own, exact_error(problem_.dtype));
       const auto is_beaten_by = [&](const Running& rival) {
         return results_[rival.result].error <= error &&
                rounds_.median_ms(running.entry) > factor * rounds_.median_ms(rival.entry);
