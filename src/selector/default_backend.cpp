@@ -102,7 +102,7 @@ class DefaultImpl final : public AttentionImpl {
     problem.lse = call.lse.defined();
     problem.alignment = std::min(problem.alignment, alignment_of(call.out));
     if (rules().is_measured && current_tune_mode() == TuneMode::online) {
-      tune_at_first_call(call, problem, config(), rules());
+      tune_at_first_call(call, problem, config());
     }
     const DispatchChoice& choice = chooser_(problem);
     // `forward` asked explain(): one takes it, or a backend changed its mind.

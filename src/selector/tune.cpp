@@ -114,8 +114,7 @@ std::optional<Member> tuned_member(const Problem& problem, std::optional<double>
   return choice.is_measured ? std::optional(rules.at(*choice.index).member) : std::nullopt;
 }
 
-void tune_at_first_call(const AttentionCall& call, const Problem& problem, const ImplConfig& config,
-                        const DispatchRules& rules) {
+void tune_at_first_call(const AttentionCall& call, const Problem& problem, const ImplConfig& config) {
   const auto is_known = [&] {
     const auto table = tuned_table(problem.device);
     return table != nullptr && table->find(problem) != nullptr;
@@ -126,13 +125,8 @@ void tune_at_first_call(const AttentionCall& call, const Problem& problem, const
   if (is_known()) return;
   TunedProblem measured{.problem = problem, .results = {}};
   try {
-    std::vector<Contender> contenders;
-    for (std::size_t i = 0; i < rules.size(); ++i) {
-      contenders.push_back({.member = rules.at(i).member,
-                            .backend = rules.at(i).backend,
-                            .verdict = verdict_on(rules.at(i), rules.in_order.front(), problem)});
-    }
-    measured = measure_call(call, problem, config, contenders, {});
+    const std::vector<Candidate> candidates = all_candidates(std::string(device_type_name(problem.device)));
+    measured = measure_call(call, problem, config, contenders_of(candidates, {}, problem), {});
     add_tuned(problem.device, measured, true);
   } catch (const Error& error) {
     log(LogLevel::warning, fmt::format("Measuring at the first call failed: {}", error.message()));
