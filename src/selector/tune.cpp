@@ -119,10 +119,15 @@ void tune_at_first_call(const AttentionCall& call, const Problem& problem, const
     const auto table = tuned_table(problem.device);
     return table != nullptr && table->find(problem) != nullptr;
   };
-  if (is_known() || is_captured(problem.device)) return;
-  static std::mutex one_at_a_time;  // timings of two at once would be worth nothing
+  static std::mutex one_at_a_time;      // timings of two at once would be worth nothing
+  thread_local bool is_inside = false;  // a backend that is measured may ask for a default itself
+  if (is_inside || is_known() || is_captured(problem.device)) return;
   const std::lock_guard lock(one_at_a_time);
   if (is_known()) return;
+  const struct Inside {
+    Inside() { is_inside = true; }
+    ~Inside() { is_inside = false; }
+  } inside;
   TunedProblem measured{.problem = problem, .results = {}};
   try {
     const std::vector<Candidate> candidates = all_candidates(std::string(device_type_name(problem.device)));

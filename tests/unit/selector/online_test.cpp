@@ -110,6 +110,28 @@ TEST_F(Online, ARoleWithFewerAllowedDoesNotHideTheOthers) {
   EXPECT_EQ(computes(kSmall), "SAGE_ATTN") << "all were measured";
 }
 
+// A class over others, of the user's.
+TEST_F(Online, OneThatIsMeasuredMayAskForADefaultItself) {
+  struct Wrapper final : testing::ToyBackend {
+    Wrapper() : ToyBackend("WRAPPER") {}
+    [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
+      struct Impl final : AttentionImpl {
+        using AttentionImpl::AttentionImpl;
+        void run(const AttentionCall& call) const override {
+          const AttentionConfig others = AttentionConfig::from_json(
+              R"({"default": {"backend": "auto", "allowed": ["FLASH_ATTN", "TORCH_SDPA"]}})");
+          attention(call.query, call.key, call.value, {.config = others}, {}, {.out = call.out, .lse = {}});
+        }
+      };
+      return std::make_unique<Impl>(config);
+    }
+  };
+  use(Enum::CUSTOM, std::make_shared<Wrapper>());
+  forward(kSmall);
+  EXPECT_EQ(of(*tuned(kSmall), Enum::CUSTOM).reason, "");
+  EXPECT_EQ(computes(kSmall), "SAGE_ATTN");
+}
+
 TEST_F(Online, PackedSequencesAreMeasuredToo) {
   testing::Plant packed = right();
   packed.can.packed = true;
