@@ -22,7 +22,8 @@ class DITATTN_API ConfigError : public ValueError {
 /// What happens where the backend of a choice cannot be had here, or refuses a problem.
 enum class OnUnusable {
   error,  ///< that is an error
-  warn,   ///< the next one is taken, with a warning that has the reason, once per layer
+  warn,   ///< the next one is taken, with a warning that has the reason, once per layer, or per role where it cannot be
+          ///< had at all
   allow,  ///< the same as information
 };
 
@@ -33,7 +34,8 @@ inline constexpr const char* kAutomatic = "AUTO";
 struct AttentionSpec {
   std::string backend = kAutomatic;   ///< a member's name, upper-cased, or `kAutomatic`
   BackendKwargs backend_kwargs = {};  ///< for `ImplConfig::backend_kwargs`
-  /// None: error for a backend that is named, allow for the automatic choice (where error means: the first alone).
+  /// None: error for a backend that is named, allow for the automatic choice (where error means: the first usable one
+  /// of the order alone, whatever was measured).
   std::optional<OnUnusable> on_unusable = std::nullopt;
   /// Members that a named backend may be replaced by, in this order (empty: the platform's order), or that the
   /// automatic choice is made among (empty: all).

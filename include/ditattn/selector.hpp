@@ -72,7 +72,7 @@ struct MemberVerdict {
   DiffusionAttentionBackendEnum member;
   BackendClass backend;       ///< null where the class cannot be imported
   bool is_candidate = false;  ///< would be tried; the others only tell what they would say
-  Verdict verdict;            ///< what speaks against it here, unavailability included
+  Verdict verdict;            ///< what speaks against it here, unavailability and errors that were measured included
   std::string kernel = {};    ///< which would compute, if it takes the problem and its engine tells
   std::optional<TunedResult> tuned = std::nullopt;  ///< automatic: what was measured of it for this problem
 };
@@ -80,7 +80,7 @@ struct MemberVerdict {
 /// What `select_backend` would choose, and why not something else.
 struct Explanation {
   std::string source;        ///< as `Selection::source`
-  bool is_explicit = false;  ///< one candidate only, which nothing replaces
+  bool is_explicit = false;  ///< a backend is named: nothing replaces it, unless its `on_unusable` says so
   /// Candidates in the order in which they are tried, then all other members.
   std::vector<MemberVerdict> members;
   std::optional<DiffusionAttentionBackendEnum> chosen;  ///< none where every candidate refuses

@@ -72,8 +72,9 @@ DITATTN_API TunedProblem tune_call(const ImplConfig& config, const Tensor& query
 DITATTN_API std::optional<TunedProblem> tuned(const Problem& problem);
 
 /// The member that a default chooses for `problem` by measurement: the fastest whose error is at most `max_error`
-/// (none: `exact_error`), unless the platform's own order has one that is at most 2 % slower. None where nothing
-/// usable was measured.
+/// (none: `exact_error`), unless the platform's own order has one that is at most 2 % slower. One whose output was not
+/// finite, for any problem of this dtype, is never chosen; one whose error was too large for some problem, for none
+/// that was not measured. None where nothing usable was measured.
 DITATTN_API std::optional<DiffusionAttentionBackendEnum> tuned_member(const Problem& problem,
                                                                       std::optional<double> max_error = std::nullopt);
 

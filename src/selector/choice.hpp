@@ -11,8 +11,8 @@ namespace ditattn {
 
 /// What was asked for.
 struct Request {
-  const std::string& role;
-  const std::string& category;
+  std::string role;
+  std::string category;
   std::int64_t head_size;
   std::string device;
 };
@@ -27,8 +27,10 @@ Choice choose(const Request& request, const AttentionConfig& config);
 /// Members in the order in which the choice tries them, whether they can be had or not.
 std::vector<DiffusionAttentionBackendEnum> order_of(const Request& request, const AttentionSpec& spec);
 
-/// The rules over those that are available and take the head size; who is passed over is logged once. For specs that
-/// may be replaced, or are automatic. ValueError, with one reason per member, where none is left.
+/// Whether a choice is made among several: all but those that name a backend which nothing replaces.
+bool may_be_replaced(const AttentionSpec& spec);
+
+/// The rules over those that are available and take the head size, none perhaps. For specs that `may_be_replaced`.
 DispatchRules rules_of(const Request& request, const AttentionSpec& spec);
 
 }  // namespace ditattn

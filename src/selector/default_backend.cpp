@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <deque>
 #include <mutex>
 
@@ -18,14 +19,14 @@ namespace ditattn {
 namespace {
 
 // What any of the candidates can do; the rest, such as the alignment, as the first.
-Capabilities joined_capabilities(const std::vector<Candidate>& candidates) {
-  Capabilities can = candidates.front().backend->capabilities();
+Capabilities joined_capabilities(const DispatchRules& rules) {
+  Capabilities can = rules.in_order.front().backend->capabilities();
   const auto add = [](auto& to, const auto& from) {
     for (const auto& value : from) {
       if (std::ranges::find(to, value) == to.end()) to.push_back(value);
     }
   };
-  for (const Candidate& candidate : candidates) {
+  for (const Candidate& candidate : rules.in_order) {
     const Capabilities& other = candidate.backend->capabilities();
     add(can.devices, other.devices);
     add(can.dtypes, other.dtypes);
@@ -37,9 +38,12 @@ Capabilities joined_capabilities(const std::vector<Candidate>& candidates) {
     can.packed |= other.packed;
     can.joint |= other.joint;
     can.fp8_kv |= other.fp8_kv;
+    can.alignment = std::min(can.alignment, other.alignment);
+  }
+  for (std::size_t i = 0; i < rules.size(); ++i) {
+    const Capabilities& other = rules.at(i).backend->capabilities();
     can.graph_safe &= other.graph_safe;
     can.masked_nan_propagates |= other.masked_nan_propagates;
-    can.alignment = std::min(can.alignment, other.alignment);
   }
   return can;
 }
@@ -98,7 +102,7 @@ class DefaultImpl final : public AttentionImpl {
     problem.lse = call.lse.defined();
     problem.alignment = std::min(problem.alignment, alignment_of(call.out));
     if (rules().is_measured && current_tune_mode() == TuneMode::online) {
-      tune_at_first_call(call, problem, config(), rules());
+      tune_at_first_call(call, problem, config());
     }
     const DispatchChoice& choice = chooser_(problem);
     // `forward` asked explain(): one takes it, or a backend changed its mind.
@@ -141,7 +145,7 @@ class DefaultImpl final : public AttentionImpl {
 class DefaultBackend final : public AttentionBackend {
  public:
   explicit DefaultBackend(DispatchRules rules)
-      : chooser_(std::move(rules)), capabilities_(joined_capabilities(this->rules().in_order)) {}
+      : chooser_(std::move(rules)), capabilities_(joined_capabilities(this->rules())) {}
 
   [[nodiscard]] const DispatchRules& rules() const { return chooser_.rules(); }
   [[nodiscard]] std::string get_name() const override { return rules().in_order.front().backend->get_name(); }
@@ -169,8 +173,15 @@ class DefaultBackend final : public AttentionBackend {
   Capabilities capabilities_;
 };
 
-std::optional<std::size_t> measured_best(const DispatchRules& rules, const Problem& problem, const TunedEntry& entry,
+// Whether what the member gave for some problem of this dtype was not finite: it is trusted with none then.
+bool is_broken(const TunedTable& table, Member member, DLDataType dtype) {
+  return std::isnan(table.worst_error(member, dtype).value_or(0));
+}
+
+std::optional<std::size_t> measured_best(const DispatchRules& rules, const Problem& problem, const TunedTable& table,
                                          double max_error) {
+  const TunedEntry* entry = table.find(problem);
+  if (entry == nullptr) return std::nullopt;
   const auto index_of = [&](Member member) {
     std::size_t i = 0;
     while (i < rules.size() && rules.at(i).member != member) ++i;
@@ -178,9 +189,10 @@ std::optional<std::size_t> measured_best(const DispatchRules& rules, const Probl
   };
   const auto may_take = [&](Member member) {
     const std::size_t i = index_of(member);
-    return i < rules.size() && verdict_on(rules.at(i), rules.in_order.front(), problem);
+    return i < rules.size() && !is_broken(table, member, problem.dtype) &&
+           verdict_on(rules.at(i), rules.in_order.front(), problem);
   };
-  const auto best = best_of(entry, rules.in_order, max_error, may_take);
+  const auto best = best_of(*entry, rules.in_order, max_error, may_take);
   return best ? std::optional(index_of(*best)) : std::nullopt;
 }
 
@@ -193,21 +205,18 @@ std::shared_ptr<const TunedTable> table_for(const DispatchRules& rules, DLDevice
 DispatchChoice choose(const DispatchRules& rules, const Problem& problem, const TunedTable* table) {
   const double max_error = rules.max_error.value_or(exact_error(problem.dtype));
   if (table != nullptr) {
-    if (const TunedEntry* entry = table->find(problem)) {
-      if (const auto best = measured_best(rules, problem, *entry, max_error)) {
-        return {.index = best, .is_measured = true};
-      }
-    }
+    if (const auto best = measured_best(rules, problem, *table, max_error)) return {.index = best, .is_measured = true};
   }
   DispatchChoice choice;
   std::optional<std::size_t> distrusted;
   for (std::size_t i = 0; i < rules.in_order.size(); ++i) {
     const Candidate& candidate = rules.in_order[i];
     Verdict verdict = verdict_on(candidate, rules.in_order.front(), problem);
-    if (verdict && table != nullptr && table->is_distrusted(candidate.member, problem.dtype, max_error)) {
+    const auto worst = table != nullptr ? table->worst_error(candidate.member, problem.dtype) : std::nullopt;
+    if (verdict && worst && !(*worst <= max_error)) {
       if (!distrusted) distrusted = i;
-      verdict.reasons.push_back(fmt::format("{} was measured to be wrong by more than {:.1e} in {}",
-                                            candidate.member.name(), max_error, dtype_name(problem.dtype)));
+      verdict.reasons.push_back(fmt::format("{} was measured to be wrong by {:.1e} in {}, more than {:.1e}",
+                                            candidate.member.name(), *worst, dtype_name(problem.dtype), max_error));
     }
     if (verdict) {
       choice.index = i;
@@ -216,6 +225,7 @@ DispatchChoice choose(const DispatchRules& rules, const Problem& problem, const 
     choice.refusals.push_back(verdict.text());
   }
   choice.index = distrusted;  // better than nothing, which is what the others do
+  if (!distrusted) choice.refusals.insert(choice.refusals.begin(), rules.passed_over.begin(), rules.passed_over.end());
   return choice;
 }
 

@@ -16,9 +16,10 @@ inline constexpr const char* kPlatformDefault = "Platform default";
 /// How a class chooses, per problem, among several.
 struct DispatchRules {
   std::string subject = kPlatformDefault;  ///< what moves on, in messages
-  std::vector<Candidate> in_order;         ///< one at least: the first that takes a problem computes it, and its
-                                           ///< causal rule holds for all
-  bool is_measured = false;                ///< where a problem was measured, the best of all candidates goes first
+  std::vector<Candidate> in_order;         ///< the first that takes a problem computes it, and the first's causal rule
+                                           ///< holds for all; one at least where a choice is to be made
+  std::vector<std::string> passed_over = {};  ///< who would be in the order too, were it usable, and why it is not
+  bool is_measured = false;                   ///< where a problem was measured, the best of all candidates goes first
   std::optional<double> max_error = std::nullopt;  ///< for that; none: exact
   std::vector<Candidate> measured_only = {};       ///< these only so
   LogLevel level = LogLevel::info;                 ///< of the message that tells of a move, once per layer
@@ -35,7 +36,7 @@ struct DispatchRules {
 struct DispatchChoice {
   std::optional<std::size_t> index = std::nullopt;  ///< of `DispatchRules::at`; none: nobody takes it
   bool is_measured = false;
-  std::vector<std::string> refusals = {};  ///< what spoke against those before it in the order
+  std::vector<std::string> refusals = {};  ///< what spoke against those before it in the order; all where none is left
 };
 DispatchChoice choose(const DispatchRules& rules, const Problem& problem, const TunedTable* table);
 

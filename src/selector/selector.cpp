@@ -4,13 +4,11 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <mutex>
-#include <set>
 
 #include "core/environment.hpp"
+#include "core/log_once.hpp"
 #include "core/text.hpp"
 #include "ditattn/errors.hpp"
-#include "ditattn/log.hpp"
 #include "selector/choice.hpp"
 
 namespace ditattn {
@@ -18,28 +16,11 @@ namespace {
 
 using Enum = DiffusionAttentionBackendEnum;
 
-// Passes each text on once: a model has hundreds of layers.
-void log_once(LogLevel level, const std::string& text) {
-  static std::mutex mutex;
-  static auto& logged = *new std::set<std::string>;
-  constexpr std::size_t most_kept = 4096;  // then they come again
-  {
-    std::lock_guard lock(mutex);
-    if (logged.size() == most_kept) logged.clear();
-    if (!logged.insert(text).second) return;
-  }
-  log(level, text);
-}
-
 [[noreturn]] void throw_no_candidate(const Request& request, const DispatchRules& rules,
                                      const std::vector<std::string>& refusals) {
   throw ValueError(fmt::format("No backend of {} for device '{}' takes this problem:\n  - {}",
                                rules.subject == kPlatformDefault ? "the platform's defaults" : "what was chosen",
                                request.device, fmt::join(refusals, "\n  - ")));
-}
-
-bool may_be_replaced(const AttentionSpec& spec) {
-  return spec.is_automatic() || spec.on_unusable.value_or(OnUnusable::error) != OnUnusable::error;
 }
 
 // Whether measurements may name somebody beside the platform's order.
@@ -49,9 +30,10 @@ bool may_be_measured(const std::string& device) {
   return tuned_table(device == "cpu" ? kCpu : DLDevice{kDLCUDA, 0}) != nullptr;
 }
 
-// What speaks against a member here, logged once; the candidate otherwise.
-std::optional<Candidate> usable_candidate(Enum member, const Request& request, const DispatchRules& rules,
-                                          std::vector<std::string>& refusals) {
+std::string name_of(const std::string& role) { return role.empty() ? "None" : fmt::format("'{}'", role); }
+
+// The candidate, or what speaks against the member here.
+std::optional<Candidate> usable_candidate(Enum member, const Request& request, std::vector<std::string>& refusals) {
   try {
     Candidate candidate = candidate_of(member);
     if (request.head_size != kHeadSizeUnknown && !candidate.backend->supports_head_size(request.head_size)) {
@@ -59,26 +41,42 @@ std::optional<Candidate> usable_candidate(Enum member, const Request& request, c
                                    candidate.backend->capabilities().head_sizes.describe()));
     }
     return candidate;
-  } catch (const Error& error) {
-    refusals.push_back(fmt::format("{}: {}", member.name(), error.message()));
-    log_once(rules.level, fmt::format("{} passes over {}", rules.subject, refusals.back()));
+  } catch (const tvm::ffi::Error& error) {  // of any language
+    refusals.push_back(fmt::format("{}: {}", member.name(), std::string(error.message())));
     return std::nullopt;
+  }
+}
+
+// Tells once that somebody else than the first of the order was taken.
+void log_move(const Request& request, const DispatchRules& rules, Enum chosen,
+              const std::vector<std::string>& reasons) {
+  if (reasons.empty()) return;
+  if (!rules.is_measured) {
+    log_once(rules.level, fmt::format("{} moves on to {} for role={}: {}", rules.subject, chosen.name(),
+                                      name_of(request.role), fmt::join(reasons, "; ")));
+    return;
+  }
+  for (const std::string& reason : reasons) {
+    log_once(rules.level, fmt::format("{} passes over {}", rules.subject, reason));
   }
 }
 
 // The class over the rules' candidates, or, for a problem that is known, the one that takes it.
 Selection dispatched(const Request& request, DispatchRules rules, const Problem* problem) {
+  if (rules.in_order.empty()) throw_no_candidate(request, rules, rules.passed_over);
+  std::vector<std::string> reasons = rules.passed_over;
   if (problem == nullptr) {
     const Enum first = rules.in_order.front().member;
+    log_move(request, rules, first, reasons);
     return {.member = first, .backend = default_backend(std::move(rules))};
   }
   const DispatchChoice choice = choose(rules, *problem, table_for(rules, problem->device).get());
   if (!choice.index) throw_no_candidate(request, rules, choice.refusals);
-  for (std::size_t i = 0; i < choice.refusals.size() && i < *choice.index; ++i) {
-    log_once(rules.level,
-             fmt::format("{} passes over {}: {}", rules.subject, rules.at(i).member.name(), choice.refusals[i]));
-  }
   const Candidate& chosen = rules.at(*choice.index);
+  for (std::size_t i = 0; i < choice.refusals.size() && i < *choice.index; ++i) {
+    reasons.push_back(fmt::format("{}: {}", rules.at(i).member.name(), choice.refusals[i]));
+  }
+  log_move(request, rules, chosen.member, reasons);
   return {.member = chosen.member, .backend = chosen.backend};
 }
 
@@ -103,13 +101,16 @@ Selection select(const Request& request, const AttentionConfig& config, const Pr
   selection.is_explicit = !spec.is_automatic();
   selection.spec = std::move(choice.spec);
   selection.source = std::move(choice.source);
-  log_once(LogLevel::info,
-           fmt::format("Resolved diffusion attention backend '{}' for role={} via {}", selection.member.name(),
-                       request.role.empty() ? "None" : fmt::format("'{}'", request.role), selection.source));
+  log_once(LogLevel::info, fmt::format("Resolved diffusion attention backend '{}' for role={} via {}",
+                                       selection.member.name(), name_of(request.role), selection.source));
   return selection;
 }
 
 }  // namespace
+
+bool may_be_replaced(const AttentionSpec& spec) {
+  return spec.is_automatic() || spec.on_unusable.value_or(OnUnusable::error) != OnUnusable::error;
+}
 
 Choice choose(const Request& request, const AttentionConfig& config) {
   const auto entry = [&](const std::string& role) {
@@ -152,23 +153,20 @@ DispatchRules rules_of(const Request& request, const AttentionSpec& spec) {
   DispatchRules rules;
   rules.level = spec.on_unusable == OnUnusable::warn ? LogLevel::warning : LogLevel::info;
   rules.max_error = spec.max_error;
-  rules.is_measured = spec.is_automatic();
+  rules.is_measured = spec.is_automatic() && spec.on_unusable != OnUnusable::error;
   if (!spec.is_automatic()) rules.subject = fmt::format("The choice of {}", spec.backend);
-  std::vector<std::string> refusals;
   for (const Enum member : order_of(request, spec)) {
-    if (auto candidate = usable_candidate(member, request, rules, refusals)) {
+    if (auto candidate = usable_candidate(member, request, rules.passed_over)) {
       rules.in_order.push_back(std::move(*candidate));
+      if (spec.is_automatic() && !rules.is_measured) break;  // the first alone
     }
   }
-  if (rules.in_order.empty()) throw_no_candidate(request, rules, refusals);
-  if (spec.is_automatic() && may_be_measured(request.device)) {
+  if (rules.is_measured && may_be_measured(request.device)) {
     rules.measured_only = available_beside(rules.in_order);
     std::erase_if(rules.measured_only, [&](const Candidate& candidate) {
       return !spec.allowed.empty() && std::ranges::find(spec.allowed, candidate.member.name()) == spec.allowed.end();
     });
   }
-  if (spec.is_automatic() && spec.on_unusable == OnUnusable::error)
-    rules.in_order.erase(rules.in_order.begin() + 1, rules.in_order.end());
   return rules;
 }
 

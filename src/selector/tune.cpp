@@ -12,6 +12,7 @@
 #include "ditattn/tuner.hpp"
 #include "registry/check_any_call.hpp"
 #include "registry/check_tensor.hpp"
+#include "selector/choice.hpp"
 #include "selector/tune_call.hpp"
 #include "tuner/measure_call.hpp"
 #include "tuner/random_call.hpp"
@@ -34,14 +35,19 @@ std::vector<Candidate> all_candidates(const std::string& device) {
   return candidates;
 }
 
+// The causal rule is that of the platform's default, the first that has the head size.
 std::vector<Contender> contenders_of(const std::vector<Candidate>& candidates, const std::vector<Member>& named,
                                      const Problem& problem) {
+  const auto has_head_size = [&](const Candidate& candidate) {
+    return candidate.backend->supports_head_size(problem.head_size);
+  };
+  const auto found = std::ranges::find_if(candidates, has_head_size);
+  const Candidate& first = found == candidates.end() ? candidates.front() : *found;
   std::vector<Contender> contenders;
   for (const Candidate& candidate : candidates) {
     if (!named.empty() && std::ranges::find(named, candidate.member) == named.end()) continue;
-    contenders.push_back({.member = candidate.member,
-                          .backend = candidate.backend,
-                          .verdict = verdict_on(candidate, candidates.front(), problem)});
+    contenders.push_back(
+        {.member = candidate.member, .backend = candidate.backend, .verdict = verdict_on(candidate, first, problem)});
   }
   return contenders;
 }
@@ -97,37 +103,35 @@ std::optional<TunedProblem> tuned(const Problem& problem) {
 
 std::optional<Member> tuned_member(const Problem& problem, std::optional<double> max_error) {
   const auto table = tuned_table(problem.device);
-  const TunedEntry* entry = table ? table->find(problem) : nullptr;
-  if (entry == nullptr) return std::nullopt;
-  struct Ordered {
-    Member member;
-  };
-  std::vector<Ordered> order;
-  for (const Member member : platform_candidates(std::string(device_type_name(problem.device)))) {
-    order.push_back({member});
-  }
-  return best_of(*entry, order, max_error.value_or(exact_error(problem.dtype)), [](Member) { return true; });
+  if (table == nullptr || table->find(problem) == nullptr) return std::nullopt;
+  const Request request{.role = {},
+                        .category = {},
+                        .head_size = problem.head_size,
+                        .device = std::string(device_type_name(problem.device))};
+  const DispatchRules rules = rules_of(request, {.max_error = max_error});
+  if (rules.in_order.empty()) return std::nullopt;
+  const DispatchChoice choice = choose(rules, problem, table.get());
+  return choice.is_measured ? std::optional(rules.at(*choice.index).member) : std::nullopt;
 }
 
-void tune_at_first_call(const AttentionCall& call, const Problem& problem, const ImplConfig& config,
-                        const DispatchRules& rules) {
+void tune_at_first_call(const AttentionCall& call, const Problem& problem, const ImplConfig& config) {
   const auto is_known = [&] {
     const auto table = tuned_table(problem.device);
     return table != nullptr && table->find(problem) != nullptr;
   };
-  if (is_known() || is_captured(problem.device)) return;
-  static std::mutex one_at_a_time;  // timings of two at once would be worth nothing
+  static std::mutex one_at_a_time;      // timings of two at once would be worth nothing
+  thread_local bool is_inside = false;  // a backend that is measured may ask for a default itself
+  if (is_inside || is_known() || is_captured(problem.device)) return;
   const std::lock_guard lock(one_at_a_time);
   if (is_known()) return;
+  const struct Inside {
+    Inside() { is_inside = true; }
+    ~Inside() { is_inside = false; }
+  } inside;
   TunedProblem measured{.problem = problem, .results = {}};
   try {
-    std::vector<Contender> contenders;
-    for (std::size_t i = 0; i < rules.size(); ++i) {
-      contenders.push_back({.member = rules.at(i).member,
-                            .backend = rules.at(i).backend,
-                            .verdict = verdict_on(rules.at(i), rules.in_order.front(), problem)});
-    }
-    measured = measure_call(call, problem, config, contenders, {});
+    const std::vector<Candidate> candidates = all_candidates(std::string(device_type_name(problem.device)));
+    measured = measure_call(call, problem, config, contenders_of(candidates, {}, problem), {});
     add_tuned(problem.device, measured, true);
   } catch (const Error& error) {
     log(LogLevel::warning, fmt::format("Measuring at the first call failed: {}", error.message()));

@@ -15,11 +15,11 @@ namespace {
 
 constexpr std::int64_t kPeriod = (std::int64_t{1} << 22) - 3;  // a prime: no size of a tensor divides it
 
-// (1, keys): the last quarter of the keys is padding.
+// (1, keys): the last quarter of the keys is padding, one at least: a mask that hides nothing is none.
 Tensor padding_mask(std::int64_t keys) {
   Tensor mask = empty({1, keys}, kBool);
   std::memset(mask.data_ptr(), 0, static_cast<std::size_t>(keys));
-  std::memset(mask.data_ptr(), 1, static_cast<std::size_t>(keys - keys / 4));
+  std::memset(mask.data_ptr(), 1, static_cast<std::size_t>(keys - std::max<std::int64_t>(keys / 4, 1)));
   return mask;
 }
 
@@ -33,6 +33,13 @@ Tensor dense_mask(const Problem& problem, std::uint64_t seed) {
   auto* data = static_cast<std::uint8_t*>(mask.data_ptr());
   std::generate_n(data, mask.numel(), [&] { return static_cast<std::uint8_t>((generator() >> 8 & 3) != 0); });
   return mask;
+}
+
+// An eighth of the tokens; two at least where one of them is to be padding.
+std::int64_t text_tokens(const Problem& problem) {
+  const std::int64_t tokens = std::min(problem.seq_q, problem.seq_kv);
+  const std::int64_t least = problem.mask == MaskKind::padding ? 2 : 1;
+  return std::min(tokens, std::clamp<std::int64_t>(tokens / 8, least, 512));
 }
 
 }  // namespace
@@ -72,8 +79,7 @@ RandomCall random_call(const Problem& problem, std::uint64_t seed) {
                     problem.packed ? "packed sequences" : "spans of full attention"));
   }
   check_host_memory(problem);
-  const std::int64_t text =
-      problem.joint ? std::clamp<std::int64_t>(std::min(problem.seq_q, problem.seq_kv) / 8, 1, 512) : 0;
+  const std::int64_t text = problem.joint ? text_tokens(problem) : 0;
   NormalTensors normal(seed, problem.dtype);
   const auto tensor = [&](std::int64_t tokens, std::int64_t heads) {
     return copy_to(normal.next({problem.batch, tokens, heads, problem.head_size}), problem.device);

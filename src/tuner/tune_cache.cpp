@@ -29,6 +29,7 @@ using Json = nlohmann::json;
 constexpr const char* kFormat = "ditattn tuned choices";
 constexpr int kVersion = 1;
 constexpr std::uintmax_t kMostBytes = std::uintmax_t{64} << 20;  // hundreds of thousands of problems
+constexpr int kMostNested = 8;
 
 constexpr std::pair<const char*, std::int64_t Problem::*> kSizes[] = {
     {"batch", &Problem::batch},        {"num_heads", &Problem::num_heads}, {"num_kv_heads", &Problem::num_kv_heads},
@@ -63,28 +64,46 @@ MaskKind parse_mask(const std::string& name) {
   throw ValueError(fmt::format("the mask '{}'", name));
 }
 
+// A value of a file that may hold anything, for messages.
+std::string text_of(const Json& json) {
+  return json.dump(-1, ' ', true, Json::error_handler_t::replace).substr(0, 100);
+}
+
+// nlohmann's own conversion takes 1e30, 2.5 and true.
+std::int64_t parse_integer(const Json& json, const char* name) {
+  const bool is_integer = json.is_number_integer() && json.get<double>() >= 0 && json.get<double>() <= INT32_MAX;
+  if (!is_integer) throw ValueError(fmt::format("{}={}", name, text_of(json)));
+  return json.get<std::int64_t>();
+}
+
+double parse_number(const Json& json, const char* name) {
+  if (!json.is_number() || !(json.get<double>() >= 0)) throw ValueError(fmt::format("{}={}", name, text_of(json)));
+  return json.get<double>();
+}
+
+const Json& array_of(const Json& json, const char* name) {
+  const Json& array = json.at(name);
+  if (!array.is_array()) throw ValueError(fmt::format("{}={}", name, text_of(array)));
+  return array;
+}
+
 TunedProblem parse_problem(const Json& json) {
   TunedProblem tuned;
   const Json& problem = json.at("problem");
   tuned.problem.dtype = parse_dtype(problem.at("dtype").get<std::string>());
   tuned.problem.mask = parse_mask(problem.at("mask").get<std::string>());
-  for (const auto& [name, field] : kSizes) {
-    tuned.problem.*field = problem.at(name).get<std::int64_t>();
-    const std::int64_t size = tuned.problem.*field;
-    if (size < 0 || size > INT32_MAX) throw ValueError(fmt::format("{}={}", name, size));
-  }
+  for (const auto& [name, field] : kSizes) tuned.problem.*field = parse_integer(problem.at(name), name);
   if (tuned.problem.num_kv_heads == 0) throw ValueError("num_kv_heads=0");
   for (const auto& [name, field] : kFlags) tuned.problem.*field = problem.at(name).get<bool>();
-  for (const Json& result : json.at("results")) {
+  for (const Json& result : array_of(json, "results")) {
     const Json& error = result.at("error");
-    tuned.results.push_back({.backend = result.at("backend").get<std::string>(),
-                             .class_path = result.at("class_path").get<std::string>(),
-                             .engine = result.at("engine").get<std::string>(),
-                             .median_ms = result.at("median_ms").get<double>(),
-                             .error = error.is_null() ? std::numeric_limits<double>::quiet_NaN() : error.get<double>(),
-                             .reason = result.at("reason").get<std::string>()});
-    const TunedResult& parsed = tuned.results.back();
-    if (!(parsed.median_ms >= 0) || parsed.error < 0) throw ValueError("a negative time or error");
+    tuned.results.push_back(
+        {.backend = result.at("backend").get<std::string>(),
+         .class_path = result.at("class_path").get<std::string>(),
+         .engine = result.at("engine").get<std::string>(),
+         .median_ms = parse_number(result.at("median_ms"), "median_ms"),
+         .error = error.is_null() ? std::numeric_limits<double>::quiet_NaN() : parse_number(error, "error"),
+         .reason = result.at("reason").get<std::string>()});
   }
   return tuned;
 }
@@ -106,16 +125,20 @@ std::vector<TunedProblem> parse_cache(const fs::path& file, const TunedFor& envi
     throw ValueError(fmt::format("it has {} bytes, {} at most", bytes, kMostBytes));
   }
   std::ifstream stream(file, std::ios::binary);
-  const Json json = Json::parse(stream);
-  if (json.at("format").get<std::string>() != kFormat || json.at("version").get<int>() != kVersion) {
-    throw ValueError(fmt::format("it is of the format '{}', version {}, not '{}', version {}",
-                                 json.at("format").get<std::string>(), json.at("version").dump(), kFormat, kVersion));
+  // What is nested deeply would use up the stack where it is printed or destroyed.
+  Json json = Json::parse(stream, [](int depth, Json::parse_event_t, const Json&) {
+    if (depth > kMostNested) throw ValueError(fmt::format("it is nested deeper than {} levels", kMostNested));
+    return true;
+  });
+  if (json.at("format") != kFormat || json.at("version") != kVersion) {
+    throw ValueError(fmt::format("it is of the format {}, version {}, not \"{}\", version {}", text_of(json["format"]),
+                                 text_of(json["version"]), kFormat, kVersion));
   }
   if (const std::string other = differences(json.at("environment"), environment); !other.empty()) {
     throw ValueError(fmt::format("it was made for {}", other));
   }
   std::vector<TunedProblem> problems;
-  for (const Json& problem : json.at("problems")) problems.push_back(parse_problem(problem));
+  for (const Json& problem : array_of(json, "problems")) problems.push_back(parse_problem(problem));
   return problems;
 }
 

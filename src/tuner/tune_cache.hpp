@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <vector>
 
+#include "ditattn/export.hpp"
 #include "ditattn/tuner.hpp"
 #include "tuner/tuned_for.hpp"
 
@@ -10,18 +11,18 @@ namespace ditattn {
 
 /// Whether two problems are measured alike: all but their device, and whether an LSE is wanted, which no backend's
 /// speed depends on to speak of.
-bool same_measurement(const Problem& a, const Problem& b);
+DITATTN_API bool same_measurement(const Problem& a, const Problem& b);
 
 /// Reads a cache's file: what was measured for `environment`, in the file's order; nothing where there is no file. A
 /// file that is damaged, of another format or of another environment is logged (warning) and put aside under its name
 /// with ".set-aside", unless `is_frozen`: then it stays. Throws nothing.
-std::vector<TunedProblem> read_tune_cache(const std::filesystem::path& file, const TunedFor& environment,
-                                          bool is_frozen);
+DITATTN_API std::vector<TunedProblem> read_tune_cache(const std::filesystem::path& file, const TunedFor& environment,
+                                                      bool is_frozen);
 
 /// Adds problems to the file, in the place of the same ones that are there. Processes that publish at the same time
 /// take turns, so that both have their say; readers see the file as it was or as it is. FileError where it cannot be
 /// written.
-void publish_tuned(const std::filesystem::path& file, const TunedFor& environment,
-                   const std::vector<TunedProblem>& problems);
+DITATTN_API void publish_tuned(const std::filesystem::path& file, const TunedFor& environment,
+                               const std::vector<TunedProblem>& problems);
 
 }  // namespace ditattn

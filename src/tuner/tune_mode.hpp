@@ -2,6 +2,8 @@
 
 #include <filesystem>
 
+#include "ditattn/export.hpp"
+
 namespace ditattn {
 
 /// How defaults use measurements: DITATTN_TUNE.
@@ -13,9 +15,9 @@ enum class TuneMode {
 };
 
 /// As the environment has it now. ValueError for what is no mode.
-TuneMode tune_mode();
+DITATTN_API TuneMode tune_mode();
 
 /// The folder of the caches' files; empty where there is none. ValueError for a relative DITATTN_TUNE_CACHE.
-std::filesystem::path tune_cache_folder();
+DITATTN_API std::filesystem::path tune_cache_folder();
 
 }  // namespace ditattn

@@ -3,6 +3,7 @@
 #include <map>
 #include <string>
 
+#include "ditattn/export.hpp"
 #include "ditattn/tensor.hpp"
 
 namespace ditattn {
@@ -11,9 +12,9 @@ namespace ditattn {
 /// "ditattn", … Measurements made where any of these differed say nothing here. ImportError where there is no such
 /// device.
 using TunedFor = std::map<std::string, std::string>;
-TunedFor tuned_for(DLDevice device);
+DITATTN_API TunedFor tuned_for(DLDevice device);
 
 /// A file's name for it: the device's name, legibly, and a hash of everything.
-std::string file_name(const TunedFor& environment);
+DITATTN_API std::string file_name(const TunedFor& environment);
 
 }  // namespace ditattn

@@ -4,13 +4,15 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <map>
 #include <mutex>
 #include <set>
 #include <shared_mutex>
 
+#include "core/log_once.hpp"
 #include "ditattn/errors.hpp"
-#include "ditattn/log.hpp"
+#include "ditattn/threads.hpp"
 #include "registry/enum.hpp"
 #include "tuner/tune_cache.hpp"
 #include "tuner/tuned_for.hpp"
@@ -27,9 +29,9 @@ class StillHolds {
       std::string reason;
       known->second = ask(result, reason);
       if (!known->second) {
-        log(LogLevel::info,
-            fmt::format("What was measured of {} does not count any more: {}. Run `ditattn tune` again.",
-                        result.backend, reason));
+        log_once(LogLevel::info,
+                 fmt::format("What was measured of {} does not count any more: {}. Run `ditattn tune` again.",
+                             result.backend, reason));
       }
     }
     return known->second;
@@ -87,7 +89,7 @@ struct DeviceState {
 struct Tables {
   std::shared_mutex mutex;
   std::optional<TuneMode> mode;  // as it was when the first table was read
-  std::map<std::pair<int, int>, DeviceState> devices;
+  std::map<std::array<int, 3>, DeviceState> devices;
 };
 
 // Never destroyed: a thread may call while the process ends.
@@ -96,7 +98,10 @@ Tables& tables() {
   return instance;
 }
 
-std::pair<int, int> key_of(DLDevice device) { return {device.device_type, device.device_id}; }
+// Times on the CPU are those of as many threads as there were.
+std::array<int, 3> key_of(DLDevice device) {
+  return {device.device_type, device.device_id, device.device_type == kDLCUDA ? 0 : num_threads()};
+}
 
 DeviceState read_state(DLDevice device, TuneMode mode) {
   DeviceState state{.file = {}, .environment = tuned_for(device), .problems = {}, .table = {}};
@@ -104,6 +109,7 @@ DeviceState read_state(DLDevice device, TuneMode mode) {
   if (!folder.empty()) state.file = folder / file_name(state.environment);
   if (mode != TuneMode::off) {
     state.problems = read_tune_cache(state.file, state.environment, mode == TuneMode::frozen);
+    for (TunedProblem& tuned : state.problems) tuned.problem.device = device;
   }
   return state;
 }
@@ -133,15 +139,17 @@ const TunedEntry::Result* TunedEntry::of(Member member) const {
 TunedTable::TunedTable(const std::vector<TunedProblem>& problems) {
   StillHolds still_holds;
   for (const TunedProblem& tuned : problems) {
-    TunedEntry entry{.tuned = tuned, .usable = {}};
+    TunedEntry entry{.tuned = {.problem = tuned.problem, .results = {}}, .usable = {}};
     for (const TunedResult& result : tuned.results) {
       const std::optional<Member> member = still_holds(result);
-      if (!member || !result.reason.empty()) continue;
-      distrusted_.push_back({*member, tuned.problem.dtype, result.error});
+      if (!member) continue;
+      entry.tuned.results.push_back(result);
+      if (!result.reason.empty()) continue;
+      note_error(*member, tuned.problem.dtype, result.error);
       if (result.median_ms > 0 && result.error >= 0) entry.usable.push_back({*member, result.median_ms, result.error});
     }
-    std::ranges::sort(entry.usable, {}, &TunedEntry::Result::median_ms);
-    index_[near_key(tuned.problem)] = entries_.size();
+    std::ranges::stable_sort(entry.usable, {}, &TunedEntry::Result::median_ms);
+    if (!entry.usable.empty()) index_[near_key(tuned.problem)] = entries_.size();
     index_[exact_key(tuned.problem)] = entries_.size();
     entries_.push_back(std::move(entry));
   }
@@ -179,10 +187,20 @@ const TunedEntry* TunedTable::find(const Problem& problem) const {
   return nullptr;
 }
 
-bool TunedTable::is_distrusted(Member member, DLDataType dtype, double max_error) const {
-  return std::ranges::any_of(distrusted_, [&](const Distrust& wrong) {
-    return wrong.member == member && dtype_number(wrong.dtype) == dtype_number(dtype) && !(wrong.error <= max_error);
-  });
+void TunedTable::note_error(Member member, DLDataType dtype, double error) {
+  for (Worst& worst : worst_) {
+    if (worst.member != member || worst.dtype != dtype) continue;
+    if (std::isnan(error) || error > worst.error) worst.error = error;
+    return;
+  }
+  worst_.push_back({member, dtype, error});
+}
+
+std::optional<double> TunedTable::worst_error(Member member, DLDataType dtype) const {
+  for (const Worst& worst : worst_) {
+    if (worst.member == member && worst.dtype == dtype) return worst.error;
+  }
+  return std::nullopt;
 }
 
 std::shared_ptr<const TunedTable> tuned_table(DLDevice device) {
@@ -194,7 +212,8 @@ std::shared_ptr<const TunedTable> tuned_table(DLDevice device) {
   }
   const auto problems = with_state(device, [](const DeviceState& state) { return state.problems; });
   // Asks classes, which may load plug-ins, which may come back here: no lock is held.
-  auto table = problems.empty() ? nullptr : std::make_shared<const TunedTable>(problems);
+  const bool is_wanted = !problems.empty() && current_tune_mode() != TuneMode::off;
+  auto table = is_wanted ? std::make_shared<const TunedTable>(problems) : nullptr;
   with_state(device, [&](DeviceState& state) {
     state.table = table;
     state.changes = changes;

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "ditattn/export.hpp"
 #include "ditattn/registry.hpp"
 #include "ditattn/tuner.hpp"
 #include "tuner/tune_mode.hpp"
@@ -17,30 +18,31 @@ namespace ditattn {
 
 using Member = DiffusionAttentionBackendEnum;
 
-/// A measured problem as look-ups read it: results that hold here and now, the fastest first.
+/// A measured problem as look-ups read it.
 struct TunedEntry {
   struct Result {
     Member member;
     double median_ms;
     double error;
   };
-  TunedProblem tuned;
-  std::vector<Result> usable;
+  TunedProblem tuned;          ///< results that hold here and now
+  std::vector<Result> usable;  ///< those that could be chosen, the fastest first
 
-  [[nodiscard]] const Result* of(Member member) const;
+  [[nodiscard]] DITATTN_API const Result* of(Member member) const;
 };
 
 /// What is known for one device. Immutable.
-class TunedTable {
+class DITATTN_API TunedTable {
  public:
   /// Results count where the member still stands for the class path and engine that were measured; where some do not,
-  /// that is logged. Loads the classes it has to ask.
+  /// that is logged, once. Loads the classes it has to ask.
   explicit TunedTable(const std::vector<TunedProblem>& problems);
 
   /// This problem, or one that is near; null where there is none.
   [[nodiscard]] const TunedEntry* find(const Problem& problem) const;
-  /// Whether the member was measured wrong on some problem of this dtype: its error was over `max_error`.
-  [[nodiscard]] bool is_distrusted(Member member, DLDataType dtype, double max_error) const;
+  /// The largest error that was measured of the member on any problem of this dtype, NaN if one was that; none where
+  /// nothing was measured.
+  [[nodiscard]] std::optional<double> worst_error(Member member, DLDataType dtype) const;
   [[nodiscard]] std::span<const TunedEntry> entries() const { return entries_; }
 
  private:
@@ -51,20 +53,21 @@ class TunedTable {
   static Key exact_key(const Problem& problem);
   static Key near_key(const Problem& problem);
 
-  struct Distrust {
+  struct Worst {
     Member member;
     DLDataType dtype;
     double error;
   };
+  void note_error(Member member, DLDataType dtype, double error);
 
   std::vector<TunedEntry> entries_;
   std::unordered_map<Key, std::size_t, KeyHash> index_;
-  std::vector<Distrust> distrusted_;
+  std::vector<Worst> worst_;  // one per member and dtype
 };
 
 /// The table of a device, with the mode under which it was read: from the file at the first call, checked against the
 /// registered classes again after registrations. Null with DITATTN_TUNE=off and where nothing is known. Thread-safe.
-std::shared_ptr<const TunedTable> tuned_table(DLDevice device);
+DITATTN_API std::shared_ptr<const TunedTable> tuned_table(DLDevice device);
 
 /// DITATTN_TUNE as it was when the tables were read.
 TuneMode current_tune_mode();

@@ -21,7 +21,7 @@ class Command:
 
     def environment(self, **extra):
         env = {k: v for k, v in os.environ.items() if not k.startswith(OWN_VARIABLES)}
-        env["NO_COLOR"] = "1"
+        env |= {"NO_COLOR": "1", "DITATTN_TUNE": "off"}  # not the user's tuned choices
         if self.plugin_path:
             env["DITATTN_PLUGIN_PATH"] = str(self.plugin_path)
         env.update(extra)

@@ -22,7 +22,7 @@ BOUND = 2e-6  # what the project demands of float32 at these sizes
 
 def clean_environment(**extra):
     hidden = (*OWN_VARIABLES, "LD_LIBRARY_PATH", "CMAKE_", "PYTHONPATH")
-    return {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | extra
+    return {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {"DITATTN_TUNE": "off"} | extra
 
 
 def cmake(*args):

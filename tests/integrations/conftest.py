@@ -8,6 +8,7 @@ import sys
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is imported: no test may ask a server
+os.environ["DITATTN_TUNE"] = "off"  # not the user's tuned choices
 OWN_VARIABLES = ("DITATTN_", "DIFFUSION_ATTENTION_", "DIFFUSERS_ATTN_")
 
 
@@ -42,7 +43,7 @@ def run_python(tmp_path):
 
     def run(*args, timeout=300, **env):
         clean = {name: value for name, value in os.environ.items() if not name.startswith(OWN_VARIABLES)}
-        return subprocess.run([sys.executable, *map(str, args)], env=clean | env, cwd=tmp_path, capture_output=True,
+        return subprocess.run([sys.executable, *map(str, args)], env=clean | {"DITATTN_TUNE": "off"} | env, cwd=tmp_path, capture_output=True,
                               text=True, timeout=timeout)  # fmt: skip
 
     return run

@@ -21,6 +21,7 @@ OWN_VARIABLES = ("DITATTN_", "DIFFUSION_ATTENTION_")
 def registry(monkeypatch):
     for name in [name for name in os.environ if name.startswith(OWN_VARIABLES)]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("DITATTN_TUNE", "off")  # not the user's tuned choices
     yield
     for member in Enum:
         member.clear_override()
@@ -61,7 +62,7 @@ def run_python(tmp_path):
 
     def run(*args, timeout=120, **env):
         clean = {k: v for k, v in os.environ.items() if not k.startswith((*OWN_VARIABLES, "PYTHONUNBUFFERED"))}
-        return subprocess.run([sys.executable, *map(str, args)], env=clean | {"NO_COLOR": "1"} | env, cwd=tmp_path,
+        return subprocess.run([sys.executable, *map(str, args)], env=clean | {"NO_COLOR": "1", "DITATTN_TUNE": "off"} | env, cwd=tmp_path,
                               capture_output=True, text=True, timeout=timeout)  # fmt: skip
 
     return run

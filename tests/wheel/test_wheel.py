@@ -24,7 +24,7 @@ HIDDEN = ("DITATTN_", "DIFFUSION_ATTENTION_", "PYTHONPATH", "LD_LIBRARY_PATH")
 
 
 def run(*command, **options):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(HIDDEN)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(HIDDEN)} | {"DITATTN_TUNE": "off"}
     return subprocess.run(
         [*map(str, command)], env=environment, capture_output=True, text=True, timeout=800, **options
     )

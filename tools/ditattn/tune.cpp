@@ -180,10 +180,7 @@ int run(const Options& options) {
   const DLDevice device = parse_device(options.device);
   std::vector<Tuned> all;
   if (options.list) {
-    for (TunedProblem& problem : tuned_problems(device)) {
-      problem.problem.device = device;
-      all.push_back({.name = {}, .measured = std::move(problem)});
-    }
+    for (TunedProblem& problem : tuned_problems(device)) all.push_back({.name = {}, .measured = std::move(problem)});
   } else {
     all = tune_all(options, device);
   }

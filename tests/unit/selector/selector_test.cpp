@@ -175,12 +175,21 @@ TEST_F(Selector, ExplanationNamesTheCausalRuleThatDiffers) {
   Capabilities other = testing::toy_capabilities();
   other.causal_alignment = CausalAlignment::top_left;
   use(Enum::TORCH_SDPA, std::make_shared<ToyBackend>("OTHER", 1, other));
-  const Problem problem{.seq_q = 3, .seq_kv = 5, .head_size = 72, .causal = true};
+  Capabilities first = testing::toy_capabilities();
+  first.head_sizes.max = 64;
+  first.lse = false;
+  use(Enum::FLASH_ATTN, std::make_shared<ToyBackend>("FIRST", 1, first));
+  const Problem problem{.seq_q = 3, .seq_kv = 5, .head_size = 64, .causal = true, .lse = true};
   const Explanation explanation = explain(problem);
   EXPECT_FALSE(explanation.members[0].verdict);
   expect_contains(explanation.members[1].verdict.text(), {"TORCH_SDPA aligns causality otherwise than FLASH_ATTN"});
   EXPECT_FALSE(explanation.chosen);
-  EXPECT_EQ(explain({.seq_q = 5, .seq_kv = 5, .head_size = 72, .causal = true}).chosen, Enum::TORCH_SDPA);
+  error_text<ValueError>([&] { select_backend(problem); });
+  EXPECT_EQ(explain({.seq_q = 5, .seq_kv = 5, .head_size = 64, .causal = true, .lse = true}).chosen, Enum::TORCH_SDPA);
+  // Where the first lacks the head size, the next is the default, with its own rule.
+  const Problem large{.seq_q = 3, .seq_kv = 5, .head_size = 72, .causal = true};
+  EXPECT_EQ(explain(large).chosen, Enum::TORCH_SDPA);
+  EXPECT_EQ(select_backend(large).member, Enum::TORCH_SDPA);
 }
 
 TEST_F(Selector, ExplicitCustomMustBeRegistered) {
