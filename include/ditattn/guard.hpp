@@ -20,7 +20,7 @@ namespace ditattn {
 
 class ForwardObservation;
 
-/// What follows a check that fails, beside its place in the report and a warning in the log.
+/// What follows a check that fails, beside its place in the report and, for a layer's first, a warning in the log.
 enum class GuardAction {
   report,   ///< nothing
   raise,    ///< the call throws a RuntimeError, when its output has been written
@@ -116,7 +116,7 @@ class DITATTN_API Guard {
   Guard& operator=(const Guard&) = delete;
 
   [[nodiscard]] GuardReport report() const;
-  /// Ends the watch, and with it replacing; the report stays.
+  /// Ends the watch, and with it replacing; the report stays. By one thread.
   void end();
 
  private:
