@@ -40,8 +40,8 @@ struct GuardFinding {
   std::string backend = {};  ///< which computed, also behind a platform's default
   std::string problem = {};  ///< shapes, dtype and device
   std::uint64_t call = 0;    ///< of this layer, counted from 0
-  double error = 0;  ///< of the worst row: ‖out − answer‖ / ‖answer‖; infinite by what the last two count
-  double bound = 0;  ///< what `error` may be
+  double error = 0;  ///< of the worst row: ‖out − answer‖ / ‖answer‖; infinite where one of the two counts below does
+  double bound = 0;        ///< what `error` may be
   std::int64_t batch = 0;  ///< of the worst row
   std::int64_t head = 0;
   std::int64_t query = 0;
