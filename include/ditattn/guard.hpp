@@ -20,7 +20,7 @@ namespace ditattn {
 
 class ForwardObservation;
 
-/// What follows a check that fails, beside its place in the report and a warning in the log.
+/// What follows a check that fails, beside its place in the report and, for a layer's first, a warning in the log.
 enum class GuardAction {
   report,   ///< nothing
   raise,    ///< the call throws a RuntimeError, when its output has been written
@@ -40,8 +40,8 @@ struct GuardFinding {
   std::string backend = {};  ///< which computed, also behind a platform's default
   std::string problem = {};  ///< shapes, dtype and device
   std::uint64_t call = 0;    ///< of this layer, counted from 0
-  double error = 0;  ///< of the worst row: ‖out − answer‖ / ‖answer‖; infinite by what the last two count
-  double bound = 0;  ///< what `error` may be
+  double error = 0;  ///< of the worst row: ‖out − answer‖ / ‖answer‖; infinite where one of the two counts below does
+  double bound = 0;        ///< what `error` may be
   std::int64_t batch = 0;  ///< of the worst row
   std::int64_t head = 0;
   std::int64_t query = 0;
@@ -116,7 +116,7 @@ class DITATTN_API Guard {
   Guard& operator=(const Guard&) = delete;
 
   [[nodiscard]] GuardReport report() const;
-  /// Ends the watch, and with it replacing; the report stays.
+  /// Ends the watch, and with it replacing; the report stays. By one thread.
   void end();
 
  private:

@@ -76,8 +76,8 @@ class Guard::Watch final : public ForwardObserver {
   // Compares the call's output as it is now.
   [[nodiscard]] GuardFinding look(const ForwardEvent& event, const AttentionImpl& computed, const Place& place) const;
   void react(const ForwardEvent& event, const Place& place, GuardFinding finding);
-  // Returns what was done.
-  std::string replace(const ForwardEvent& event, const Place& place);
+  // Whether another back end has made the output right; `action` says who, or why nobody.
+  bool replace(const ForwardEvent& event, const Place& place, std::string& action);
   bool try_replacement(const ForwardEvent& event, const Place& place, const BackendClass& backend,
                        std::vector<std::string>& reasons);
 
@@ -140,15 +140,15 @@ GuardFinding Guard::Watch::look(const ForwardEvent& event, const AttentionImpl& 
 }
 
 void Guard::Watch::react(const ForwardEvent& event, const Place& place, GuardFinding finding) {
-  if (options_.on_failure == GuardAction::replace) finding.action = replace(event, place);
+  const bool is_moved = options_.on_failure == GuardAction::replace && replace(event, place, finding.action);
   if (options_.on_failure == GuardAction::raise) finding.action = "raised";
   const bool is_first = place.layer.add(finding);
-  if (is_first || !finding.action.empty()) log(LogLevel::warning, finding.text());
+  if (is_first || is_moved) log(LogLevel::warning, finding.text());
   if (options_.on_event) options_.on_event(finding);
   if (options_.on_failure == GuardAction::raise) throw Error("RuntimeError", finding.text());
 }
 
-std::string Guard::Watch::replace(const ForwardEvent& event, const Place& place) {
+bool Guard::Watch::replace(const ForwardEvent& event, const Place& place, std::string& action) {
   const std::string failed = event.computed->backend().get_name();
   place.layer.detour->avoid(failed);
   has_detours_.store(true, std::memory_order_release);
@@ -157,16 +157,18 @@ std::string Guard::Watch::replace(const ForwardEvent& event, const Place& place)
   while (const BackendClass backend = place.layer.detour->choose(event, &(refusals = {}))) {
     if (try_replacement(event, place, backend, reasons)) {
       place.layer.set_replaced(backend->get_name(), place.call);
-      return fmt::format("{} replaces {} in this {}, from this call on", backend->get_name(), failed,
-                         options_.scope == GuardScope::role ? "role" : "layer");
+      action = fmt::format("{} replaces {} in this {}, from this call on", backend->get_name(), failed,
+                           options_.scope == GuardScope::role ? "role" : "layer");
+      return true;
     }
     place.layer.detour->avoid(backend->get_name());
   }
   place.layer.set_replaced("", place.call);
   if (!reasons.empty()) run_counted(*event.computed, event.call);  // as it was
   reasons.insert(reasons.end(), refusals.begin(), refusals.end());
-  return fmt::format("no safer back end: {}",
-                     reasons.empty() ? "there is no other" : fmt::format("{}", fmt::join(reasons, "; ")));
+  action = fmt::format("no safer back end: {}",
+                       reasons.empty() ? "there is no other" : fmt::format("{}", fmt::join(reasons, "; ")));
+  return false;
 }
 
 bool Guard::Watch::try_replacement(const ForwardEvent& event, const Place& place, const BackendClass& backend,
