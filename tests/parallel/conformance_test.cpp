@@ -12,6 +12,7 @@
 #include <optional>
 #include <string_view>
 
+#include "parallel/tokens.hpp"
 #include "tests/conformance/run_case.hpp"
 #include "tests/parallel/ranks.hpp"
 
@@ -171,6 +172,43 @@ TEST_P(ParallelConformance, RandomProblemsMatchTheOracle) { check_problems(GetPa
 // Fewer tokens than ranks, ranks without any, one token.
 TEST_P(ParallelConformance, FewTokensMatchTheOracle) {
   check_problems(GetParam(), 60, {.queries = 5, .keys = 7, .joint_queries = 3, .joint_keys = 4});
+}
+
+// Plans are kept by their metadata: another mask of the same shape is another plan.
+TEST(ParallelAttention, MasksMayChangeFromCallToCall) {
+  constexpr std::int64_t kTokens = 24;
+  Draw draw(first_seed());
+  const Tensor query = draw.normal({1, kTokens, 2, 16}, kFloat32);
+  const Tensor key = draw.normal({1, kTokens, 2, 16}, kFloat32);
+  const BackendClass backend = DiffusionAttentionBackendEnum::FLASH_ATTN.get_class();
+  const ImplConfig config{.num_heads = 2, .head_size = 16};
+  std::vector<AttentionMetadata> masks;
+  std::vector<Tensor> expected;
+  for (int i = 0; i < 12; ++i) {  // more than are kept
+    const Tensor mask = empty({1, 2, kTokens, kTokens}, kBool);
+    for (std::int64_t j = 0; j < mask.numel(); ++j) store_element(mask.data_ptr(), j, kBool, draw.chance(0.5) ? 1 : 0);
+    masks.emplace_back(AttentionMetadataFields{.attn_mask = mask});
+    expected.push_back(backend->make(config)->forward(query, key, key, masks.back()));
+  }
+  for (int size : ranks().sizes) {
+    for (const Mesh& mesh : meshes_of(size)) {
+      SCOPED_TRACE(mesh_name(mesh));
+      ranks().run(size, [&](const std::shared_ptr<Communicator>& communicator) {
+        ParallelAttention layer(backend, config, std::make_shared<ParallelGroup>(communicator, mesh));
+        const Range mine = share(kTokens, size, communicator->rank());
+        for (std::size_t call = 0; call < 3 * masks.size(); ++call) {
+          const std::size_t i = call * 5 % masks.size();
+          const Tensor keys = slice(key, 1, mine);
+          const Tensor out = layer.forward(slice(query, 1, mine), keys, keys, masks[i]);
+          const Tensor rows = slice(expected[i], 1, mine);
+          for (std::int64_t j = 0; j < out.numel(); ++j) {
+            ASSERT_NEAR(load_element(data_pointer(out), j, kFloat32), load_element(data_pointer(rows), j, kFloat32),
+                        1e-5);
+          }
+        }
+      });
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(, ParallelConformance,
