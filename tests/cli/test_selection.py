@@ -96,6 +96,7 @@ def test_bad_configurations(fails):
     flag = "--diffusion-attention-config"
     assert "Empty per_role entry for role 'self'" in fails(2, flag, '{"per_role": {"self": {}}}')
     assert "'NOPE'. Valid options are: FLASH_ATTN, " in fails(2, flag, '{"per_role": {"unused": "nope"}}')
+    assert "'NOPE'. Valid" in fails(2, flag, '{"default": {"backend": "auto", "allowed": ["nope"]}}')
     assert "Unknown key 'defualt'" in fails(2, flag, '{"defualt": "flash_attn"}')
 
 

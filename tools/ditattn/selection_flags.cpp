@@ -13,6 +13,11 @@ namespace {
 constexpr std::string_view kDotted = "--diffusion-attention-config.";
 constexpr const char* kSetting = "--diffusion-attention-setting";
 
+void check_members(const AttentionSpec& spec) {
+  if (!spec.is_automatic()) parse_member(spec.backend);
+  for (const std::string& name : spec.allowed) parse_member(name);
+}
+
 }  // namespace
 
 void add_selection_flags(CLI::App& verb, CLI::Option& backend, SelectionFlags& flags) {
@@ -35,8 +40,8 @@ AttentionConfig parse_selection(const SelectionFlags& flags) {
     attention.settings.emplace_back(setting.substr(0, equals), setting.substr(equals + 1));
   }
   AttentionConfig config = config_from_flags(attention);
-  if (config.default_spec) parse_member(config.default_spec->backend);
-  for (const auto& [role, spec] : config.per_role) parse_member(spec.backend);
+  if (config.default_spec) check_members(*config.default_spec);
+  for (const auto& [role, spec] : config.per_role) check_members(spec);
   const auto name = environment(Env::DIFFUSION_ATTENTION_BACKEND);
   if (name && upper_case(*name) != "AUTO") parse_member(*name);
   return config;
