@@ -72,11 +72,12 @@ void add_gpus(ReportContext& context) {
       "NVIDIA driver", fmt::format("for CUDA {}.{}", cuda.driver_version / 1000, cuda.driver_version % 1000 / 10));
 }
 
-// A library's file tells its version where it is a link to one that has it in its name.
+// A library's file tells its version where it is a link to one that has it in its name. Where it lies is nobody's
+// business to whom a report is given.
 std::string file_of(const std::string& library) {
   std::error_code error;
   const fs::path file = fs::canonical(library, error);
-  return error ? library : file.string();
+  return (error ? fs::path(library) : file).filename().string();
 }
 
 }  // namespace
