@@ -161,8 +161,7 @@ TEST_F(Publish, AFolderThatCannotBeIsAnError) {
 TEST_F(Publish, WithoutPermissionTheOldFileStays) {
   publish_tuned(file_, kHere, {numbered(0, 0)});
   fs::remove(file_.string() + ".lock");
-  fs::permissions(folder_.path(),
-                  fs::perms::owner_read | fs::perms::owner_exec | fs::perms::others_read | fs::perms::others_exec);
+  fs::permissions(folder_.path(), fs::perms{0555});
   const int status = testing::status_in_child([&] {
     if (::geteuid() == 0 && ::seteuid(65534) != 0) return 77;
     try {

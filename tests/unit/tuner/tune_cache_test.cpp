@@ -300,7 +300,7 @@ TEST_F(TuneCache, WhatIsSetAsideMakesRoom) {
 TEST_F(TuneCache, AFileThatCannotBeReadIsTold) {
   write("{}");
   fs::permissions(file_, fs::perms::none);
-  fs::permissions(folder_.path(), fs::perms::owner_all | fs::perms::others_read | fs::perms::others_exec);
+  fs::permissions(folder_.path(), fs::perms{0755});
   const int status = testing::status_in_child([&] {
     if (::geteuid() == 0 && ::seteuid(65534) != 0) return 77;
     const LogRecorder log;
