@@ -92,7 +92,7 @@ class OneKey final : public AttentionBackend {
   }
 
  private:
-  Capabilities can_{.engine = "memcpy", .devices = {"cpu"}, .dtypes = {kFloat32}, .head_sizes = {}};
+  Capabilities can_{.engine = "memcpy", .devices = {"cpu"}, .dtypes = {kFloat32}, .head_sizes = {}, .masks = {}};
 };
 
 // 500 problems that were measured, in this process alone.

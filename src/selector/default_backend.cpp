@@ -10,7 +10,9 @@
 #include <mutex>
 
 #include "ditattn/errors.hpp"
+#include "ditattn/threads.hpp"
 #include "registry/check_call.hpp"
+#include "registry/enum.hpp"
 #include "registry/table_backend.hpp"
 #include "selector/tune_call.hpp"
 #include "tuner/tune_cache.hpp"
@@ -60,23 +62,33 @@ class Chooser {
 
   [[nodiscard]] const DispatchRules& rules() const { return rules_; }
 
-  [[nodiscard]] const DispatchChoice& operator()(const Problem& problem) const {
+  /// What holds for a problem: who computes it, and whether that is to be measured first.
+  struct Answer {
+    DispatchChoice choice;
+    bool is_online = false;
+  };
+
+  [[nodiscard]] const Answer& operator()(const Problem& problem) const {
     struct Last {
       std::uint64_t id = 0;
+      std::uint64_t changes = 0;  // registrations and measurements when it was asked
+      int threads = 0;            // what was measured with others does not count
       Problem problem;
-      std::shared_ptr<const TunedTable> table;
-      DispatchChoice choice;
+      Answer answer;
     };
     thread_local Last last;
-    std::shared_ptr<const TunedTable> table = table_for(rules_, problem.device);
-    if (last.id != id_ || last.table != table || !same_problem(last.problem, problem)) {
-      last.id = 0;  // until the choice is made: asking may throw
-      last.choice = choose(rules_, problem, table.get());
+    const std::uint64_t changes = registration_changes();
+    const int threads = num_threads();
+    if (last.id != id_ || last.changes != changes || last.threads != threads || !same_problem(last.problem, problem)) {
+      last.id = 0;  // until it is answered: asking may throw
+      last.answer = {.choice = choose(rules_, problem, table_for(rules_, problem.device).get()),
+                     .is_online = rules_.is_measured && current_tune_mode() == TuneMode::online};
+      last.changes = changes;
+      last.threads = threads;
       last.problem = problem;
-      last.table = std::move(table);
       last.id = id_;
     }
-    return last.choice;
+    return last.answer;
   }
 
  private:
@@ -101,10 +113,8 @@ class DefaultImpl final : public AttentionImpl {
     Problem problem = check_call(*this, call.query, call.key, call.value, call.metadata);
     problem.lse = call.lse.defined();
     problem.alignment = std::min(problem.alignment, alignment_of(call.out));
-    if (rules().is_measured && current_tune_mode() == TuneMode::online) {
-      tune_at_first_call(call, problem, config());
-    }
-    const DispatchChoice& choice = chooser_(problem);
+    if (chooser_(problem).is_online) tune_at_first_call(call, problem, config());
+    const DispatchChoice& choice = chooser_(problem).choice;
     // `forward` asked explain(): one takes it, or a backend changed its mind.
     if (!choice.index) throw ValueError(fmt::format("{}", fmt::join(choice.refusals, "; ")));
     const std::size_t index = *choice.index;
@@ -151,7 +161,7 @@ class DefaultBackend final : public AttentionBackend {
   [[nodiscard]] std::string get_name() const override { return rules().in_order.front().backend->get_name(); }
   [[nodiscard]] const Capabilities& capabilities() const override { return capabilities_; }
   [[nodiscard]] Verdict explain(const Problem& problem) const override {
-    const DispatchChoice& choice = chooser_(problem);
+    const DispatchChoice& choice = chooser_(problem).choice;
     return choice.index ? Verdict() : Verdict{.reasons = choice.refusals};
   }
 
