@@ -135,6 +135,22 @@ class SDPABackend : public AttentionBackend {
     return can;
   }
 
+  // What `aten::takes` says, as far as a problem tells.
+  [[nodiscard]] std::string kernel_name(const Problem& problem) const override {
+    const std::string& pytorch = aten::version();
+    if (pytorch.empty()) return {};
+    const bool on_gpu = problem.device.device_type == kDLCUDA;
+    const char* left_out = problem.joint                                      ? "joint tokens"
+                           : problem.packed                                   ? "packed sequences"
+                           : problem.spans                                    ? "spans"
+                           : problem.lse                                      ? "calls that want an LSE"
+                           : problem.causal && problem.mask != MaskKind::none ? "causal with a mask"
+                           : on_gpu && problem.alignment < 16                 ? "tensors that lie like these"
+                           : problem.alignment == 0                           ? "negative strides"
+                                                                              : nullptr;
+    return left_out == nullptr ? "aten " + pytorch : fmt::format("native: PyTorch does not take {}", left_out);
+  }
+
  protected:
   [[nodiscard]] std::unique_ptr<AttentionImpl> create(const ImplConfig& config) const override {
     return std::make_unique<SDPAImpl>(config);

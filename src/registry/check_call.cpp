@@ -74,6 +74,11 @@ Problem check_call(const AttentionImpl& impl, const Tensor& query, const Tensor&
           fmt::format("Key and value must have the same shape, got {} and {}.", shape_name(key), shape_name(value)));
     }
   }
+  return problem_of(impl, query, key, value, metadata);
+}
+
+Problem problem_of(const AttentionImpl& impl, const Tensor& query, const Tensor& key, const Tensor& value,
+                   const AttentionMetadata& metadata) {
   Problem problem{.batch = query.size(0),
                   .num_heads = query.size(2),
                   .num_kv_heads = key.size(2),

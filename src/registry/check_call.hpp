@@ -9,6 +9,10 @@ namespace ditattn {
 Problem check_call(const AttentionImpl& impl, const Tensor& query, const Tensor& key, const Tensor& value,
                    const AttentionMetadata& metadata);
 
+/// The problem that tensors pose which `check_call` has let through.
+Problem problem_of(const AttentionImpl& impl, const Tensor& query, const Tensor& key, const Tensor& value,
+                   const AttentionMetadata& metadata);
+
 /// Checks what the caller gave to receive results: shapes, dtypes, devices, no overlap with itself or an input.
 void check_outputs(const ForwardOutputs& outputs, const Problem& problem, const Tensor& query, const Tensor& key,
                    const Tensor& value, const AttentionMetadata& metadata);

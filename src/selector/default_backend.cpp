@@ -110,7 +110,7 @@ class DefaultImpl final : public AttentionImpl {
   }
 
   void run(const AttentionCall& call) const override {
-    Problem problem = check_call(*this, call.query, call.key, call.value, call.metadata);
+    Problem problem = problem_of(*this, call.query, call.key, call.value, call.metadata);
     problem.lse = call.lse.defined();
     problem.alignment = std::min(problem.alignment, alignment_of(call.out));
     if (chooser_(problem).is_online) tune_at_first_call(call, problem, config());

@@ -94,6 +94,24 @@ def test_backends_and_options_by_name():
     assert not torch.equal(smooth, plain)
 
 
+def test_a_bound_of_the_error_is_for_auto_alone():
+    tensors = inputs(heads=4, kv_heads=4, size=64, rows=65, keys=65)
+    assert torch.equal(attention(*tensors, max_error=0.5), attention(*tensors))  # nothing was measured
+    with pytest.raises(ValueError, match='max_error bounds the choice of backend "auto", but the backend is FLASH_ATTN'):
+        attention(*tensors, backend="FLASH_ATTN", max_error=0.5)
+
+
+def test_the_engine_that_computes_is_named():
+    def kernel(**fields):
+        answers = ditattn.explain(num_heads=4, num_kv_heads=4, seq_q=65, seq_kv=65, head_size=64, **fields).members
+        return next(answer.kernel for answer in answers if answer.member == Enum.TORCH_SDPA)
+
+    assert kernel().startswith("aten 2.") and kernel(mask="bool").startswith("aten 2.")
+    assert kernel(lse=True) == "native: PyTorch does not take calls that want an LSE"
+    assert kernel(joint=True) == "native: PyTorch does not take joint tokens"
+    assert kernel(causal=True, mask="bool") == "native: PyTorch does not take causal with a mask"
+
+
 def test_views_are_read_where_they_are():
     fused = torch.randn(2, 7, 3, 4, 16)
     query, key, value = fused.unbind(2)
