@@ -244,5 +244,9 @@ bool is_capturing(int device, void* stream) {
   return status != 0;
 }
 
+bool is_captured(DLDevice device) {
+  return device.device_type == kDLCUDA && is_capturing(device.device_id, current_stream(device));
+}
+
 }  // namespace cuda
 }  // namespace ditattn

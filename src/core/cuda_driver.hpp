@@ -25,4 +25,7 @@ void wait_for(int device, void* stream);
 /// Whether the stream's work is being recorded into a graph: nothing may then wait or read results.
 bool is_capturing(int device, void* stream);
 
+/// The same of this thread's stream of any device; never of a CPU's.
+bool is_captured(DLDevice device);
+
 }  // namespace ditattn::cuda

@@ -53,10 +53,6 @@ std::string text_of(const std::exception& error) {
   return own != nullptr ? own->message() : error.what();
 }
 
-bool is_captured(DLDevice device) {
-  return device.device_type == kDLCUDA && cuda::is_capturing(device.device_id, current_stream(device));
-}
-
 }  // namespace
 
 class Guard::Watch final : public ForwardObserver {
@@ -102,7 +98,7 @@ void Guard::Watch::after(const ForwardEvent& event) {
   if (!layer.is_watched) return;
   const Place place{.layer = layer, .call = layer.calls.fetch_add(1, std::memory_order_relaxed)};
   if (place.call % static_cast<std::uint64_t>(options_.every) != 0) return;
-  if (is_captured(event.problem.device)) {
+  if (cuda::is_captured(event.problem.device)) {
     ++layer.captured;
     return;
   }

@@ -58,10 +58,6 @@ void check_may_tune() {
   }
 }
 
-bool is_captured(DLDevice device) {
-  return device.device_type == kDLCUDA && cuda::is_capturing(device.device_id, current_stream(device));
-}
-
 }  // namespace
 
 TunedProblem tune_call(const ImplConfig& config, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -73,7 +69,8 @@ TunedProblem tune_call(const ImplConfig& config, const Tensor& query, const Tens
   const std::vector<Candidate> candidates = all_candidates(std::string(device_type_name(query.device())));
   const Problem problem =
       check_any_call(config, query, key, value, metadata, candidates.front().backend->capabilities().causal_alignment);
-  if (is_captured(problem.device)) throw ValueError("A stream that is being captured into a graph cannot be timed.");
+  if (cuda::is_captured(problem.device))
+    throw ValueError("A stream that is being captured into a graph cannot be timed.");
   if (problem.batch * problem.seq_q * problem.num_heads == 0) {
     throw ValueError(fmt::format("Query {} has no elements: there is nothing to measure.", shape_name(query)));
   }
@@ -121,7 +118,7 @@ void tune_at_first_call(const AttentionCall& call, const Problem& problem, const
   };
   static std::mutex one_at_a_time;      // timings of two at once would be worth nothing
   thread_local bool is_inside = false;  // a backend that is measured may ask for a default itself
-  if (is_inside || is_known() || is_captured(problem.device)) return;
+  if (is_inside || is_known() || cuda::is_captured(problem.device)) return;
   const std::lock_guard lock(one_at_a_time);
   if (is_known()) return;
   const struct Inside {
