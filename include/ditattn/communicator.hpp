@@ -110,7 +110,8 @@ class DITATTN_API ThreadWorld {
 };
 
 /// Calls `body` as `size` ranks, each in a thread of its own, and waits for all. Where one throws, the others'
-/// operations fail at once, and what was thrown first is thrown here.
+/// operations fail at once, and what was thrown first is thrown here (before a CommunicationError, which the others
+/// get of it).
 DITATTN_API void run_ranks(int size, const std::function<void(const std::shared_ptr<Communicator>&)>& body,
                            Seconds timeout = kDefaultTimeout);
 

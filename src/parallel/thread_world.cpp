@@ -167,6 +167,17 @@ class ThreadCommunicator final : public Communicator {
   int splits_ = 0;
 };
 
+// Whether it may be what other ranks get of an error: it then tells less than that.
+bool is_consequence(const std::exception_ptr& error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const CommunicationError&) {
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
 }  // namespace
 
 ThreadWorld::ThreadWorld(int size, Seconds timeout) {
@@ -197,7 +208,7 @@ void run_ranks(int size, const std::function<void(const std::shared_ptr<Communic
       const std::exception_ptr error = std::current_exception();
       {
         std::lock_guard lock(mutex);
-        if (!first) first = error;
+        if (!first || (is_consequence(first) && !is_consequence(error))) first = error;
       }
       communicator->abort(error_text(error));
     }
