@@ -138,7 +138,8 @@ Dict tuned_result_dict(const TunedResult& result) {
 AttentionConfig config_from(const Dict& fields) {
   AttentionConfig config;
   if (const auto spec = given<Dict>(fields, "default")) config.default_spec = spec_from(*spec);
-  for (const auto& [role, spec] : get_or(fields, "per_role", Dict())) config.per_role[role] = spec_from(spec.cast<Dict>());
+  for (const auto& [role, spec] : get_or(fields, "per_role", Dict()))
+    config.per_role[role] = spec_from(spec.cast<Dict>());
   return config;
 }
 

@@ -56,15 +56,15 @@ void report(const Options& options, const Selection& selection, const Tensor& ou
   const std::string engine = selection.backend->capabilities().engine;
   if (options.json) {
     Json document = {{"backend", selection.member.name()},
-                               {"engine", engine},
-                               {"source", selection.source},
-                               {"input", options.input},
-                               {"output", options.output},
-                               {"shape", std::vector<std::int64_t>(out.shape().begin(), out.shape().end())},
-                               {"dtype", dtype_name(out.dtype())},
-                               {"device", options.device},
-                               {"lse", options.lse},
-                               {"ms", milliseconds}};
+                     {"engine", engine},
+                     {"source", selection.source},
+                     {"input", options.input},
+                     {"output", options.output},
+                     {"shape", std::vector<std::int64_t>(out.shape().begin(), out.shape().end())},
+                     {"dtype", dtype_name(out.dtype())},
+                     {"device", options.device},
+                     {"lse", options.lse},
+                     {"ms", milliseconds}};
     if (options.guard) document["guard"] = Json::parse(guarded.json());
     print_json(document);
   } else {
