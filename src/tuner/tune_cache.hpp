@@ -11,7 +11,7 @@ namespace ditattn {
 
 /// Whether two problems are measured alike: all but their device, and whether an LSE is wanted, which no backend's
 /// speed depends on to speak of.
-DITATTN_API bool same_measurement(const Problem& a, const Problem& b);
+DITATTN_API DITATTN_API bool same_measurement(const Problem& a, const Problem& b);
 
 /// Reads a cache's file: what was measured for `environment`, in the file's order; nothing where there is no file. A
 /// file that is damaged, of another format or of another environment is logged (warning) and put aside under its name

@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <ostream>
 
+#include "core/atomic_file.hpp"
 #include "ditattn/errors.hpp"
 #include "tools/ditattn/case_flags.hpp"
 #include "tools/ditattn/command_line.hpp"
@@ -132,7 +134,8 @@ int compare(const Options& options, const std::vector<std::string>& words) {
   Comparison comparison = measure(plan, measure_options);
   if (!options.report.empty()) {
     comparison.ceilings = ceilings_for(comparison, plan.device);
-    write_text_file(options.report, html_report(comparison, report_context(comparison, words, plan.pictures)));
+    const std::string page = html_report(comparison, report_context(comparison, words, plan.pictures));
+    write_atomically(options.report, "report", [&](std::ostream& stream) { stream << page; });
   }
   if (options.json) {
     print_json(to_json(comparison));

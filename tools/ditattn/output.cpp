@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 
 #include "ditattn/errors.hpp"
 
@@ -70,23 +69,6 @@ std::string printable(std::string_view text) {
     i += character.size();
   }
   return result;
-}
-
-void write_text_file(const std::filesystem::path& file, std::string_view text) {
-  namespace fs = std::filesystem;
-  const fs::path aside = file.string() + fmt::format(".{}.partial", ::getpid());
-  const auto fail = [&](const std::string& what) {
-    std::error_code ignored;
-    fs::remove(aside, ignored);
-    throw FileError(fmt::format("Cannot write '{}': {}.", file.string(), what));
-  };
-  std::ofstream stream(aside, std::ios::binary);
-  stream.write(text.data(), static_cast<std::streamsize>(text.size()));
-  stream.close();
-  if (!stream) fail(std::strerror(errno));
-  std::error_code error;
-  fs::rename(aside, file, error);
-  if (error) fail(error.message());
 }
 
 }  // namespace ditattn::cli

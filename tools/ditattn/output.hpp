@@ -2,7 +2,6 @@
 
 #include <nlohmann/json.hpp>
 
-#include <filesystem>
 #include <string>
 #include <string_view>
 
@@ -26,8 +25,5 @@ bool use_colour();
 /// `text` with '?' for control characters (but newlines) and broken UTF-8: names from files must not command the
 /// terminal.
 std::string printable(std::string_view text);
-
-/// Writes `text` aside and renames it to `file`: a failure (FileError) leaves what was there before.
-void write_text_file(const std::filesystem::path& file, std::string_view text);
 
 }  // namespace ditattn::cli

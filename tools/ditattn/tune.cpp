@@ -18,6 +18,7 @@
 #include "tools/ditattn/table.hpp"
 #include "tools/ditattn/tune_check.hpp"
 #include "tools/ditattn/verbs.hpp"
+#include "tuner/tune_cache.hpp"
 
 namespace ditattn::cli {
 namespace {
@@ -50,12 +51,7 @@ std::vector<std::string> whole_catalogue(DLDevice device) {
       for (const ModelProblem& problem : parse_model_problems(fmt::format("{}@{}", model.name, resolution.name))) {
         if (!is_affordable(problem, device)) continue;
         const Problem posed = to_problem(problem.role, kFloat32, device);
-        const auto is_same = [&](const Problem& other) {
-          return other.batch == posed.batch && other.num_heads == posed.num_heads &&
-                 other.num_kv_heads == posed.num_kv_heads && other.seq_q == posed.seq_q &&
-                 other.seq_kv == posed.seq_kv && other.head_size == posed.head_size && other.mask == posed.mask &&
-                 other.joint == posed.joint;
-        };
+        const auto is_same = [&](const Problem& other) { return same_measurement(other, posed); };
         if (std::ranges::any_of(seen, is_same)) continue;
         seen.push_back(posed);
         names.push_back(problem.name);
