@@ -1,0 +1,37 @@
+#pragma once
+
+/// GPUs as ranks, over NCCL. In a library of its own, `ditattn_nccl`, built with the GPU back ends; it opens
+/// `libnccl.so.2` when first asked.
+
+#include <array>
+#include <memory>
+
+#include "ditattn/communicator.hpp"
+#include "ditattn/export.hpp"
+
+namespace ditattn::parallel {
+
+/// What ranks must have in common to find each other: made by one, brought to the others by any means (a file, a store).
+using NcclId = std::array<char, 128>;
+
+/// A new one. ImportError where there is no NCCL, with where it was looked for.
+DITATTN_API NcclId nccl_id();
+
+/// Joins `size` ranks with the same `id`, this one with GPU `device`. Called by all of them; each rank has a GPU of its
+/// own. Its `takes` says yes to that GPU's memory and to host memory, which goes through the GPU, so the host waits for
+/// that. Operations on the GPU's memory go on a stream of their own and may be captured into a CUDA graph.
+///
+/// A rank that does not come within `timeout` is a TimeoutError: here, and in operations at the next use of the
+/// communicator, because the host does not wait for these; a thread watches them, and ends what waits on the GPU.
+/// ValueError: a rank that is not below `size`, a GPU that is not there, two ranks of one GPU.
+DITATTN_API std::shared_ptr<Communicator> nccl_communicator(const NcclId& id, int rank, int size, int device,
+                                                            Seconds timeout = kDefaultTimeout);
+
+/// The same ranks as `over` (threads, MPI), which brings the id to them and its timeout.
+DITATTN_API std::shared_ptr<Communicator> nccl_communicator(const std::shared_ptr<Communicator>& over, int device);
+
+/// An `ncclComm_t` that the program has, and keeps: it must outlive the result, and no other operation of it may be under
+/// way at the same time. Where a rank is lost it is aborted.
+DITATTN_API std::shared_ptr<Communicator> nccl_communicator(void* nccl_comm, Seconds timeout = kDefaultTimeout);
+
+}  // namespace ditattn::parallel
