@@ -66,7 +66,7 @@ class DITATTN_API Communicator {
   [[nodiscard]] virtual bool takes(DLDevice device) const { return device.device_type == kDLCPU; }
 
   /// Starts sending and receiving, to and from itself too. On a device it follows what this thread has queued in its
-  /// current stream (`current_stream`). At most one block per pair of ranks and direction.
+  /// current stream (`current_stream`). Blocks between two ranks are matched in their order.
   virtual std::unique_ptr<Pending> start(Operation operation, std::span<const SendBlock> sends,
                                          std::span<const ReceiveBlock> receives, DLDevice device) = 0;
 

@@ -2,7 +2,7 @@
 
 #include <fmt/format.h>
 
-#include <array>
+#include <algorithm>
 #include <bit>
 #include <exception>
 #include <string_view>
@@ -52,7 +52,8 @@ constexpr std::array<const char*, field_count> kFieldNames = {
     "attn_mask (shape, dtype, lengths)",
     "joint_attn_mask (shape, dtype, lengths)",
     "full_attn_spans, query_ranges, cu_seqlens or kv_cache_dtype"};
-using Header = std::array<std::int64_t, field_count>;
+using Header = CallNumbers;
+static_assert(std::tuple_size_v<Header> == field_count);
 
 // FNV-1a.
 class Hash {
@@ -138,17 +139,18 @@ void describe_metadata(const AttentionMetadataObj& metadata, Header& header) {
   if (valid && *valid != nullptr) header[valid_keys] = valid->as<std::int64_t>().value_or(-2);
 }
 
-void check_on_host(const AttentionImpl& layer, const Tensor& query) {
-  if (query.device().device_type == kDLCPU) return;
-  throw NotImplementedError(fmt::format("{} over several ranks computes in host memory only, got tensors on {}.",
-                                        layer.backend().get_name(), device_name(query.device())));
+void check_device(const Communicator& communicator, const AttentionImpl& layer, const Tensor& query) {
+  if (communicator.takes(query.device())) return;
+  throw NotImplementedError(fmt::format(
+      "{} got tensors on {}, which these ranks' communicator does not take. One for GPUs: nccl_communicator.",
+      layer.backend().get_name(), device_name(query.device())));
 }
 
 // Checks what this rank can check alone.
-Header describe(const AttentionImpl& layer, const Tensor& query, const Tensor& key, const Tensor& value,
-                const AttentionMetadata& metadata, const ForwardOutputs& outputs) {
+Header describe(const Communicator& communicator, const AttentionImpl& layer, const Tensor& query, const Tensor& key,
+                const Tensor& value, const AttentionMetadata& metadata, const ForwardOutputs& outputs) {
   Problem problem = check_call(layer, query, key, value, {});
-  check_on_host(layer, query);
+  check_device(communicator, layer, query);
   Header header{};
   header[rows] = query.size(1);
   header[keys] = key.size(1);
@@ -208,27 +210,12 @@ void check_same(const std::vector<Header>& all) {
 // A tensor of the whole's shape, to be checked and never read.
 Tensor placeholder(const Tensor& like, std::int64_t tokens) {
   alignas(64) static char nothing[64];
-  return wrap(nothing, {like.size(0), tokens, like.size(2), like.size(3)}, like.dtype());
+  return wrap(nothing, {like.size(0), tokens, like.size(2), like.size(3)}, like.dtype(), {}, like.device());
 }
 
-}  // namespace
-
-Agreement agree(Communicator& communicator, const AttentionImpl& layer, const Tensor& query, const Tensor& key,
-                const Tensor& value, const AttentionMetadata& metadata, const ForwardOutputs& outputs, bool needs_lse) {
-  Header mine{};
-  std::exception_ptr error;
-  std::string text;
-  try {
-    mine = describe(layer, query, key, value, metadata, outputs);
-  } catch (const std::exception&) {
-    error = std::current_exception();
-    text = error_text(error);
-    mine[text_bytes] = static_cast<std::int64_t>(text.size());
-  }
-  const std::vector<Header> all = gather_headers(communicator, mine);
-  refuse_together(communicator, all, error, text);
-  check_same(all);
-
+// What all ranks' numbers come to, once they fit together.
+Agreement conclude(const std::vector<Header>& all, const AttentionImpl& layer, const Tensor& query, const Tensor& key,
+                   const Tensor& value, const AttentionMetadata& metadata, bool lse) {
   Agreement agreement;
   Sizes& sizes = agreement.sizes;
   for (const Header& header : all) {
@@ -239,13 +226,52 @@ Agreement agree(Communicator& communicator, const AttentionImpl& layer, const Te
   }
   Problem problem = check_call(layer, placeholder(query, sizes.rows), placeholder(key, sizes.keys),
                                placeholder(value, sizes.keys), metadata);
-  problem.lse = outputs.lse.defined() || needs_lse;
+  problem.lse = lse;
   if (const Verdict verdict = layer.backend().explain(problem); !verdict) throw ValueError(verdict.text());
-  sizes.batch = mine[batch];
-  sizes.joint_rows = mine[joint_rows];
-  sizes.joint_keys = mine[joint_keys];
-  sizes.valid_keys = problem.seq_kv - mine[joint_keys];
+  sizes.batch = all[0][batch];
+  sizes.joint_rows = all[0][joint_rows];
+  sizes.joint_keys = all[0][joint_keys];
+  sizes.valid_keys = problem.seq_kv - sizes.joint_keys;
   sizes.joint_first = !metadata.defined() || metadata->joint_first();
+  return agreement;
+}
+
+}  // namespace
+
+const Agreement* AgreementCache::find(const CallNumbers& numbers, bool needs_lse) const {
+  const auto found = std::ranges::find_if(
+      entries_, [&](const Entry& entry) { return entry.numbers == numbers && entry.needs_lse == needs_lse; });
+  return found == entries_.end() ? nullptr : &found->agreement;
+}
+
+void AgreementCache::add(const CallNumbers& numbers, bool needs_lse, const Agreement& agreement) {
+  constexpr std::size_t kKept = 16;  // a model's kinds of attention, at a few resolutions
+  if (entries_.size() == kKept) entries_.erase(entries_.begin());
+  entries_.push_back({numbers, needs_lse, agreement});
+}
+
+Agreement agree(Communicator& communicator, AgreementCache& cache, const AttentionImpl& layer, const Tensor& query,
+                const Tensor& key, const Tensor& value, const AttentionMetadata& metadata,
+                const ForwardOutputs& outputs, bool needs_lse) {
+  Header mine{};
+  std::exception_ptr error;
+  std::string text;
+  try {
+    mine = describe(communicator, layer, query, key, value, metadata, outputs);
+  } catch (const std::exception&) {
+    error = std::current_exception();
+    text = error_text(error);
+    mine[text_bytes] = static_cast<std::int64_t>(text.size());
+  }
+  const bool on_host = query.device().device_type == kDLCPU;
+  if (!on_host && !error) {
+    if (const Agreement* before = cache.find(mine, needs_lse)) return *before;
+  }
+  const std::vector<Header> all = gather_headers(communicator, mine);
+  refuse_together(communicator, all, error, text);
+  check_same(all);
+  const Agreement agreement = conclude(all, layer, query, key, value, metadata, outputs.lse.defined() || needs_lse);
+  if (!on_host) cache.add(mine, needs_lse, agreement);
   return agreement;
 }
 

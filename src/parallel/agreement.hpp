@@ -2,6 +2,8 @@
 
 /// Before anything moves: every rank tells what it was called with, and all come to the same answer.
 
+#include <array>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -19,9 +21,29 @@ struct Agreement {
   std::vector<std::int64_t> keys;
 };
 
+/// What a rank was called with, as numbers: what it tells the others.
+using CallNumbers = std::array<std::int64_t, 17>;
+
+/// The last few agreements of a group on a GPU. Ranks that made such a call before take it that all make it again:
+/// asking each time would make the host wait for the GPU, and cannot be captured into a graph.
+class AgreementCache {
+ public:
+  [[nodiscard]] const Agreement* find(const CallNumbers& numbers, bool needs_lse) const;
+  void add(const CallNumbers& numbers, bool needs_lse, const Agreement& agreement);
+
+ private:
+  struct Entry {
+    CallNumbers numbers;
+    bool needs_lse;
+    Agreement agreement;
+  };
+  std::vector<Entry> entries_;
+};
+
 /// `layer` is the whole one. Checks this rank's tensors, then, with all ranks' sizes, the whole problem; `needs_lse`:
 /// whether the back end has to return it for merging. Errors are those of `ParallelAttention::forward`.
-Agreement agree(Communicator& communicator, const AttentionImpl& layer, const Tensor& query, const Tensor& key,
-                const Tensor& value, const AttentionMetadata& metadata, const ForwardOutputs& outputs, bool needs_lse);
+Agreement agree(Communicator& communicator, AgreementCache& cache, const AttentionImpl& layer, const Tensor& query,
+                const Tensor& key, const Tensor& value, const AttentionMetadata& metadata,
+                const ForwardOutputs& outputs, bool needs_lse);
 
 }  // namespace ditattn::parallel

@@ -1,23 +1,36 @@
 #include "parallel/exchange.hpp"
 
-#include <numeric>
-#include <vector>
-
 namespace ditattn::parallel {
 namespace {
 
-std::int64_t sum(std::span<const std::int64_t> numbers) {
-  return std::accumulate(numbers.begin(), numbers.end(), std::int64_t{0});
+std::int64_t bytes_of(const Tensor& tensor) { return tensor.numel() * (tensor.dtype().bits / 8); }
+
+// Blocks of no bytes are not sent.
+void send(std::vector<SendBlock>& blocks, int rank, const Tensor& tensor) {
+  if (tensor.numel() > 0) blocks.push_back({rank, data_pointer(tensor), bytes_of(tensor)});
+}
+void receive(std::vector<ReceiveBlock>& blocks, int rank, const Tensor& tensor) {
+  if (tensor.numel() > 0) blocks.push_back({rank, data_pointer(tensor), bytes_of(tensor)});
 }
 
-// Parts as they came, one after the other, to their places.
-void unpack(const char* received, const Tensor& to, std::span<const Range> rows, std::span<const Range> heads) {
-  for (std::size_t rank = 0; rank < rows.size(); ++rank) {
-    const Tensor part = token_major(const_cast<char*>(received), to.size(0), rows[rank].size(), heads[rank].size(),
-                                    to.size(3), to.dtype());
-    copy(slice(slice(to, 1, rows[rank]), 2, heads[rank]), part);
-    received += bytes_of(to, rows[rank].size(), heads[rank].size());
+std::size_t place_of(const Communicator& communicator) { return static_cast<std::size_t>(communicator.rank()); }
+
+// Successive ranges of these lengths.
+std::vector<Range> ranges_of(std::span<const std::int64_t> lengths) {
+  std::vector<Range> ranges;
+  std::int64_t at = 0;
+  for (std::int64_t length : lengths) {
+    ranges.push_back({at, at + length});
+    at += length;
   }
+  return ranges;
+}
+
+// Two ranks may have the same K/V head.
+std::int64_t heads_of_others(std::span<const Range> heads, std::size_t place) {
+  std::int64_t count = 0;
+  for (std::size_t rank = 0; rank < heads.size(); ++rank) count += rank == place ? 0 : heads[rank].size();
+  return count;
 }
 
 }  // namespace
@@ -26,55 +39,113 @@ std::int64_t bytes_of(const Tensor& like, std::int64_t tokens, std::int64_t head
   return like.size(0) * tokens * heads * like.size(3) * (like.dtype().bits / 8);
 }
 
-Arriving scatter_heads(Communicator& ulysses, Workspace& workspace, Slot sent, void* memory, const Tensor& mine,
-                       std::span<const Range> heads, std::span<const std::int64_t> tokens) {
-  const std::int64_t batch = mine.size(0);
-  const std::int64_t size = mine.size(3);
-  const std::int64_t my_heads = heads[static_cast<std::size_t>(ulysses.rank())].size();
-  Arriving arriving{.tensor = token_major(memory, batch, sum(tokens), my_heads, size, mine.dtype()), .pending = {}};
-  if (ulysses.size() == 1) {
-    copy(arriving.tensor, mine);
-    return arriving;
-  }
-  std::vector<std::int64_t> send_bytes;
-  std::vector<std::int64_t> receive_bytes;
+Tensor HeadScatter::add(Slot sent, char* memory, const Tensor& mine, std::span<const Range> heads,
+                        std::span<const std::int64_t> tokens) {
+  const std::size_t place = place_of(ulysses_);
+  const auto make = [&](char* at, std::int64_t length, Range of) {
+    return token_major(at, mine.size(0), length, of.size(), mine.size(3), mine.dtype(), mine.device());
+  };
+  const std::vector<Range> chunks = ranges_of(tokens);
+  const Tensor collected = make(memory, chunks.back().end, heads[place]);
+  char* at = workspace_.get(sent, bytes_of(mine, mine.size(1), heads_of_others(heads, place)));
   for (std::size_t rank = 0; rank < heads.size(); ++rank) {
-    send_bytes.push_back(bytes_of(mine, mine.size(1), heads[rank].size()));
-    receive_bytes.push_back(bytes_of(mine, tokens[rank], my_heads));
+    const Tensor theirs = slice(mine, 2, heads[rank]);
+    const Tensor place_of_theirs = slice(collected, 1, chunks[rank]);
+    if (rank == place) {
+      copies_.push_back({.to = place_of_theirs, .from = theirs});
+      continue;
+    }
+    const Tensor packed = make(at, mine.size(1), heads[rank]);
+    at += bytes_of(packed);
+    copies_.push_back({.to = packed, .from = theirs});
+    send(sends_, static_cast<int>(rank), packed);
+    receive(receives_, static_cast<int>(rank), place_of_theirs);
   }
-  char* const block = workspace.get(sent, sum(send_bytes));
-  char* at = block;
-  for (std::size_t rank = 0; rank < heads.size(); ++rank) {
-    copy(token_major(at, batch, mine.size(1), heads[rank].size(), size, mine.dtype()), slice(mine, 2, heads[rank]));
-    at += send_bytes[rank];
-  }
-  arriving.pending = ulysses.all_to_all(block, send_bytes, memory, receive_bytes, mine.device());
-  return arriving;
+  return collected;
+}
+
+void HeadScatter::exchange() {
+  if (copies_.empty()) return;
+  const DLDevice device = copies_.front().to.device();
+  copy(copies_);
+  ulysses_.start(Operation::all_to_all, sends_, receives_, device)->wait();
 }
 
 void gather_heads(Communicator& ulysses, Workspace& workspace, const Tensor& rows, const Tensor& to,
                   std::span<const Range> heads, std::span<const std::int64_t> tokens) {
   if (ulysses.size() == 1) return copy(to, rows);
-  std::vector<std::int64_t> send_bytes;
-  std::vector<std::int64_t> receive_bytes;
+  const std::size_t place = place_of(ulysses);
+  const std::vector<Range> chunks = ranges_of(tokens);
+  char* at = workspace.get(Slot::received, bytes_of(to, to.size(1), heads_of_others(heads, place)));
+  std::vector<TokenCopy> copies;
+  std::vector<SendBlock> sends;
+  std::vector<ReceiveBlock> receives;
   for (std::size_t rank = 0; rank < heads.size(); ++rank) {
-    send_bytes.push_back(bytes_of(rows, tokens[rank], rows.size(2)));
-    receive_bytes.push_back(bytes_of(to, to.size(1), heads[rank].size()));
+    const Tensor theirs = slice(rows, 1, chunks[rank]);
+    const Tensor of_theirs = slice(to, 2, heads[rank]);
+    if (rank == place) {
+      copies.push_back({.to = of_theirs, .from = theirs});
+      continue;
+    }
+    send(sends, static_cast<int>(rank), theirs);
+    const Tensor part =
+        token_major(at, to.size(0), to.size(1), heads[rank].size(), to.size(3), to.dtype(), to.device());
+    at += bytes_of(part);
+    receive(receives, static_cast<int>(rank), part);
+    copies.push_back({.to = of_theirs, .from = part});
   }
-  char* const received = workspace.get(Slot::received, sum(receive_bytes));
-  ulysses.all_to_all(data_pointer(rows), send_bytes, received, receive_bytes, to.device())->wait();
-  unpack(received, to, std::vector<Range>(heads.size(), {0, to.size(1)}), heads);
+  ulysses.start(Operation::all_to_all, sends, receives, to.device())->wait();
+  copy(copies);
 }
 
 void gather_parts(Communicator& all, Workspace& workspace, const Tensor& mine, const Tensor& to,
                   std::span<const Range> rows, std::span<const Range> heads) {
   std::vector<std::int64_t> bytes;
+  std::int64_t total = 0;
   for (std::size_t rank = 0; rank < rows.size(); ++rank) {
     bytes.push_back(bytes_of(to, rows[rank].size(), heads[rank].size()));
+    total += bytes.back();
   }
-  char* const received = workspace.get(Slot::received, sum(bytes));
+  char* received = workspace.get(Slot::received, total);
   all.all_gather(data_pointer(mine), received, bytes, to.device())->wait();
-  unpack(received, to, rows, heads);
+  std::vector<TokenCopy> copies;
+  for (std::size_t rank = 0; rank < rows.size(); ++rank) {
+    copies.push_back({.to = slice(slice(to, 1, rows[rank]), 2, heads[rank]),
+                      .from = token_major(received, to.size(0), rows[rank].size(), heads[rank].size(), to.size(3),
+                                          to.dtype(), to.device())});
+    received += bytes[rank];
+  }
+  copy(copies);
+}
+
+std::unique_ptr<Pending> pass_on(Communicator& ring, std::span<const Tensor> mine, std::span<const Tensor> theirs) {
+  std::vector<SendBlock> sends;
+  std::vector<ReceiveBlock> receives;
+  const int last = ring.size() - 1;
+  for (const Tensor& tensor : mine) send(sends, ring.rank() == last ? 0 : ring.rank() + 1, tensor);
+  for (const Tensor& tensor : theirs) receive(receives, ring.rank() == 0 ? last : ring.rank() - 1, tensor);
+  return ring.start(Operation::exchange, sends, receives, mine.front().device());
+}
+
+std::unique_ptr<Pending> gather_tokens(Communicator& second, std::span<const TokenCopy> tensors,
+                                       std::span<const Range> chunks) {
+  std::vector<TokenCopy> copies;
+  std::vector<SendBlock> sends;
+  std::vector<ReceiveBlock> receives;
+  for (const TokenCopy& tensor : tensors) {
+    for (std::size_t rank = 0; rank < chunks.size(); ++rank) {
+      const Tensor place = slice(tensor.to, 1, chunks[rank]);
+      if (rank == place_of(second)) {
+        copies.push_back({.to = place, .from = tensor.from});
+        continue;
+      }
+      send(sends, static_cast<int>(rank), tensor.from);
+      receive(receives, static_cast<int>(rank), place);
+    }
+  }
+  auto pending = second.start(Operation::all_gather, sends, receives, tensors.front().to.device());
+  copy(copies);
+  return pending;
 }
 
 }  // namespace ditattn::parallel

@@ -1,28 +1,36 @@
 #pragma once
 
-/// Tokens of all heads against all tokens of some heads, and back.
+/// Tokens of all heads against all tokens of some heads, and back; and keys from rank to rank.
 
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "parallel/group.hpp"
 
 namespace ditattn::parallel {
 
-/// A tensor on its way.
-struct Arriving {
-  Tensor tensor;  ///< token-major; to be read after `wait`
-  std::unique_ptr<Pending> pending;
+/// Gives each rank of `ulysses` its heads of this rank's tokens, and collects this rank's heads of everybody's: several
+/// tensors in one batch. What stays on this rank is copied and not sent.
+class HeadScatter {
+ public:
+  HeadScatter(Communicator& ulysses, Workspace& workspace) : ulysses_(ulysses), workspace_(workspace) {}
 
-  void wait() const {
-    if (pending) pending->wait();
-  }
+  /// `mine` (B, tokens[rank], all heads, D). Returns what `memory` becomes, token-major. `sent`: where what is sent is
+  /// put together.
+  Tensor add(Slot sent, char* memory, const Tensor& mine, std::span<const Range> heads,
+             std::span<const std::int64_t> tokens);
+
+  /// After it, in this thread's stream, everything has come.
+  void exchange();
+
+ private:
+  Communicator& ulysses_;
+  Workspace& workspace_;
+  std::vector<TokenCopy> copies_;
+  std::vector<SendBlock> sends_;
+  std::vector<ReceiveBlock> receives_;
 };
-
-/// Starts to give each rank of `ulysses` its heads of this rank's tokens, `mine` (B, tokens[rank], all heads, D), and
-/// to collect this rank's heads of everybody's tokens in `memory`. `sent`: where what is sent is put together.
-Arriving scatter_heads(Communicator& ulysses, Workspace& workspace, Slot sent, void* memory, const Tensor& mine,
-                       std::span<const Range> heads, std::span<const std::int64_t> tokens);
 
 /// The way back: `rows` (token-major, everybody's rows, this rank's heads) becomes `to` (B, this rank's rows, all
 /// heads, D).
@@ -32,6 +40,13 @@ void gather_heads(Communicator& ulysses, Workspace& workspace, const Tensor& row
 /// `to` (B, rows, all heads, D) on every rank, of which rank r has rows[r] and heads[r] in `mine` (token-major).
 void gather_parts(Communicator& all, Workspace& workspace, const Tensor& mine, const Tensor& to,
                   std::span<const Range> rows, std::span<const Range> heads);
+
+/// One step of a ring: this rank's token-major tensors go to the next rank, those of the rank before come.
+std::unique_ptr<Pending> pass_on(Communicator& ring, std::span<const Tensor> mine, std::span<const Tensor> theirs);
+
+/// All ranks' tokens, of which rank r has chunks[r]: `from` becomes `to`, both token-major.
+std::unique_ptr<Pending> gather_tokens(Communicator& second, std::span<const TokenCopy> tensors,
+                                       std::span<const Range> chunks);
 
 /// Bytes of a tensor of so many tokens and heads, else like this one.
 std::int64_t bytes_of(const Tensor& like, std::int64_t tokens, std::int64_t heads);

@@ -3,7 +3,11 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <charconv>
+#include <iterator>
+
+#include "core/cuda_driver.hpp"
 
 namespace ditattn::parallel {
 namespace {
@@ -96,6 +100,25 @@ std::vector<std::int64_t> balanced_lengths(std::int64_t tokens, int ranks) {
   lengths.reserve(static_cast<std::size_t>(ranks));
   for (int rank = 0; rank < ranks; ++rank) lengths.push_back(share(tokens, ranks, rank).size());
   return lengths;
+}
+
+void Workspace::use(DLDevice device) {
+  if (device.device_type != device_.device_type || device.device_id != device_.device_id) {
+    if (captured_) std::ranges::copy_if(memory_, std::back_inserter(of_graphs_), &Tensor::defined);
+    memory_ = {};
+    device_ = device;
+  }
+  captured_ = captured_ || cuda::is_captured(device);
+}
+
+char* Workspace::get(Slot slot, std::int64_t bytes) {
+  Tensor& memory = memory_[static_cast<std::size_t>(slot)];
+  if (!memory.defined() || memory.numel() < bytes) {
+    if (captured_ && memory.defined()) of_graphs_.push_back(memory);
+    memory = Tensor();  // freed first
+    memory = empty(std::array{bytes}, kBool, device_);
+  }
+  return static_cast<char*>(memory.data_ptr());
 }
 
 ParallelGroup::ParallelGroup(std::shared_ptr<Communicator> communicator, Mesh mesh)

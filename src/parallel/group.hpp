@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ditattn/parallel.hpp"
+#include "parallel/agreement.hpp"
 #include "parallel/plan.hpp"
 
 namespace ditattn::parallel {
@@ -30,21 +31,20 @@ enum class Slot : std::uint8_t {
   count
 };
 
-/// Host memory by purpose, kept, as large as the largest.
+/// Memory of one device at a time, by purpose, kept, as large as the largest.
 class Workspace {
  public:
+  /// Where memory is from now on.
+  void use(DLDevice device);
+
   /// `bytes` at least, not initialised.
-  char* get(Slot slot, std::int64_t bytes) {
-    Tensor& memory = memory_[static_cast<std::size_t>(slot)];
-    if (!memory.defined() || memory.numel() < bytes) {
-      memory = Tensor();  // freed first
-      memory = empty({bytes}, kBool);
-    }
-    return static_cast<char*>(memory.data_ptr());
-  }
+  char* get(Slot slot, std::int64_t bytes);
 
  private:
+  DLDevice device_ = kCpu;
+  bool captured_ = false;  // whether a graph has recorded addresses
   std::array<Tensor, static_cast<std::size_t>(Slot::count)> memory_;
+  std::vector<Tensor> of_graphs_;  // outgrown, and still written when they are replayed
 };
 
 struct GroupState {
@@ -54,6 +54,7 @@ struct GroupState {
   std::shared_ptr<Communicator> second;   ///< ranks that share heads
   Workspace workspace;
   PlanCache plans;
+  AgreementCache agreements;
 };
 
 }  // namespace ditattn::parallel

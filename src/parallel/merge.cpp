@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/float_bits.hpp"
+#include "parallel/device_tokens.hpp"
 #include "parallel/tokens.hpp"
 
 namespace ditattn::parallel {
@@ -84,12 +85,16 @@ void convert_rows(const Tensor& to, const Tensor& from, const To& round) {
 }  // namespace
 
 void merge(const Tensor& out, const Tensor& lse, const Tensor& part_out, const Tensor& part_lse) {
+  if (const DLDevice device = out.device(); device.device_type != kDLCPU) {
+    return device_tokens(device).merge(out, lse, part_out, part_lse);
+  }
   if (part_out.dtype() == kFloat16) return merge_rows<FromFloat16>(out, lse, part_out, part_lse);
   if (part_out.dtype() == kBFloat16) return merge_rows<FromBFloat16>(out, lse, part_out, part_lse);
   merge_rows<FromFloat32>(out, lse, part_out, part_lse);
 }
 
 void clear(const Tensor& out, const Tensor& lse) {
+  if (const DLDevice device = out.device(); device.device_type != kDLCPU) return device_tokens(device).clear(out, lse);
   auto* rows = static_cast<float*>(data_pointer(out));
   auto* sums = static_cast<float*>(data_pointer(lse));
   for_each_token(out, [&](std::int64_t batch, std::int64_t token) {
@@ -101,6 +106,7 @@ void clear(const Tensor& out, const Tensor& lse) {
 }
 
 void convert(const Tensor& to, const Tensor& from) {
+  if (const DLDevice device = to.device(); device.device_type != kDLCPU) return device_tokens(device).convert(to, from);
   if (to.dtype() == kFloat16) return convert_rows(to, from, f16_from_float);
   if (to.dtype() == kBFloat16) return convert_rows(to, from, bf16_from_float);
   copy(to, from);

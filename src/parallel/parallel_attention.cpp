@@ -57,13 +57,13 @@ Tensor ParallelAttention::forward(const Tensor& query, const Tensor& key, const 
                                   const AttentionMetadata& metadata, const ForwardOutputs& outputs) {
   GroupState& group = *layer_->group->state_;
   if (group.all->size() == 1) return layer_->whole->forward(query, key, value, metadata, outputs);
-  const Agreement agreement =
-      agree(*group.all, *layer_->whole, query, key, value, metadata, outputs, group.mesh.second() > 1);
+  const Agreement agreement = agree(*group.all, group.agreements, *layer_->whole, query, key, value, metadata, outputs,
+                                    group.mesh.second() > 1);
   try {
     ForwardOutputs results = outputs;
     if (!results.out.defined()) {
       const std::int64_t rows = query.size(1) + agreement.sizes.joint_rows;
-      results.out = empty({query.size(0), rows, query.size(2), query.size(3)}, query.dtype());
+      results.out = empty(std::array{query.size(0), rows, query.size(2), query.size(3)}, query.dtype(), query.device());
     }
     ParallelCall(*layer_, group, agreement, metadata).run(query, key, value, results);
     return results.out;

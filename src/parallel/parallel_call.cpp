@@ -50,25 +50,11 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
   batch_ = query.size(0);
   size_ = query.size(3);
   dtype_ = query.dtype();
+  device_ = query.device();
   const Sizes& sizes = agreement_.sizes;
   const Range my_rows = row_chunks_[static_cast<std::size_t>(place_)];
-  const Range my_keys = key_chunks_[static_cast<std::size_t>(place_)];
-  Workspace& workspace = group_.workspace;
-  char* const query_memory = workspace.get(Slot::query, bytes_of(query, my_rows.size(), layer_.heads.query.size()));
-  const std::int64_t key_bytes = bytes_of(key, my_keys.size(), layer_.heads.kv.size());
-  char* const key_memory = workspace.get(Slot::keys_and_values, 2 * key_bytes);
-
-  const auto scatter = [&](Slot sent, char* memory, const Tensor& mine, const std::vector<Range>& heads,
-                           const std::vector<std::int64_t>& lengths) {
-    return scatter_heads(*group_.ulysses, workspace, sent, memory, mine, heads, of_my_place(lengths));
-  };
-  const Arriving queries = scatter(Slot::query_sent, query_memory, query, layer_.query_heads, agreement_.rows);
-  const Arriving keys = scatter(Slot::key_sent, key_memory, key, layer_.kv_heads, agreement_.keys);
-  const Arriving values = scatter(Slot::value_sent, key_memory + key_bytes, value, layer_.kv_heads, agreement_.keys);
-  for (const Arriving* arriving : {&queries, &keys, &values}) arriving->wait();
-  queries_[1] = queries.tensor;
-
-  const KeysAndValues own{.key = keys.tensor, .value = values.tensor};
+  group_.workspace.use(device_);
+  const KeysAndValues own = group_.mesh.ulysses > 1 ? scatter(query, key, value) : keep(query, key, value);
   if (group_.mesh.second() == 1) {
     compute_whole(own, outputs.lse.defined());
   } else {
@@ -90,6 +76,34 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
   give_back(outputs);
 }
 
+// This rank's heads of the tokens of its place.
+ParallelCall::KeysAndValues ParallelCall::scatter(const Tensor& query, const Tensor& key, const Tensor& value) {
+  Workspace& workspace = group_.workspace;
+  const auto place = static_cast<std::size_t>(place_);
+  const std::int64_t key_bytes = bytes_of(key, key_chunks_[place].size(), layer_.heads.kv.size());
+  char* const queries =
+      workspace.get(Slot::query, bytes_of(query, row_chunks_[place].size(), layer_.heads.query.size()));
+  char* const keys = workspace.get(Slot::keys_and_values, 2 * key_bytes);
+  HeadScatter batch(*group_.ulysses, workspace);
+  const auto key_tokens = of_my_place(agreement_.keys);
+  queries_[1] = batch.add(Slot::query_sent, queries, query, layer_.query_heads, of_my_place(agreement_.rows));
+  KeysAndValues own{.key = batch.add(Slot::key_sent, keys, key, layer_.kv_heads, key_tokens),
+                    .value = batch.add(Slot::value_sent, keys + key_bytes, value, layer_.kv_heads, key_tokens)};
+  batch.exchange();
+  return own;
+}
+
+// They have these heads and tokens already; keys are sent on, token after token.
+ParallelCall::KeysAndValues ParallelCall::keep(const Tensor& query, const Tensor& key, const Tensor& value) {
+  queries_[1] = query;
+  if (is_token_major(key) && is_token_major(value)) return {.key = key, .value = value};
+  char* const memory =
+      group_.workspace.get(Slot::keys_and_values, 2 * bytes_of(key, key.size(1), layer_.heads.kv.size()));
+  KeysAndValues own = keys_in(memory, key.size(1));
+  copy(std::array{TokenCopy{.to = own.key, .from = key}, TokenCopy{.to = own.value, .from = value}});
+  return own;
+}
+
 std::span<const std::int64_t> ParallelCall::of_my_place(const std::vector<std::int64_t>& lengths) const {
   const auto ulysses = static_cast<std::size_t>(group_.mesh.ulysses);
   return std::span(lengths).subspan(static_cast<std::size_t>(place_) * ulysses, ulysses);
@@ -98,20 +112,20 @@ std::span<const std::int64_t> ParallelCall::of_my_place(const std::vector<std::i
 Tensor ParallelCall::floats(Slot slot, std::int64_t tokens, std::int64_t size) const {
   const std::int64_t heads = layer_.heads.query.size();
   char* const memory = group_.workspace.get(slot, batch_ * tokens * heads * size * std::int64_t{sizeof(float)});
-  return token_major(memory, batch_, tokens, heads, size, kFloat32);
+  return token_major(memory, batch_, tokens, heads, size, kFloat32, device_);
 }
 
 Tensor ParallelCall::like_query(Slot slot, std::int64_t tokens) const {
   const std::int64_t heads = layer_.heads.query.size();
   char* const memory = group_.workspace.get(slot, batch_ * tokens * heads * size_ * (dtype_.bits / 8));
-  return token_major(memory, batch_, tokens, heads, size_, dtype_);
+  return token_major(memory, batch_, tokens, heads, size_, dtype_, device_);
 }
 
 ParallelCall::KeysAndValues ParallelCall::keys_in(char* memory, std::int64_t tokens) const {
   const std::int64_t heads = layer_.heads.kv.size();
-  const Tensor key = token_major(memory, batch_, tokens, heads, size_, dtype_);
+  const Tensor key = token_major(memory, batch_, tokens, heads, size_, dtype_, device_);
   return {.key = key,
-          .value = token_major(memory + bytes_of(key, tokens, heads), batch_, tokens, heads, size_, dtype_)};
+          .value = token_major(memory + bytes_of(key, tokens, heads), batch_, tokens, heads, size_, dtype_, device_)};
 }
 
 // Every key is here: the back end's own call, for some heads.
@@ -140,20 +154,15 @@ void ParallelCall::compute_whole(const KeysAndValues& keys, bool lse_wanted) {
 void ParallelCall::compute_ring(const KeysAndValues& own) {
   const int places = group_.second->size();
   const auto chunk_at = [&](int step) { return static_cast<std::size_t>((place_ - step + places) % places); };
-  const auto bytes_at = [&](int step) {
-    return 2 * bytes_of(own.key, key_chunks_[chunk_at(step)].size(), layer_.heads.kv.size());
-  };
   KeysAndValues keys = own;
   for (int step = 0; step < places; ++step) {
     std::unique_ptr<Pending> pending;
     KeysAndValues next;
     if (step + 1 < places) {
       const Slot slot = step % 2 == 0 ? Slot::next_keys_and_values : Slot::last_keys_and_values;
-      char* const memory = group_.workspace.get(slot, bytes_at(step + 1));
-      next = keys_in(memory, key_chunks_[chunk_at(step + 1)].size());
-      pending = group_.second->exchange(
-          {.rank = (place_ + 1) % places, .data = data_pointer(keys.key), .bytes = bytes_at(step)},
-          {.rank = (place_ + places - 1) % places, .data = memory, .bytes = bytes_at(step + 1)}, own.key.device());
+      const std::int64_t tokens = key_chunks_[chunk_at(step + 1)].size();
+      next = keys_in(group_.workspace.get(slot, 2 * bytes_of(own.key, tokens, layer_.heads.kv.size())), tokens);
+      pending = pass_on(*group_.second, std::array{keys.key, keys.value}, std::array{next.key, next.value});
     }
     if (step == 0) compute_text_keys();
     compute_keys(1 + chunk_at(step), keys);
@@ -164,20 +173,16 @@ void ParallelCall::compute_ring(const KeysAndValues& own) {
 
 // The text's keys while the image's are gathered, then all of these at once.
 void ParallelCall::compute_gathered(const KeysAndValues& own) {
-  std::vector<std::int64_t> bytes;
-  for (const Range& chunk : key_chunks_) bytes.push_back(bytes_of(own.key, chunk.size(), layer_.heads.kv.size()));
   const std::int64_t tokens = agreement_.sizes.keys;
   char* const memory =
       group_.workspace.get(Slot::next_keys_and_values, 2 * bytes_of(own.key, tokens, layer_.heads.kv.size()));
   const KeysAndValues all = keys_in(memory, tokens);
-  const auto gather = [&](const Tensor& mine, const Tensor& into) {
-    return group_.second->all_gather(data_pointer(mine), data_pointer(into), bytes, mine.device());
-  };
-  const auto keys = gather(own.key, all.key);
-  const auto values = gather(own.value, all.value);
+  const auto pending = gather_tokens(
+      *group_.second,
+      std::array{TokenCopy{.to = all.key, .from = own.key}, TokenCopy{.to = all.value, .from = own.value}},
+      key_chunks_);
   compute_text_keys();
-  keys->wait();
-  values->wait();
+  pending->wait();
   compute_keys(1, all);
 }
 
@@ -202,7 +207,7 @@ void ParallelCall::compute_part(const PlannedCall& planned, const Tensor& query,
   const std::int64_t numbers = block.batch.size() * block.rows.size() * heads.size();
   const auto part = [&](Slot slot, std::int64_t size, DLDataType dtype) {
     char* const memory = group_.workspace.get(slot, numbers * size * (dtype.bits / 8));
-    return token_major(memory, block.batch.size(), block.rows.size(), heads.size(), size, dtype);
+    return token_major(memory, block.batch.size(), block.rows.size(), heads.size(), size, dtype, device_);
   };
   const Rows result{.out = part(Slot::part_out, size_, dtype_), .lse = part(Slot::part_lse, 1, kFloat32)};
   layer_.runs[planned.run][block.causal ? 1 : 0]->forward(

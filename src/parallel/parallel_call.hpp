@@ -40,6 +40,8 @@ class ParallelCall {
     Tensor value;
   };
 
+  KeysAndValues scatter(const Tensor& query, const Tensor& key, const Tensor& value);
+  KeysAndValues keep(const Tensor& query, const Tensor& key, const Tensor& value);
   void compute_whole(const KeysAndValues& keys, bool lse_wanted);
   void compute_ring(const KeysAndValues& own);
   void compute_gathered(const KeysAndValues& own);
@@ -65,6 +67,7 @@ class ParallelCall {
   std::int64_t batch_;
   std::int64_t size_;
   DLDataType dtype_;
+  DLDevice device_;
   std::array<Tensor, 2> queries_;  // text's, image's
   std::array<Rows, 2> rows_;       // the same
 };

@@ -1,9 +1,30 @@
 #include "parallel/tokens.hpp"
 
-#include <array>
 #include <cstring>
 
+#include "parallel/device_tokens.hpp"
+
 namespace ditattn::parallel {
+namespace {
+
+void copy_on_host(const Tensor& to, const Tensor& from) {
+  const std::int64_t item = to.dtype().bits / 8;
+  const std::int64_t size = to.size(3);
+  const bool together = to.stride(2) == size && from.stride(2) == size;
+  const std::int64_t runs = together ? 1 : to.size(2);
+  const std::int64_t bytes = (together ? to.size(2) : 1) * size * item;
+  if (to.numel() == 0) return;
+  auto* target = static_cast<char*>(data_pointer(to));
+  const auto* source = static_cast<const char*>(data_pointer(from));
+  for_each_token(to, [&](std::int64_t batch, std::int64_t token) {
+    for (std::int64_t head = 0; head < runs; ++head) {
+      std::memcpy(target + offset_of(to, batch, token, head) * item,
+                  source + offset_of(from, batch, token, head) * item, static_cast<std::size_t>(bytes));
+    }
+  });
+}
+
+}  // namespace
 
 Range share(std::int64_t total, std::int64_t parts, std::int64_t index) {
   const std::int64_t least = total / parts;
@@ -23,8 +44,8 @@ Tensor slice(const Tensor& tensor, int dimension, Range range) {
 }
 
 Tensor token_major(void* data, std::int64_t batch, std::int64_t tokens, std::int64_t heads, std::int64_t size,
-                   DLDataType dtype) {
-  return wrap(data, {batch, tokens, heads, size}, dtype, {heads * size, batch * heads * size, size, 1});
+                   DLDataType dtype, DLDevice device) {
+  return wrap(data, {batch, tokens, heads, size}, dtype, {heads * size, batch * heads * size, size, 1}, device);
 }
 
 Tensor lse_as_tokens(const Tensor& lse) {
@@ -37,21 +58,19 @@ Tensor tokens_as_lse(const Tensor& tokens) {
               {tokens.stride(0), tokens.stride(2), tokens.stride(1)}, tokens.device());
 }
 
-void copy(const Tensor& to, const Tensor& from) {
-  const std::int64_t item = to.dtype().bits / 8;
-  const std::int64_t size = to.size(3);
-  const bool together = to.stride(2) == size && from.stride(2) == size;
-  const std::int64_t runs = together ? 1 : to.size(2);
-  const std::int64_t bytes = (together ? to.size(2) : 1) * size * item;
-  if (to.numel() == 0) return;
-  auto* target = static_cast<char*>(data_pointer(to));
-  const auto* source = static_cast<const char*>(data_pointer(from));
-  for_each_token(to, [&](std::int64_t batch, std::int64_t token) {
-    for (std::int64_t head = 0; head < runs; ++head) {
-      std::memcpy(target + offset_of(to, batch, token, head) * item,
-                  source + offset_of(from, batch, token, head) * item, static_cast<std::size_t>(bytes));
-    }
-  });
+bool is_token_major(const Tensor& tensor) {
+  const std::int64_t row = tensor.size(2) * tensor.size(3);
+  const auto lies = [&](int dimension, std::int64_t stride) {
+    return tensor.size(dimension) == 1 || tensor.stride(dimension) == stride;
+  };
+  return lies(3, 1) && lies(2, tensor.size(3)) && lies(0, row) && lies(1, tensor.size(0) * row);
+}
+
+void copy(std::span<const TokenCopy> copies) {
+  if (copies.empty()) return;
+  const DLDevice device = copies.front().to.device();
+  if (device.device_type != kDLCPU) return device_tokens(device).copy(copies);
+  for (const TokenCopy& one : copies) copy_on_host(one.to, one.from);
 }
 
 }  // namespace ditattn::parallel

@@ -4,7 +4,9 @@
 /// ranks is one tensor, in place.
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "ditattn/tensor.hpp"
@@ -28,14 +30,23 @@ Tensor slice(const Tensor& tensor, int dimension, Range range);
 /// A tensor (batch, tokens, heads, size) over memory that has all of a token's numbers together: (tokens, batch, heads,
 /// size).
 Tensor token_major(void* data, std::int64_t batch, std::int64_t tokens, std::int64_t heads, std::int64_t size,
-                   DLDataType dtype);
+                   DLDataType dtype, DLDevice device = kCpu);
 
 /// An LSE (batch, heads, tokens) as (batch, tokens, heads, 1), and back.
 Tensor lse_as_tokens(const Tensor& lse);
 Tensor tokens_as_lse(const Tensor& tokens);
 
-/// Copies (batch, tokens, heads, size), of the same shape and dtype, any strides with a unit last one.
-void copy(const Tensor& to, const Tensor& from);
+/// Whether memory has one token after the other, as `token_major` does.
+bool is_token_major(const Tensor& tensor);
+
+/// Copies (batch, tokens, heads, size), of the same shape, dtype and device, any strides with a unit last one. On a GPU
+/// in this thread's stream, all in one go.
+struct TokenCopy {
+  Tensor to;
+  Tensor from;
+};
+void copy(std::span<const TokenCopy> copies);
+inline void copy(const Tensor& to, const Tensor& from) { copy(std::array{TokenCopy{.to = to, .from = from}}); }
 
 /// Calls body(batch, token) for all of them, in parallel where there is much to do.
 template <class Body>

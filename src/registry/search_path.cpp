@@ -16,14 +16,6 @@ namespace fs = std::filesystem;
 // Relative to the library's own directory; cmake/targets.cmake installs there.
 constexpr const char* kInstalledBackends = "ditattn/backends";
 
-std::string library_directory() {
-  Dl_info info{};
-  if (dladdr(reinterpret_cast<const void*>(&library_directory), &info) == 0) return {};
-  std::error_code error;
-  const fs::path file = fs::canonical(info.dli_fname, error);
-  return error ? std::string() : file.parent_path().string();
-}
-
 // The non-empty entries of DITATTN_PLUGIN_PATH that are absolute, or those that are not.
 std::vector<std::string> path_entries(bool absolute) {
   std::vector<std::string> entries;
@@ -35,6 +27,14 @@ std::vector<std::string> path_entries(bool absolute) {
 }
 
 }  // namespace
+
+std::string library_directory() {
+  Dl_info info{};
+  if (dladdr(reinterpret_cast<const void*>(&library_directory), &info) == 0) return {};
+  std::error_code error;
+  const fs::path file = fs::canonical(info.dli_fname, error);
+  return error ? std::string() : file.parent_path().string();
+}
 
 std::vector<std::string> plugin_search_path() {
   std::vector<std::string> directories = path_entries(true);

@@ -8,6 +8,9 @@
 
 namespace ditattn {
 
+/// Where this library lies; empty where that cannot be told.
+std::string library_directory();
+
 /// Entries of DITATTN_PLUGIN_PATH that are ignored, because they are not absolute.
 DITATTN_API std::vector<std::string> ignored_search_path_entries();
 
