@@ -43,4 +43,5 @@ fi
 if [ "${1:-}" = cuda ]; then
   require requirements-cuda.txt --no-deps
   PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null || require requirements-nvcc.txt
+  ls /usr/include/nccl.h /usr/local/include/nccl.h /usr/local/cuda/include/nccl.h >/dev/null 2>&1 || require requirements-nccl.txt --no-deps
 fi

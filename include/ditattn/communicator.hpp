@@ -70,6 +70,10 @@ class DITATTN_API Communicator {
   virtual std::unique_ptr<Pending> start(Operation operation, std::span<const SendBlock> sends,
                                          std::span<const ReceiveBlock> receives, DLDevice device) = 0;
 
+  /// Throws what has failed among operations on a device, which the host does not wait for. After waiting for the
+  /// device it tells whether results are what they should be. Thread-safe.
+  virtual void check() {}
+
   /// A group of the ranks that give the same `colour`, in the order of `key`, then of rank. Called by all ranks.
   virtual std::shared_ptr<Communicator> split(int colour, int key) = 0;
 
@@ -98,7 +102,8 @@ class DITATTN_API Communicator {
 struct ThreadWorldState;
 
 /// Ranks that are threads of this process. What is sent is copied when an operation starts, and again when it is waited
-/// for. The object may go before its communicators. ValueError unless size and timeout are positive.
+/// for. On a GPU too, of which ranks may share one; the host waits for its copies then: for tests, not for speed. The
+/// object may go before its communicators. ValueError unless size and timeout are positive.
 class DITATTN_API ThreadWorld {
  public:
   explicit ThreadWorld(int size, Seconds timeout = kDefaultTimeout);

@@ -4,6 +4,7 @@
 /// `libnccl.so.2` when first asked.
 
 #include <array>
+#include <filesystem>
 #include <memory>
 
 #include "ditattn/communicator.hpp"
@@ -11,7 +12,8 @@
 
 namespace ditattn::parallel {
 
-/// What ranks must have in common to find each other: made by one, brought to the others by any means (a file, a store).
+/// What ranks must have in common to find each other: made by one, brought to the others by any means (a file, a
+/// store).
 using NcclId = std::array<char, 128>;
 
 /// A new one. ImportError where there is no NCCL, with where it was looked for.
@@ -30,8 +32,13 @@ DITATTN_API std::shared_ptr<Communicator> nccl_communicator(const NcclId& id, in
 /// The same ranks as `over` (threads, MPI), which brings the id to them and its timeout.
 DITATTN_API std::shared_ptr<Communicator> nccl_communicator(const std::shared_ptr<Communicator>& over, int device);
 
-/// An `ncclComm_t` that the program has, and keeps: it must outlive the result, and no other operation of it may be under
-/// way at the same time. Where a rank is lost it is aborted.
+/// The same by a file that all ranks see, and that is not there before: rank 0 writes the id into it, and removes it
+/// when all have come. FileError where there is one already, or it cannot be written.
+DITATTN_API std::shared_ptr<Communicator> nccl_communicator(const std::filesystem::path& file, int rank, int size,
+                                                            int device, Seconds timeout = kDefaultTimeout);
+
+/// An `ncclComm_t` that the program has, and keeps: it must outlive the result, and no other operation of it may be
+/// under way at the same time. Where a rank is lost it is aborted.
 DITATTN_API std::shared_ptr<Communicator> nccl_communicator(void* nccl_comm, Seconds timeout = kDefaultTimeout);
 
 }  // namespace ditattn::parallel

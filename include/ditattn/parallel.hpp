@@ -79,12 +79,12 @@ class DITATTN_API ParallelAttention {
   ///
   /// Ranks agree on shapes first. ValueError, on every rank and before any tensor moves: what the back end refuses
   /// alone, or what differs between ranks; where another rank cannot take part, CommunicationError has its reason.
-  /// Later errors (memory, a lost rank) end the group. NotImplementedError for tensors on a device that the communicator
-  /// does not take.
+  /// Later errors (memory, a lost rank) end the group. NotImplementedError for tensors on a device that the
+  /// communicator does not take.
   ///
   /// On a GPU work is queued in this thread's current stream, calls of a group one after the other, and the host waits
-  /// for nothing, but for the first call of each kind: in it ranks agree, and memory is allocated. A rank that makes such
-  /// a call again takes it that all do. After that a call with `outputs.out` may be captured into a CUDA graph.
+  /// for nothing, but for the first call of each kind: in it ranks agree, and memory is allocated. A rank that makes
+  /// such a call again takes it that all do. After that a call with `outputs.out` may be captured into a CUDA graph.
   Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionMetadata& metadata = {},
                  const ForwardOutputs& outputs = {});
 

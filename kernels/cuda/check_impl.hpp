@@ -1,6 +1,6 @@
 #pragma once
 
-/// Errors of CUDA's runtime. Included by .cu files alone.
+/// Errors of CUDA's runtime. Included by what is compiled with CUDA's headers alone.
 
 #include <cuda_runtime.h>
 

@@ -1,6 +1,6 @@
 #pragma once
 
-/// What every unit's launchers share. Included by .cu files alone.
+/// What every unit's launchers share. Included by what is compiled with CUDA's headers alone.
 
 #include <cstdint>
 

@@ -17,16 +17,25 @@
 #include <utility>
 #include <vector>
 
+#include "core/cuda_driver.hpp"
 #include "ditattn/communicator.hpp"
+#include "ditattn/cuda.hpp"
 #include "parallel/error_text.hpp"
 
 namespace ditattn::parallel {
 namespace {
 
+// A copy of what was sent, where it was: in host memory or a GPU's.
 struct Message {
   Operation operation;
-  std::vector<char> bytes;
+  Tensor memory;
+
+  [[nodiscard]] std::int64_t bytes() const { return memory.numel(); }
 };
+
+Tensor bytes_at(const void* data, std::int64_t bytes, DLDevice device) {
+  return wrap(const_cast<void*>(data), {bytes}, kBool, {}, device);
+}
 
 // The group's name, who sends, who receives, by their numbers in the world.
 using Mailbox = std::tuple<std::string, int, int>;
@@ -96,18 +105,29 @@ class ThreadPending final : public Pending {
   void wait() override {
     for (const auto& [mailbox, block] : std::exchange(expected_, {})) {
       const Message message = world_->take(mailbox, operation_);
-      if (message.operation != operation_ || static_cast<std::int64_t>(message.bytes.size()) != block.bytes) {
-        const std::string text = fmt::format(
-            "rank {} expects {} bytes by {}, rank {} sent {} by {}", std::get<2>(mailbox), block.bytes,
-            operation_name(operation_), std::get<1>(mailbox), message.bytes.size(), operation_name(message.operation));
+      if (message.operation != operation_ || message.bytes() != block.bytes) {
+        const std::string text = fmt::format("rank {} expects {} bytes by {}, rank {} sent {} by {}",
+                                             std::get<2>(mailbox), block.bytes, operation_name(operation_),
+                                             std::get<1>(mailbox), message.bytes(), operation_name(message.operation));
         world_->abort(text);
         throw CommunicationError("parallel: " + text + ".");
       }
-      std::memcpy(block.data, message.bytes.data(), message.bytes.size());
+      deliver(message.memory, block);
     }
   }
 
  private:
+  static void deliver(const Tensor& memory, const ReceiveBlock& block) {
+    const DLDevice device = memory.device();
+    const auto bytes = static_cast<std::size_t>(block.bytes);
+    if (device.device_type == kDLCPU) {
+      std::memcpy(block.data, memory.data_ptr(), bytes);
+    } else {
+      cuda::copy(block.data, memory.data_ptr(), bytes, device.device_id, current_stream(device));
+      synchronize(device);
+    }
+  }
+
   World world_;
   Operation operation_;
   std::vector<Expected> expected_;
@@ -121,12 +141,21 @@ class ThreadCommunicator final : public Communicator {
         group_(std::move(group)),
         members_(std::move(members)) {}
 
+  [[nodiscard]] bool takes(DLDevice device) const override {
+    return device.device_type == kDLCPU || device.device_type == kDLCUDA;
+  }
+
   std::unique_ptr<Pending> start(Operation operation, std::span<const SendBlock> sends,
                                  std::span<const ReceiveBlock> receives, DLDevice device) override {
-    if (!takes(device)) throw NotImplementedError("Ranks that are threads exchange host memory only.");
-    for (const SendBlock& block : sends) {
-      const auto* bytes = static_cast<const char*>(block.data);
-      world_->post({group_, world_rank(rank()), world_rank(block.rank)}, {operation, {bytes, bytes + block.bytes}});
+    if (!takes(device)) {
+      throw NotImplementedError(fmt::format(
+          "Ranks that are threads exchange memory of the host or of a GPU, not of {}.", device_name(device)));
+    }
+    std::vector<Tensor> copies;
+    for (const SendBlock& block : sends) copies.push_back(copy_to(bytes_at(block.data, block.bytes, device), device));
+    synchronize(device);
+    for (std::size_t i = 0; i < sends.size(); ++i) {
+      world_->post({group_, world_rank(rank()), world_rank(sends[i].rank)}, {operation, copies[i]});
     }
     std::vector<Expected> expected;
     for (const ReceiveBlock& block : receives) {

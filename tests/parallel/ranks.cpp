@@ -75,6 +75,14 @@ std::vector<Mesh> meshes_of(int size) {
   return meshes;
 }
 
+Tensor on(DLDevice device, const Tensor& tensor) {
+  return tensor.device().device_type == device.device_type ? tensor : copy_to(tensor, device);
+}
+
+AttentionMetadata on(DLDevice device, const AttentionMetadata& metadata) {
+  return device.device_type == kDLCPU ? metadata : copy_to(metadata, device);
+}
+
 bool same_bits(const Tensor& a, const Tensor& b) {
   return bytes_of(a) == bytes_of(b) &&
          std::memcmp(data_pointer(a), data_pointer(b), static_cast<std::size_t>(bytes_of(a))) == 0;
@@ -87,13 +95,18 @@ Whole compute(const conformance::Drawn& problem, const BackendClass& backend, co
     const auto group = std::make_shared<ParallelGroup>(communicator, mesh);
     ParallelAttention layer(backend, problem.config, group);
     const int rank = communicator->rank();
-    const Tensor query = slice(problem.query, 1, part(rows, rank));
-    const Tensor key = slice(problem.key, 1, part(keys, rank));
-    const Tensor value = slice(problem.value, 1, part(keys, rank));
+    const DLDevice device = ranks().device(rank);
+    const Tensor query = on(device, slice(problem.query, 1, part(rows, rank)));
+    const Tensor key = on(device, slice(problem.key, 1, part(keys, rank)));
+    const Tensor value = on(device, slice(problem.value, 1, part(keys, rank)));
+    const AttentionMetadata metadata = on(device, problem.metadata);
     const std::int64_t text = joint_rows(problem.metadata);
-    const Tensor lse = empty({query.size(0), query.size(2), query.size(1) + text}, kFloat32);
+    Tensor lse = empty(std::array{query.size(0), query.size(2), query.size(1) + text}, kFloat32, device);
     Tensor out;
-    for (int i = 0; i < repeats; ++i) out = layer.forward(query, key, value, problem.metadata, {.lse = lse});
+    for (int i = 0; i < repeats; ++i) out = layer.forward(query, key, value, metadata, {.lse = lse});
+    out = on(kCpu, out);
+    lse = on(kCpu, lse);
+    communicator->check();
     // An LSE by token, as the whole is put together.
     const Tensor sums = empty({lse.size(0), lse.size(2), lse.size(1), 1}, kFloat32);
     copy(sums, lse_as_tokens(lse));

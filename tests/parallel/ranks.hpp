@@ -26,6 +26,8 @@ struct Ranks {
   std::vector<int> sizes = {1, 2, 3, 4, 8};
   bool is_first = true;  ///< this process has rank 0, which sees results
   int fraction = 1;      ///< of the problems, one of so many is run
+  /// Where each rank computes.
+  std::function<DLDevice(int rank)> device = [](int /*rank*/) { return kCpu; };
 };
 Ranks& ranks();
 
@@ -43,6 +45,10 @@ struct Whole {
 /// one's results are kept.
 Whole compute(const conformance::Drawn& problem, const BackendClass& backend, const Mesh& mesh,
               const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& keys, int repeats = 1);
+
+/// A tensor, or metadata, in the memory of `device`.
+Tensor on(DLDevice device, const Tensor& tensor);
+AttentionMetadata on(DLDevice device, const AttentionMetadata& metadata);
 
 /// Whether two tensors of one shape have the same bits.
 bool same_bits(const Tensor& a, const Tensor& b);

@@ -18,6 +18,7 @@ RULES = {
     "src/selector": r'<|"(?:ditattn|core|registry|tuner|selector)/',
     "src/guard": r'<|"(?:ditattn|core|registry|guard)/',
     "src/parallel": r'<|"(?:ditattn|core|registry|parallel)/',
+    "src/nccl": r'<|"(?:ditattn|kernels|parallel|nccl)/',
     "python": rf'{STD}|[<"](?:ditattn|tvm)/',
     "backends": r'<(?!core/|registry/|selector/|src/|tools/)|"(?:ditattn|kernels|backends)/',
 }

@@ -1,0 +1,363 @@
+// NCCL as a transport: a batch of sends and receives is a group of NCCL's, in a stream of its own.
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+#include <set>
+#include <utility>
+
+#include "ditattn/cuda.hpp"
+#include "ditattn/nccl.hpp"
+#include "kernels/cuda/launch_impl.hpp"
+#include "nccl/nccl_library.hpp"
+#include "nccl/nccl_state.hpp"
+
+namespace ditattn::parallel {
+namespace {
+
+using kernels::cuda::check;
+using kernels::cuda::OnDevice;
+using State = std::shared_ptr<NcclState>;
+
+// On the GPU: this thread's stream goes on after it.
+class DevicePending final : public Pending {
+ public:
+  DevicePending(State state, std::shared_ptr<const Event> ended) : state_(std::move(state)), ended_(std::move(ended)) {}
+  void wait() override {
+    state_->check();
+    const OnDevice on_device(state_->device());
+    ended_->follow(static_cast<cudaStream_t>(current_stream({kDLCUDA, state_->device()})));
+  }
+
+ private:
+  State state_;
+  std::shared_ptr<const Event> ended_;
+};
+
+// Device memory in a stream's order.
+class Staging {
+ public:
+  Staging(std::int64_t bytes, cudaStream_t stream) : stream_(stream) {
+    check(cudaMallocAsync(&data_, static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)), stream),
+          "cudaMallocAsync");
+  }
+  ~Staging() { cudaFreeAsync(data_, stream_); }
+  Staging(const Staging&) = delete;
+  Staging& operator=(const Staging&) = delete;
+  [[nodiscard]] char* data() const { return static_cast<char*>(data_); }
+  [[nodiscard]] cudaStream_t stream() const { return stream_; }
+
+ private:
+  cudaStream_t stream_;
+  void* data_ = nullptr;
+};
+
+// From the host to the host, through the GPU's memory.
+class HostPending final : public Pending {
+ public:
+  HostPending(State state, std::shared_ptr<const Event> ended, std::unique_ptr<Staging> memory,
+              std::vector<std::pair<ReceiveBlock, const char*>> received)
+      : state_(std::move(state)),
+        ended_(std::move(ended)),
+        memory_(std::move(memory)),
+        received_(std::move(received)) {}
+
+  void wait() override {
+    const OnDevice on_device(state_->device());
+    while (!ended_->passed()) {  // the state's thread sees to it that this ends
+      state_->check();
+      std::this_thread::sleep_for(std::chrono::microseconds(10));
+    }
+    state_->check();
+    for (const auto& [block, from] : received_) {
+      check(cudaMemcpyAsync(block.data, from, static_cast<std::size_t>(block.bytes), cudaMemcpyDeviceToHost,
+                            memory_->stream()),
+            "cudaMemcpyAsync");
+    }
+    check(cudaStreamSynchronize(memory_->stream()), "cudaStreamSynchronize");
+  }
+
+ private:
+  State state_;
+  std::shared_ptr<const Event> ended_;
+  std::unique_ptr<Staging> memory_;
+  std::vector<std::pair<ReceiveBlock, const char*>> received_;
+};
+
+// What `make` makes, once it is ready: all of its ranks have come. Kept by the state.
+ncclComm_t make_handle(NcclState& state, const char* what, const std::string& text,
+                       const std::function<ncclResult_t(ncclComm_t*)>& make) {
+  ncclComm_t handle = nullptr;
+  try {
+    state.call(what, handle, text, [&] { return make(&handle); });
+    state.call(what, handle, text, [] { return ncclInProgress; });
+  } catch (...) {
+    if (handle != nullptr) nccl().comm_abort(handle);
+    throw;
+  }
+  state.keep(handle);
+  return handle;
+}
+
+class NcclCommunicator final : public Communicator {
+ public:
+  // `handle` is kept by the state; `ours`: it is ended with this object.
+  NcclCommunicator(State state, ncclComm_t handle, int rank, int size, bool ours)
+      : Communicator(rank, size, state->timeout()), state_(std::move(state)), handle_(handle), ours_(ours) {
+    const OnDevice on_device(state_->device());
+    int lowest = 0;
+    int highest = 0;
+    kernels::cuda::check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
+    kernels::cuda::check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest), "cudaStreamCreate");
+  }
+  ~NcclCommunicator() override {
+    state_->release(handle_, ours_);
+    cudaStreamDestroy(stream_);
+  }
+  NcclCommunicator(const NcclCommunicator&) = delete;
+  NcclCommunicator& operator=(const NcclCommunicator&) = delete;
+
+  [[nodiscard]] bool takes(DLDevice device) const override {
+    return device.device_type == kDLCPU || (device.device_type == kDLCUDA && device.device_id == state_->device());
+  }
+
+  void check() override { state_->check(); }
+
+  std::unique_ptr<Pending> start(Operation operation, std::span<const SendBlock> sends,
+                                 std::span<const ReceiveBlock> receives, DLDevice device) override {
+    if (!takes(device)) {
+      throw NotImplementedError(fmt::format("These ranks exchange memory of the host and of cuda:{}, not of {}.",
+                                            state_->device(), device_name(device)));
+    }
+    const OnDevice on_device(state_->device());
+    if (device.device_type == kDLCPU) return start_on_host(operation, sends, receives);
+    auto* const caller = static_cast<cudaStream_t>(current_stream(device));
+    const auto before = std::make_shared<Event>();
+    before->record(caller);
+    before->follow(stream_);
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    kernels::cuda::check(cudaStreamIsCapturing(caller, &capture), "cudaStreamIsCapturing");
+    auto ended = queue(operation, sends, receives, before, capture == cudaStreamCaptureStatusNone);
+    return std::make_unique<DevicePending>(state_, std::move(ended));
+  }
+
+  std::shared_ptr<Communicator> split(int colour, int key) override {
+    const OnDevice on_device(state_->device());
+    const std::string text = fmt::format("rank {} waits in ncclCommSplit for another", rank());
+    const ncclComm_t part = make_handle(*state_, "ncclCommSplit", text, [&](ncclComm_t* made) {
+      return nccl().comm_split(handle_, colour, key, made, nullptr);
+    });
+    return of(state_, part, true);
+  }
+
+  // NCCL cannot tell the others why: they end by their timeout.
+  void abort(const std::string& reason) noexcept override {
+    state_->fail(false, fmt::format("rank {} failed: {}", rank(), reason));
+  }
+
+  static std::shared_ptr<Communicator> of(const State& state, ncclComm_t handle, bool ours) {
+    int rank = 0;
+    int size = 0;
+    state->call("ncclCommUserRank", handle, "", [&] { return nccl().comm_user_rank(handle, &rank); });
+    state->call("ncclCommCount", handle, "", [&] { return nccl().comm_count(handle, &size); });
+    return std::make_shared<NcclCommunicator>(state, handle, rank, size, ours);
+  }
+
+ private:
+  // The end of the batch in the stream. `watched`: not while it is only recorded.
+  std::shared_ptr<const Event> queue(Operation operation, std::span<const SendBlock> sends,
+                                     std::span<const ReceiveBlock> receives, const std::shared_ptr<const Event>& began,
+                                     bool watched) {
+    const std::string text = waiting_text(operation, sends, receives);
+    state_->call(operation_name(operation).data(), handle_, text, [&] {
+      const NcclLibrary& library = nccl();
+      ncclResult_t result = library.group_start();
+      const auto add = [&](ncclResult_t added) {
+        if (result == ncclSuccess && added != ncclInProgress) result = added;
+      };
+      for (const SendBlock& block : sends) {
+        add(library.send(block.data, static_cast<std::size_t>(block.bytes), ncclInt8, block.rank, handle_, stream_));
+      }
+      for (const ReceiveBlock& block : receives) {
+        add(library.recv(block.data, static_cast<std::size_t>(block.bytes), ncclInt8, block.rank, handle_, stream_));
+      }
+      const ncclResult_t ended = library.group_end();
+      return result == ncclSuccess ? ended : result;
+    });
+    auto end = std::make_shared<Event>();
+    end->record(stream_);
+    if (watched) state_->watch({.began = began, .ended = end, .text = text});
+    return end;
+  }
+
+  std::unique_ptr<Pending> start_on_host(Operation operation, std::span<const SendBlock> sends,
+                                         std::span<const ReceiveBlock> receives) {
+    std::int64_t bytes = 0;
+    for (const SendBlock& block : sends) bytes += block.bytes;
+    for (const ReceiveBlock& block : receives) bytes += block.bytes;
+    auto memory = std::make_unique<Staging>(bytes, stream_);
+    char* at = memory->data();
+    std::vector<SendBlock> sent;
+    for (const SendBlock& block : sends) {
+      kernels::cuda::check(
+          cudaMemcpyAsync(at, block.data, static_cast<std::size_t>(block.bytes), cudaMemcpyHostToDevice, stream_),
+          "cudaMemcpyAsync");
+      sent.push_back({block.rank, at, block.bytes});
+      at += block.bytes;
+    }
+    std::vector<ReceiveBlock> came;
+    std::vector<std::pair<ReceiveBlock, const char*>> received;
+    for (const ReceiveBlock& block : receives) {
+      came.push_back({block.rank, at, block.bytes});
+      received.emplace_back(block, at);
+      at += block.bytes;
+    }
+    const auto before = std::make_shared<Event>();
+    before->record(stream_);
+    auto ended = queue(operation, sent, came, before, true);
+    return std::make_unique<HostPending>(state_, std::move(ended), std::move(memory), std::move(received));
+  }
+
+  [[nodiscard]] std::string waiting_text(Operation operation, std::span<const SendBlock> sends,
+                                         std::span<const ReceiveBlock> receives) const {
+    std::set<int> peers;
+    for (const SendBlock& block : sends) peers.insert(block.rank);
+    for (const ReceiveBlock& block : receives) peers.insert(block.rank);
+    peers.erase(rank());
+    return fmt::format("rank {} waits in {} for rank {}", rank(), operation_name(operation), fmt::join(peers, " or "));
+  }
+
+  State state_;
+  ncclComm_t handle_;
+  bool ours_;
+  cudaStream_t stream_ = nullptr;
+};
+
+void check_ranks(int rank, int size, int device, Seconds timeout) {
+  const auto devices = static_cast<int>(cuda_info().devices.size());
+  if (device < 0 || device >= devices) {
+    throw ValueError(fmt::format("There is no cuda:{}: {}.", device,
+                                 devices == 0 ? cuda_info().reason : fmt::format("there are {} devices", devices)));
+  }
+  if (size < 1 || rank < 0 || rank >= size) {
+    throw ValueError(fmt::format("There is no rank {} among {}.", rank, size));
+  }
+  if (!(timeout.count() > 0 && timeout < std::chrono::hours(24 * 365))) {
+    throw ValueError(fmt::format("A timeout of {} s: it must be more than 0 s and less than a year.", timeout.count()));
+  }
+}
+
+// A file that others find an id in, for as long as this object lives. It is written elsewhere and linked, so that
+// nobody reads a part of it and no other is overwritten.
+class IdFile {
+ public:
+  IdFile(std::filesystem::path file, const NcclId& id) : file_(std::move(file)), id_(id) {
+    const std::string draft = fmt::format("{}.{}", file_.string(), ::getpid());
+    std::ofstream stream(draft, std::ios::binary);
+    stream.write(id.data(), static_cast<std::streamsize>(id.size()));
+    stream.close();
+    std::error_code error;
+    if (!stream) {
+      throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}", draft, std::strerror(errno)));
+    }
+    std::filesystem::create_hard_link(draft, file_, error);
+    std::filesystem::remove(draft);
+    if (error) {
+      throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}. Name a file that is not there.",
+                                  file_.string(), error.message()));
+    }
+  }
+  ~IdFile() {
+    std::error_code ignored;
+    std::filesystem::remove(file_, ignored);
+  }
+  IdFile(const IdFile&) = delete;
+  IdFile& operator=(const IdFile&) = delete;
+  [[nodiscard]] const NcclId& id() const { return id_; }
+
+ private:
+  std::filesystem::path file_;
+  NcclId id_;
+};
+
+NcclId read_id(const std::filesystem::path& file, Seconds timeout) {
+  for (const auto start = std::chrono::steady_clock::now(); std::chrono::steady_clock::now() - start < timeout;) {
+    NcclId id{};
+    if (std::ifstream(file, std::ios::binary).read(id.data(), static_cast<std::streamsize>(id.size()))) return id;
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  throw TimeoutError(fmt::format("parallel: rank 0 did not write {} within {} s: it is lost or late.", file.string(),
+                                 timeout.count()));
+}
+
+}  // namespace
+
+NcclId nccl_id() {
+  ncclUniqueId made;
+  const ncclResult_t result = nccl().get_unique_id(&made);
+  if (result != ncclSuccess) throw CommunicationError("parallel: " + nccl_error("ncclGetUniqueId", result) + ".");
+  NcclId id{};
+  static_assert(sizeof(id) == sizeof(made));
+  std::memcpy(id.data(), &made, sizeof(made));
+  return id;
+}
+
+std::shared_ptr<Communicator> nccl_communicator(const NcclId& id, int rank, int size, int device, Seconds timeout) {
+  nccl();  // first of all, whether there is one
+  check_ranks(rank, size, device, timeout);
+  const OnDevice on_device(device);
+  const auto state = std::make_shared<NcclState>(device, timeout);
+  ncclUniqueId common;
+  std::memcpy(&common, id.data(), sizeof(common));
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+  config.blocking = 0;  // so that a peer that does not come ends by the timeout
+  const std::string text = fmt::format("rank {} of {} waits in ncclCommInitRank for another", rank, size);
+  const ncclComm_t handle = make_handle(*state, "ncclCommInitRank", text, [&](ncclComm_t* made) {
+    return nccl().comm_init_rank_config(made, size, common, rank, &config);
+  });
+  return NcclCommunicator::of(state, handle, true);
+}
+
+std::shared_ptr<Communicator> nccl_communicator(const std::filesystem::path& file, int rank, int size, int device,
+                                                Seconds timeout) {
+  nccl();
+  check_ranks(rank, size, device, timeout);
+  if (rank != 0) return nccl_communicator(read_id(file, timeout), rank, size, device, timeout);
+  const IdFile written(file, nccl_id());
+  return nccl_communicator(written.id(), rank, size, device, timeout);
+}
+
+std::shared_ptr<Communicator> nccl_communicator(const std::shared_ptr<Communicator>& over, int device) {
+  NcclId id{};
+  try {
+    nccl();
+    check_ranks(over->rank(), over->size(), device, over->timeout());
+    if (over->rank() == 0) id = nccl_id();
+  } catch (const std::exception& error) {
+    over->abort(error.what());
+    throw;
+  }
+  std::vector<std::int64_t> bytes(static_cast<std::size_t>(over->size()), 0);
+  bytes[0] = sizeof(id);
+  const NcclId mine = id;
+  over->all_gather(mine.data(), id.data(), bytes)->wait();
+  return nccl_communicator(id, over->rank(), over->size(), device, over->timeout());
+}
+
+std::shared_ptr<Communicator> nccl_communicator(void* nccl_comm, Seconds timeout) {
+  auto* const handle = static_cast<ncclComm_t>(nccl_comm);
+  if (handle == nullptr) throw ValueError("nccl_communicator got no ncclComm_t, but null.");
+  int device = 0;
+  const ncclResult_t result = nccl().comm_cu_device(handle, &device);
+  if (result != ncclSuccess) throw ValueError(nccl_error("ncclCommCuDevice", result));
+  check_ranks(0, 1, device, timeout);
+  const auto state = std::make_shared<NcclState>(device, timeout);
+  state->keep(handle);
+  return NcclCommunicator::of(state, handle, false);
+}
+
+}  // namespace ditattn::parallel

@@ -1,0 +1,175 @@
+#include "nccl/nccl_state.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "kernels/cuda/launch_impl.hpp"
+#include "nccl/nccl_library.hpp"
+
+namespace ditattn::parallel {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using kernels::cuda::check;
+using kernels::cuda::OnDevice;
+
+constexpr auto kPollInterval = std::chrono::microseconds(20);
+constexpr auto kLookInterval = std::chrono::milliseconds(20);
+
+}  // namespace
+
+Event::Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate"); }
+Event::~Event() { cudaEventDestroy(event_); }
+void Event::record(cudaStream_t stream) const { check(cudaEventRecord(event_, stream), "cudaEventRecord"); }
+void Event::follow(cudaStream_t stream) const { check(cudaStreamWaitEvent(stream, event_), "cudaStreamWaitEvent"); }
+
+bool Event::passed() const {
+  const cudaError_t status = cudaEventQuery(event_);
+  if (status == cudaErrorNotReady) return false;
+  check(status, "cudaEventQuery");
+  return true;
+}
+
+NcclState::NcclState(int device, Seconds timeout) : device_(device), timeout_(timeout), thread_([this] { run(); }) {}
+
+NcclState::~NcclState() {
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+  }
+  changed_.notify_one();
+  thread_.join();
+}
+
+void NcclState::call(const char* what, const ncclComm_t& handle, const std::string& text,
+                     const std::function<ncclResult_t()>& function) {
+  const auto start = Clock::now();
+  ncclResult_t result = ncclSuccess;
+  {
+    const std::lock_guard lock(mutex_);
+    check_locked();
+    result = function();
+  }
+  while (result == ncclInProgress) {
+    {
+      const std::lock_guard lock(mutex_);
+      check_locked();
+      const ncclResult_t asked = nccl().comm_get_async_error(handle, &result);
+      if (asked != ncclSuccess) result = asked;
+    }
+    if (result != ncclInProgress) break;
+    if (Clock::now() - start > timeout_) {
+      fail(true, late_text(text));
+      check();
+    }
+    std::this_thread::sleep_for(kPollInterval);
+  }
+  if (result == ncclSuccess) return;
+  const std::string error = nccl_error(what, result);
+  if (result == ncclInvalidUsage || result == ncclInvalidArgument) throw ValueError(error);
+  fail(false, error);
+  check();
+}
+
+void NcclState::keep(ncclComm_t handle) {
+  const std::lock_guard lock(mutex_);
+  handles_.push_back(handle);
+}
+
+void NcclState::release(ncclComm_t handle, bool ours) noexcept {
+  try {
+    const OnDevice on_device(device_);
+    {
+      const std::lock_guard lock(mutex_);
+      if (std::erase(handles_, handle) == 0) return;  // aborted
+    }
+    if (!ours) return;
+    ncclResult_t result = nccl().comm_finalize(handle);
+    for (const auto start = Clock::now(); result == ncclInProgress && Clock::now() - start < timeout_;) {
+      std::this_thread::sleep_for(kPollInterval);
+      if (nccl().comm_get_async_error(handle, &result) != ncclSuccess) break;
+    }
+    result == ncclSuccess ? nccl().comm_destroy(handle) : nccl().comm_abort(handle);
+  } catch (const std::exception&) {  // the driver is gone, and the handle with it
+  }
+}
+
+void NcclState::watch(Watched watched) {
+  bool first = false;
+  {
+    const std::lock_guard lock(mutex_);
+    first = running_.empty();
+    running_.push_back({.watched = std::move(watched), .since = {}});
+  }
+  if (first) changed_.notify_one();
+}
+
+void NcclState::check() {
+  const std::lock_guard lock(mutex_);
+  check_locked();
+}
+
+void NcclState::check_locked() const {
+  if (!failure_) return;
+  if (late_) throw TimeoutError("parallel: " + *failure_ + ".");
+  throw CommunicationError("parallel: " + *failure_ + ".");
+}
+
+void NcclState::fail(bool late, const std::string& text) noexcept {
+  const std::lock_guard lock(mutex_);
+  fail_locked(late, text);
+}
+
+void NcclState::fail_locked(bool late, const std::string& text) noexcept {
+  if (failure_) return;
+  failure_ = text;
+  late_ = late;
+  for (ncclComm_t handle : handles_) nccl().comm_abort(handle);
+  handles_.clear();
+}
+
+std::string NcclState::late_text(const std::string& text) const {
+  return fmt::format("{}, which did not come within {} s: it is lost or late", text, timeout_.count());
+}
+
+void NcclState::run() {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // queries are no part of another thread's graph
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  std::unique_lock lock(mutex_);
+  while (!ending_) {
+    if (running_.empty()) {
+      changed_.wait(lock, [&] { return ending_ || !running_.empty(); });
+    } else {
+      changed_.wait_for(lock, kLookInterval, [&] { return ending_; });
+    }
+    try {
+      const OnDevice on_device(device_);
+      look_locked();
+    } catch (const std::exception& error) {
+      fail_locked(false, error.what());
+      running_.clear();
+    }
+  }
+}
+
+void NcclState::look_locked() {
+  if (failure_) return running_.clear();
+  for (ncclComm_t handle : handles_) {
+    ncclResult_t result = ncclSuccess;
+    nccl().comm_get_async_error(handle, &result);
+    if (result != ncclSuccess && result != ncclInProgress) {
+      return fail_locked(false, nccl_error("An operation of NCCL", result));
+    }
+  }
+  running_.remove_if([](const Running& one) { return one.watched.ended->passed(); });
+  for (Running& one : running_) {
+    if (!one.since) {
+      if (one.watched.began->passed()) one.since = Clock::now();
+    } else if (Clock::now() - *one.since > timeout_) {
+      return fail_locked(true, late_text(one.watched.text));
+    }
+  }
+}
+
+}  // namespace ditattn::parallel

@@ -1,0 +1,98 @@
+#pragma once
+
+/// What a communicator over NCCL and those split from it share.
+
+#include <cuda_runtime.h>
+#include <nccl.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "ditattn/communicator.hpp"
+
+namespace ditattn::parallel {
+
+/// A point in a stream.
+class Event {
+ public:
+  Event();
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  void record(cudaStream_t stream) const;
+  void follow(cudaStream_t stream) const;  ///< what `stream` does next comes after it
+  [[nodiscard]] bool passed() const;
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+/// An operation on the GPU that the host does not wait for.
+struct Watched {
+  std::shared_ptr<const Event> began;
+  std::shared_ptr<const Event> ended;
+  std::string text;  ///< "rank 0 waits in exchange for rank 1"
+};
+
+/// Keeps NCCL's handles, and has a thread that watches operations: NCCL's kernels wait for a peer for ever. One that
+/// has run longer than the timeout, or an error that NCCL reports, ends all of them: handles are aborted, kernels
+/// return, and everything asked for later fails. Time that an operation waits for its turn in the stream does not
+/// count. Thread-safe.
+class NcclState {
+ public:
+  NcclState(int device, Seconds timeout);
+  ~NcclState();
+  NcclState(const NcclState&) = delete;
+  NcclState& operator=(const NcclState&) = delete;
+
+  [[nodiscard]] int device() const { return device_; }
+  [[nodiscard]] Seconds timeout() const { return timeout_; }
+
+  /// Calls NCCL, never while handles are being aborted, and waits for what it does in the background, which is not the
+  /// GPU's work. `handle` may be set by the call. `text`: as Watched's.
+  void call(const char* what, const ncclComm_t& handle, const std::string& text,
+            const std::function<ncclResult_t()>& function);
+
+  /// Handles to be aborted with the others; `release`: no longer, and ended in order where it is ours.
+  void keep(ncclComm_t handle);
+  void release(ncclComm_t handle, bool ours) noexcept;
+
+  void watch(Watched watched);
+  /// Throws what has failed.
+  void check();
+  /// The first reason stays.
+  void fail(bool late, const std::string& text) noexcept;
+
+ private:
+  struct Running {
+    Watched watched;
+    std::optional<std::chrono::steady_clock::time_point> since;
+  };
+
+  void check_locked() const;
+  void fail_locked(bool late, const std::string& text) noexcept;
+  [[nodiscard]] std::string late_text(const std::string& text) const;
+  void run();
+  void look_locked();
+
+  const int device_;
+  const Seconds timeout_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<ncclComm_t> handles_;
+  std::list<Running> running_;
+  std::optional<std::string> failure_;
+  bool late_ = false;
+  bool ending_ = false;
+  std::thread thread_;
+};
+
+}  // namespace ditattn::parallel

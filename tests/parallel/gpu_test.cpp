@@ -1,0 +1,243 @@
+// What GPUs add to parallel attention: token kernels against the host's, graphs, host memory over NCCL, ranks that are
+// lost.
+
+#include <cuda_runtime.h>
+#include <ditattn/cuda.hpp>
+#include <ditattn/nccl.hpp>
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include <chrono>
+#include <numeric>
+#include <random>
+
+#include "parallel/merge.hpp"
+#include "parallel/tokens.hpp"
+#include "tests/parallel/ranks.hpp"
+
+namespace ditattn::parallel::testing {
+namespace {
+
+constexpr DLDevice kGpu{kDLCUDA, 0};
+
+bool over_nccl() {
+  return ranks().sizes.back() == static_cast<int>(cuda_info().devices.size()) && ranks().fraction == 4;
+}
+
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : generator_(seed) {}
+  std::int64_t number(std::int64_t low, std::int64_t high) {
+    return std::uniform_int_distribution<std::int64_t>(low, high)(generator_);
+  }
+  Tensor normal(std::initializer_list<std::int64_t> shape, DLDataType dtype) {
+    Tensor tensor = empty(shape, dtype);
+    for (std::int64_t i = 0; i < tensor.numel(); ++i) store_element(tensor.data_ptr(), i, dtype, normal_(generator_));
+    return tensor;
+  }
+
+ private:
+  std::mt19937_64 generator_;
+  std::normal_distribution<double> normal_;
+};
+
+double largest_difference(const Tensor& a, const Tensor& b) {
+  double largest = 0;
+  for (std::int64_t i = 0; i < a.numel(); ++i) {
+    const double x = load_element(a.data_ptr(), i, a.dtype());
+    const double y = load_element(b.data_ptr(), i, b.dtype());
+    if (x != y && !(std::isnan(x) && std::isnan(y))) largest = std::max(largest, std::abs(x - y));
+    if (std::isnan(x) != std::isnan(y)) return INFINITY;
+  }
+  return largest;
+}
+
+// Rows of any sizes, whole tensors and slices of them, LSEs of −∞, ∞ and NaN among them.
+TEST(TokenKernels, DoWhatTheHostDoes) {
+  const std::uint64_t seed = std::random_device()();
+  Random random(seed);
+  SCOPED_TRACE(fmt::format("seed {}", seed));
+  double worst = 0;
+  for (int trial = 0; trial < 60; ++trial) {
+    const DLDataType dtype = std::array{kFloat32, kFloat16, kBFloat16}[static_cast<std::size_t>(trial % 3)];
+    const std::int64_t batch = random.number(1, 3);
+    const std::int64_t tokens = random.number(0, 70);
+    const std::int64_t heads = random.number(1, 5);
+    const std::int64_t size = std::array<std::int64_t, 6>{128, 64, 1, 37, 72, 40}[static_cast<std::size_t>(trial % 6)];
+    SCOPED_TRACE(fmt::format("({}, {}, {}, {}) {}", batch, tokens, heads, size, dtype_name(dtype)));
+    const Range some = {.begin = random.number(0, heads - 1), .end = heads};
+    const Tensor part = random.normal({batch, tokens, heads, size}, dtype);
+    const Tensor part_lse = random.normal({batch, tokens, heads, 1}, kFloat32);
+    const Tensor out = random.normal({batch, tokens, heads, size}, kFloat32);
+    const Tensor lse = random.normal({batch, tokens, heads, 1}, kFloat32);
+    for (std::int64_t i = 0; i < lse.numel(); ++i) {
+      const std::array odd = {-INFINITY, INFINITY, NAN};
+      if (i % 5 == 0) store_element(lse.data_ptr(), i, kFloat32, odd[static_cast<std::size_t>(random.number(0, 2))]);
+      if (i % 7 == 0)
+        store_element(part_lse.data_ptr(), i, kFloat32, odd[static_cast<std::size_t>(random.number(0, 2))]);
+    }
+    const auto run = [&](DLDevice device) {
+      struct {
+        Tensor out, lse, rounded, copied, cleared, cleared_lse;
+      } r{on(device, out), on(device, lse), on(device, part), on(device, part), on(device, out), on(device, lse)};
+      if (device.device_type == kDLCPU)
+        r = {copy_to(out, kCpu),  copy_to(lse, kCpu), copy_to(part, kCpu),
+             copy_to(part, kCpu), copy_to(out, kCpu), copy_to(lse, kCpu)};
+      const Tensor mine = on(device, part);
+      merge(slice(r.out, 2, some), slice(r.lse, 2, some), slice(mine, 2, some), slice(on(device, part_lse), 2, some));
+      convert(slice(r.rounded, 2, some), slice(r.out, 2, some));
+      if (tokens > 1)
+        copy(slice(slice(r.copied, 1, {0, tokens / 2}), 2, some),
+             slice(slice(mine, 1, {tokens - tokens / 2, tokens}), 2, some));
+      clear(slice(r.cleared, 2, some), slice(r.cleared_lse, 2, some));
+      return std::vector<Tensor>{on(kCpu, r.out),    on(kCpu, r.lse),     on(kCpu, r.rounded),
+                                 on(kCpu, r.copied), on(kCpu, r.cleared), on(kCpu, r.cleared_lse)};
+    };
+    const auto host = run(kCpu);
+    const auto gpu = run(kGpu);
+    for (const std::size_t exact : {3, 4, 5}) EXPECT_TRUE(same_bits(host[exact], gpu[exact])) << exact;
+    EXPECT_LE(largest_difference(host[0], gpu[0]), 2e-6);
+    EXPECT_LE(largest_difference(host[1], gpu[1]), 1e-6);
+    EXPECT_LE(largest_difference(host[2], gpu[2]), dtype == kFloat32 ? 2e-6 : dtype == kFloat16 ? 4e-3 : 4e-2);
+    worst = std::max(worst, largest_difference(host[0], gpu[0]));
+  }
+  std::cout << fmt::format("token kernels: largest difference {:.1e}\n", worst);
+}
+
+TEST(Nccl, RefusesRanksAndDevicesThatAreNotThere) {
+  const NcclId id = nccl_id();
+  EXPECT_THROW(nccl_communicator(id, 2, 2, 0), ValueError);
+  EXPECT_THROW(nccl_communicator(id, 0, 1, 99), ValueError);
+  EXPECT_THROW(nccl_communicator(nullptr), ValueError);
+  EXPECT_THROW(nccl_communicator(std::filesystem::path("/no/such/folder/id"), 0, 1, 0), FileError);
+}
+
+TEST(Nccl, ARankThatDoesNotComeIsATimeout) {
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_THROW(nccl_communicator(nccl_id(), 0, 2, 0, Seconds(2)), TimeoutError);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+  EXPECT_THROW(nccl_communicator(std::filesystem::path(::testing::TempDir()) / "no_rank_0", 1, 2, 0, Seconds(1)),
+               TimeoutError);
+}
+
+TEST(Nccl, OneRankOnOneGpuComputes) {
+  const auto communicator = nccl_communicator(nccl_id(), 0, 1, 0);
+  const auto group = std::make_shared<ParallelGroup>(communicator, Mesh{});
+  std::vector<char> bytes = {1, 2, 3};
+  std::vector<char> came(3);
+  communicator->all_gather(bytes.data(), came.data(), std::vector<std::int64_t>{3})->wait();
+  EXPECT_EQ(bytes, came);
+}
+
+class OverNccl : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!over_nccl()) GTEST_SKIP() << "needs --ranks=nccl";
+  }
+};
+
+TEST_F(OverNccl, CarriesHostMemoryOfAnySize) {
+  for (int size : ranks().sizes) {
+    ranks().run(size, [&](const std::shared_ptr<Communicator>& communicator) {
+      std::vector<std::int64_t> sent, received;
+      for (int peer = 0; peer < size; ++peer) {
+        sent.push_back(1000 * communicator->rank() + 7 * peer);
+        received.push_back(1000 * peer + 7 * communicator->rank());
+      }
+      const auto total = [](const auto& of) {
+        return static_cast<std::size_t>(std::accumulate(of.begin(), of.end(), std::int64_t{0}));
+      };
+      std::vector<char> out(total(sent), static_cast<char>(communicator->rank() + 1));
+      std::vector<char> in(total(received));
+      communicator->all_to_all(out.data(), sent, in.data(), received)->wait();
+      std::size_t at = 0;
+      for (int peer = 0; peer < size; ++peer) {
+        for (std::int64_t i = 0; i < received[static_cast<std::size_t>(peer)]; ++i) ASSERT_EQ(in[at++], peer + 1);
+      }
+      communicator->barrier();
+    });
+  }
+}
+
+// Of 50 calls, whose input changes between replays.
+TEST_F(OverNccl, GraphsReplayWithTheSameBits) {
+  Random random(7);
+  const int size = ranks().sizes.back();
+  for (const Mesh& mesh : meshes_of(size)) {
+    SCOPED_TRACE(mesh_name(mesh));
+    ranks().run(size, [&](const std::shared_ptr<Communicator>& communicator) {
+      const int rank = communicator->rank();
+      const DLDevice device = ranks().device(rank);
+      cudaSetDevice(device.device_id);
+      cudaStream_t stream = nullptr;
+      ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+      TVMFFIStreamHandle before = nullptr;
+      TVMFFIEnvSetStream(device.device_type, device.device_id, stream, &before);
+      const auto group = std::make_shared<ParallelGroup>(communicator, mesh);
+      ParallelAttention layer(DiffusionAttentionBackendEnum::FLASH_ATTN.get_class(), {.num_heads = 8, .head_size = 64},
+                              group);
+      Random mine(static_cast<std::uint64_t>(rank));
+      const Tensor input = on(device, mine.normal({1, 300, 8, 64}, kBFloat16));
+      const Tensor other = on(device, mine.normal({1, 300, 8, 64}, kBFloat16));
+      const Tensor out = copy_to(input, device);
+      const auto call = [&] { layer.forward(input, input, input, {}, {.out = out}); };
+      call();
+      synchronize(device);
+      cudaGraph_t graph = nullptr;
+      cudaGraphExec_t exec = nullptr;
+      ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+      for (int i = 0; i < 50; ++i) call();
+      ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+      for (int replay = 0; replay < 3; ++replay) {
+        copy(input, replay % 2 == 0 ? other : on(device, mine.normal({1, 300, 8, 64}, kBFloat16)));
+        ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
+        const Tensor replayed = on(kCpu, out);
+        call();
+        EXPECT_TRUE(same_bits(replayed, on(kCpu, out)));
+      }
+      communicator->check();
+      communicator->barrier();
+      cudaGraphExecDestroy(exec);
+      cudaGraphDestroy(graph);
+      TVMFFIEnvSetStream(device.device_type, device.device_id, before, nullptr);
+      cudaStreamDestroy(stream);
+    });
+  }
+}
+
+// The others' kernels wait for it on the GPU: they end, and the host is told.
+TEST_F(OverNccl, ARankThatStaysAwayIsATimeoutForTheOthers) {
+  const auto start = std::chrono::steady_clock::now();
+  run_ranks(2, [&](const std::shared_ptr<Communicator>& thread) {
+    const NcclId mine = nccl_id();
+    NcclId id{};  // rank 0's
+    thread->all_gather(mine.data(), id.data(), std::vector<std::int64_t>{sizeof(id), 0})->wait();
+    const auto ends = nccl_communicator(id, thread->rank(), 2, thread->rank(), Seconds(3));
+    const auto group = std::make_shared<ParallelGroup>(ends, Mesh{.ring = 2});
+    ParallelAttention layer(DiffusionAttentionBackendEnum::FLASH_ATTN.get_class(), {.num_heads = 8, .head_size = 64},
+                            group);
+    const DLDevice device{kDLCUDA, thread->rank()};
+    const Tensor input = on(device, Random(1).normal({1, 300, 8, 64}, kBFloat16));
+    layer.forward(input, input, input);
+    synchronize(device);
+    ends->check();
+    if (thread->rank() == 0) {
+      layer.forward(input, input, input);
+      synchronize(device);  // returns
+      try {
+        ends->check();
+        ADD_FAILURE() << "nothing is wrong";
+      } catch (const TimeoutError& error) {
+        EXPECT_NE(error.message().find("rank 1"), std::string::npos) << error.message();
+      }
+      EXPECT_THROW(layer.forward(input, input, input), TimeoutError);
+    }
+    thread->barrier();
+  });
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(40));
+}
+
+}  // namespace
+}  // namespace ditattn::parallel::testing

@@ -1,0 +1,93 @@
+// Processes with a GPU each, of which the last kills itself in the middle: the others must end with a TimeoutError that
+// names it, soon after the timeout.  Exit: 0 as it should be, 1 not, 77 fewer than two GPUs.
+
+#include <ditattn/cuda.hpp>
+#include <ditattn/ditattn.hpp>
+#include <ditattn/nccl.hpp>
+#include <ditattn/parallel.hpp>
+#include <fmt/format.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+#include <string>
+#include <vector>
+
+namespace {
+
+using namespace ditattn::parallel;
+
+constexpr int kTimedOut = 3;
+constexpr int kSkipped = 77;
+constexpr Seconds kTimeout{5};
+
+int run_rank(int rank, int size, const std::filesystem::path& file) try {
+  const DLDevice device{kDLCUDA, rank};
+  const auto communicator = nccl_communicator(file, rank, size, rank, kTimeout);
+  const auto group = std::make_shared<ParallelGroup>(communicator, Mesh{.ring = size});
+  ParallelAttention layer(ditattn::DiffusionAttentionBackendEnum::FLASH_ATTN.get_class(),
+                          {.num_heads = 8, .head_size = 64}, group);
+  const ditattn::Tensor host = ditattn::empty({1, 500, 8, 64}, ditattn::kBFloat16);
+  for (std::int64_t i = 0; i < host.numel(); ++i) {
+    ditattn::store_element(host.data_ptr(), i, ditattn::kBFloat16, 0.01 * static_cast<double>(i % 97));
+  }
+  const ditattn::Tensor tokens = ditattn::copy_to(host, device);
+  layer.forward(tokens, tokens, tokens);
+  ditattn::synchronize(device);
+  communicator->check();
+  if (rank == size - 1) ::raise(SIGKILL);
+  for (int call = 0; call < 3; ++call) layer.forward(tokens, tokens, tokens);
+  ditattn::synchronize(device);
+  communicator->check();
+  return 0;
+} catch (const ditattn::TimeoutError& error) {
+  fmt::print("rank {}: {}\n", rank, error.message());
+  return error.message().find("within 5 s") == std::string::npos ? 1 : kTimedOut;
+} catch (const std::exception& error) {
+  fmt::print("rank {}: {}\n", rank, error.what());
+  return 1;
+}
+
+// As the children see it: CUDA must not have begun before they are forked.
+int count_gpus() {
+  const pid_t child = ::fork();
+  if (child == 0) ::_exit(static_cast<int>(std::min<std::size_t>(ditattn::cuda_info().devices.size(), 4)));
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  return WEXITSTATUS(status);
+}
+
+}  // namespace
+
+int main() {
+  const int size = count_gpus();
+  if (size < 2) {
+    fmt::print("skipped: {} CUDA devices, two are needed\n", size);
+    return kSkipped;
+  }
+  const auto file = std::filesystem::temp_directory_path() / fmt::format("ditattn_lost.{}", ::getpid());
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<pid_t> children;
+  for (int rank = 0; rank < size; ++rank) {
+    const pid_t child = ::fork();
+    if (child == 0) {
+      const int status = run_rank(rank, size, file);
+      std::fflush(stdout);
+      ::_exit(status);
+    }
+    children.push_back(child);
+  }
+  bool as_it_should = true;
+  for (int rank = 0; rank < size; ++rank) {
+    int status = 0;
+    ::waitpid(children[static_cast<std::size_t>(rank)], &status, 0);
+    as_it_should = as_it_should &&
+                   (rank == size - 1 ? WIFSIGNALED(status) : WIFEXITED(status) && WEXITSTATUS(status) == kTimedOut);
+  }
+  const Seconds took = std::chrono::steady_clock::now() - start;
+  fmt::print("{} ranks, one killed: {}, {:.1f} s\n", size, as_it_should ? "the others timed out" : "WRONG",
+             took.count());
+  return as_it_should && took < kTimeout + Seconds(40) ? 0 : 1;
+}
