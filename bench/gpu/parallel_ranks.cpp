@@ -137,7 +137,7 @@ class Rank {
                       &way == ways.data() ? 1 : communicator_->size(), &way == ways.data() ? "" : way.name,
                       shape.tokens, shape.heads, shape.head_size, ms));
     }
-    communicator_->check();
+    communicator_->throw_if_failed();
   }
 
  private:

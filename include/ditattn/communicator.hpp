@@ -72,7 +72,7 @@ class DITATTN_API Communicator {
 
   /// Throws what has failed among operations on a device, which the host does not wait for. After waiting for the
   /// device it tells whether results are what they should be. Thread-safe.
-  virtual void check() {}
+  virtual void throw_if_failed() {}
 
   /// A group of the ranks that give the same `colour`, in the order of `key`, then of rank. Called by all ranks.
   virtual std::shared_ptr<Communicator> split(int colour, int key) = 0;

@@ -74,29 +74,35 @@ __device__ Weights weights_of(float whole, float part) {
 }
 
 template <class T, int N>
-__global__ void merge_kernel(const __grid_constant__ TokenShape shape, const __grid_constant__ PartRows whole,
-                             const __grid_constant__ PartRows part) {
+__device__ Together<T, N>* row_of(const PartRows& rows, unsigned batch, unsigned token, unsigned head) {
+  return reinterpret_cast<Together<T, N>*>(static_cast<T*>(rows.out) + offset(rows.out_strides, batch, token, head));
+}
+
+template <class To, class A, class B, int N>
+__global__ void merge_kernel(const __grid_constant__ TokenShape shape, const __grid_constant__ PartRows to,
+                             const __grid_constant__ PartRows a, const __grid_constant__ PartRows b) {
   for_my_row(shape, [&](unsigned batch, unsigned token, unsigned head) {
     const unsigned lane = threadIdx.x % 32;
-    float* lse = whole.lse + offset(whole.lse_strides, batch, token, head);
-    const Weights weights = weights_of(*lse, part.lse[offset(part.lse_strides, batch, token, head)]);
+    const auto lse = [&](const PartRows& rows) { return rows.lse + offset(rows.lse_strides, batch, token, head); };
+    const Weights weights = weights_of(*lse(a), *lse(b));
     __syncwarp();
-    if (lane == 0) *lse = weights.lse;
-    if (weights.part == 0) return;  // of infinitely less weight: what stands there does not count
-    auto* to = reinterpret_cast<Together<float, N>*>(static_cast<float*>(whole.out) +
-                                                     offset(whole.out_strides, batch, token, head));
-    const auto* from = reinterpret_cast<const Together<T, N>*>(static_cast<const T*>(part.out) +
-                                                               offset(part.out_strides, batch, token, head));
-    for (unsigned i = lane; i < shape.head_size / N; i += 32) {
-      const Together<T, N> other = from[i];
-      Together<float, N> sum;
-      if (weights.whole != 0) sum = to[i];
+    if (lane == 0) *lse(to) = weights.lse;
+    auto* sum = row_of<To, N>(to, batch, token, head);
+    const auto* one = row_of<A, N>(a, batch, token, head);
+    const auto* other = row_of<B, N>(b, batch, token, head);
+    for (unsigned i = lane; i < shape.head_size / N; i += 32) {  // of no weight: what stands there does not count
+      Together<A, N> x{};
+      Together<B, N> y{};
+      if (weights.whole != 0) x = one[i];
+      if (weights.part != 0) y = other[i];
+      Together<To, N> result;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float x = widen(other.of[j]);
-        sum.of[j] = weights.whole == 0 ? x : weights.whole * sum.of[j] + weights.part * x;
+        const float scaled_x = weights.whole * widen(x.of[j]);
+        const float scaled_y = weights.part * widen(y.of[j]);
+        narrow(weights.whole == 0 ? scaled_y : weights.part == 0 ? scaled_x : scaled_x + scaled_y, result.of[j]);
       }
-      to[i] = sum;
+      sum[i] = result;
     }
   });
 }
@@ -106,8 +112,7 @@ __global__ void clear_kernel(const __grid_constant__ TokenShape shape, const __g
   for_my_row(shape, [&](unsigned batch, unsigned token, unsigned head) {
     const unsigned lane = threadIdx.x % 32;
     if (lane == 0) whole.lse[offset(whole.lse_strides, batch, token, head)] = -INFINITY;
-    auto* to = reinterpret_cast<Together<float, N>*>(static_cast<float*>(whole.out) +
-                                                     offset(whole.out_strides, batch, token, head));
+    auto* to = row_of<float, N>(whole, batch, token, head);
     for (unsigned i = lane; i < shape.head_size / N; i += 32) to[i] = {};
   });
 }
@@ -116,10 +121,8 @@ template <class T, int N>
 __global__ void round_kernel(const __grid_constant__ TokenShape shape, const __grid_constant__ PartRows to,
                              const __grid_constant__ PartRows from) {
   for_my_row(shape, [&](unsigned batch, unsigned token, unsigned head) {
-    auto* rounded =
-        reinterpret_cast<Together<T, N>*>(static_cast<T*>(to.out) + offset(to.out_strides, batch, token, head));
-    const auto* exact = reinterpret_cast<const Together<float, N>*>(static_cast<const float*>(from.out) +
-                                                                    offset(from.out_strides, batch, token, head));
+    auto* rounded = row_of<T, N>(to, batch, token, head);
+    const auto* exact = row_of<float, N>(from, batch, token, head);
     for (unsigned i = threadIdx.x % 32; i < shape.head_size / N; i += 32) {
       const Together<float, N> x = exact[i];
       Together<T, N> y;
@@ -187,14 +190,21 @@ void copy_rows(std::span<const RowCopy> copies, const Launch& launch) {
   }
 }
 
-void merge_rows(const TokenShape& shape, const PartRows& whole, const PartRows& part, const Launch& launch) {
+void merge_rows(const TokenShape& shape, const PartRows& to, const PartRows& a, const PartRows& b,
+                const Launch& launch) {
   const OnDevice on_device(launch.device);
   const std::int64_t blocks = blocks_of(shape);
   if (blocks == 0) return;
-  const bool fours = lie_in_fours(shape, whole) && lie_in_fours(shape, part);
-  with_type(part.type, [&]<class T>(T) {
-    queue(fours ? merge_kernel<T, 4> : merge_kernel<T, 1>, blocks, kThreads, 0, launch.stream, "merge_rows", shape,
-          whole, part);
+  const bool fours = lie_in_fours(shape, to) && lie_in_fours(shape, a) && lie_in_fours(shape, b);
+  with_type(b.type, [&]<class B>(B) {
+    const auto merge = [&]<class To, class A>(To, A) {
+      queue(fours ? merge_kernel<To, A, B, 4> : merge_kernel<To, A, B, 1>, blocks, kThreads, 0, launch.stream,
+            "merge_rows", shape, to, a, b);
+    };
+    const auto merge_into = [&]<class To>(To) {
+      a.type == ElementType::float32 ? merge(To{}, float{}) : merge(To{}, B{});
+    };
+    to.type == ElementType::float32 ? merge_into(float{}) : merge_into(B{});
   });
 }
 

@@ -37,9 +37,10 @@ struct PartRows {
   float* lse = nullptr;
   Strides lse_strides;
 };
-/// `whole`, in float32, takes in `part`, in any float type: attention over the keys of both. Where one side's LSE is −∞
-/// the other stays as it is, whatever stands there; a NaN in an LSE makes the row NaN.
-void merge_rows(const TokenShape& shape, const PartRows& whole, const PartRows& part, const Launch& launch);
+/// Attention over the keys of `a` and `b`; `to` may be `a`. `to` and `a` are in float32 or in `b`'s type. Where one
+/// side's LSE is −∞ the other stays as it is, whatever stands there; a NaN in an LSE makes the row NaN.
+void merge_rows(const TokenShape& shape, const PartRows& to, const PartRows& a, const PartRows& b,
+                const Launch& launch);
 
 /// Zeros and −∞; in float32.
 void clear_rows(const TokenShape& shape, const PartRows& whole, const Launch& launch);

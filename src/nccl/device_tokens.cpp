@@ -6,6 +6,7 @@
 
 #include "ditattn/cuda.hpp"
 #include "kernels/cuda/token_rows.hpp"
+#include "parallel/merge.hpp"
 #include "parallel/tokens.hpp"
 
 namespace ditattn::parallel {
@@ -41,10 +42,10 @@ cuda::PartRows rows_of(const Tensor& out) {
   return rows;
 }
 
-cuda::PartRows rows_of(const Tensor& out, const Tensor& lse) {
-  cuda::PartRows rows = rows_of(out);
-  rows.lse = static_cast<float*>(data_pointer(lse));
-  rows.lse_strides = strides_of(lse);
+cuda::PartRows rows_of(const Part& part) {
+  cuda::PartRows rows = rows_of(part.out);
+  rows.lse = static_cast<float*>(data_pointer(part.lse));
+  rows.lse_strides = strides_of(part.lse);
   return rows;
 }
 
@@ -62,13 +63,11 @@ void copy_tokens(std::span<const TokenCopy> copies) {
   if (!rows.empty()) cuda::copy_rows(rows, launch_on(copies.front().to));
 }
 
-void merge_tokens(const Tensor& out, const Tensor& lse, const Tensor& part_out, const Tensor& part_lse) {
-  cuda::merge_rows(shape_of(out), rows_of(out, lse), rows_of(part_out, part_lse), launch_on(out));
+void merge_tokens(const Part& to, const Part& a, const Part& b) {
+  cuda::merge_rows(shape_of(to.out), rows_of(to), rows_of(a), rows_of(b), launch_on(to.out));
 }
 
-void clear_tokens(const Tensor& out, const Tensor& lse) {
-  cuda::clear_rows(shape_of(out), rows_of(out, lse), launch_on(out));
-}
+void clear_tokens(const Part& part) { cuda::clear_rows(shape_of(part.out), rows_of(part), launch_on(part.out)); }
 
 void convert_tokens(const Tensor& to, const Tensor& from) {
   cuda::round_rows(shape_of(to), rows_of(to), rows_of(from), launch_on(to));

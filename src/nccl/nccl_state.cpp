@@ -14,6 +14,7 @@ using Clock = std::chrono::steady_clock;
 using kernels::cuda::check;
 using kernels::cuda::OnDevice;
 
+constexpr auto kSpinTime = std::chrono::milliseconds(2);  // to begin an operation takes NCCL some 20 µs
 constexpr auto kPollInterval = std::chrono::microseconds(20);
 constexpr auto kLookInterval = std::chrono::milliseconds(20);
 
@@ -38,7 +39,7 @@ NcclState::~NcclState() {
     const std::lock_guard lock(mutex_);
     ending_ = true;
   }
-  changed_.notify_one();
+  changed_.notify_all();
   thread_.join();
 }
 
@@ -49,21 +50,29 @@ void NcclState::call(const char* what, const ncclComm_t& handle, const std::stri
   {
     const std::lock_guard lock(mutex_);
     check_locked();
-    result = function();
+    ++calls_;
   }
+  result = function();
+  {
+    const std::lock_guard lock(mutex_);
+    --calls_;
+  }
+  changed_.notify_all();
   while (result == ncclInProgress) {
     {
       const std::lock_guard lock(mutex_);
       check_locked();
-      const ncclResult_t asked = nccl().comm_get_async_error(handle, &result);
-      if (asked != ncclSuccess) result = asked;
+      if (handle != nullptr) {
+        const ncclResult_t asked = nccl().comm_get_async_error(handle, &result);
+        if (asked != ncclSuccess) result = asked;
+      }
     }
     if (result != ncclInProgress) break;
     if (Clock::now() - start > timeout_) {
       fail(true, late_text(text));
       check();
     }
-    std::this_thread::sleep_for(kPollInterval);
+    Clock::now() - start < kSpinTime ? std::this_thread::yield() : std::this_thread::sleep_for(kPollInterval);
   }
   if (result == ncclSuccess) return;
   const std::string error = nccl_error(what, result);
@@ -81,7 +90,8 @@ void NcclState::release(ncclComm_t handle, bool ours) noexcept {
   try {
     const OnDevice on_device(device_);
     {
-      const std::lock_guard lock(mutex_);
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [&] { return failure_ || running_.empty(); });
       if (std::erase(handles_, handle) == 0) return;  // aborted
     }
     if (!ours) return;
@@ -102,7 +112,7 @@ void NcclState::watch(Watched watched) {
     first = running_.empty();
     running_.push_back({.watched = std::move(watched), .since = {}});
   }
-  if (first) changed_.notify_one();
+  if (first) changed_.notify_all();
 }
 
 void NcclState::check() {
@@ -117,15 +127,19 @@ void NcclState::check_locked() const {
 }
 
 void NcclState::fail(bool late, const std::string& text) noexcept {
-  const std::lock_guard lock(mutex_);
-  fail_locked(late, text);
+  std::unique_lock lock(mutex_);
+  fail_locked(lock, late, text);
 }
 
-void NcclState::fail_locked(bool late, const std::string& text) noexcept {
+// A function of NCCL that is under way would use what is aborted: new ones are not begun, and those get a second.
+void NcclState::fail_locked(std::unique_lock<std::mutex>& lock, bool late, const std::string& text) noexcept {
   if (failure_) return;
   failure_ = text;
   late_ = late;
-  for (ncclComm_t handle : handles_) nccl().comm_abort(handle);
+  changed_.wait_for(lock, std::chrono::seconds(1), [&] { return calls_ == 0; });
+  std::vector<std::thread> aborts;  // at once: each waits for the GPU, where the others' operations wait for ever
+  for (ncclComm_t handle : handles_) aborts.emplace_back([handle] { nccl().comm_abort(handle); });
+  for (std::thread& abort : aborts) abort.join();
   handles_.clear();
 }
 
@@ -145,21 +159,22 @@ void NcclState::run() {
     }
     try {
       const OnDevice on_device(device_);
-      look_locked();
+      look_locked(lock);
     } catch (const std::exception& error) {
-      fail_locked(false, error.what());
+      fail_locked(lock, false, error.what());
       running_.clear();
     }
+    if (running_.empty()) changed_.notify_all();
   }
 }
 
-void NcclState::look_locked() {
+void NcclState::look_locked(std::unique_lock<std::mutex>& lock) {
   if (failure_) return running_.clear();
   for (ncclComm_t handle : handles_) {
     ncclResult_t result = ncclSuccess;
     nccl().comm_get_async_error(handle, &result);
     if (result != ncclSuccess && result != ncclInProgress) {
-      return fail_locked(false, nccl_error("An operation of NCCL", result));
+      return fail_locked(lock, false, nccl_error("An operation of NCCL", result));
     }
   }
   running_.remove_if([](const Running& one) { return one.watched.ended->passed(); });
@@ -167,7 +182,7 @@ void NcclState::look_locked() {
     if (!one.since) {
       if (one.watched.began->passed()) one.since = Clock::now();
     } else if (Clock::now() - *one.since > timeout_) {
-      return fail_locked(true, late_text(one.watched.text));
+      return fail_locked(lock, true, late_text(one.watched.text));
     }
   }
 }

@@ -56,12 +56,13 @@ class NcclState {
   [[nodiscard]] int device() const { return device_; }
   [[nodiscard]] Seconds timeout() const { return timeout_; }
 
-  /// Calls NCCL, never while handles are being aborted, and waits for what it does in the background, which is not the
-  /// GPU's work. `handle` may be set by the call. `text`: as Watched's.
+  /// Calls NCCL, not while handles are being aborted, and waits for what it does in the background, which is not the
+  /// GPU's work. `handle` may be set by the call, and after it. `text`: as Watched's.
   void call(const char* what, const ncclComm_t& handle, const std::string& text,
             const std::function<ncclResult_t()>& function);
 
-  /// Handles to be aborted with the others; `release`: no longer, and ended in order where it is ours.
+  /// Handles to be aborted with the others; `release`: no longer, and ended in order where it is ours, after what is
+  /// under way.
   void keep(ncclComm_t handle);
   void release(ncclComm_t handle, bool ours) noexcept;
 
@@ -78,16 +79,17 @@ class NcclState {
   };
 
   void check_locked() const;
-  void fail_locked(bool late, const std::string& text) noexcept;
+  void fail_locked(std::unique_lock<std::mutex>& lock, bool late, const std::string& text) noexcept;
   [[nodiscard]] std::string late_text(const std::string& text) const;
   void run();
-  void look_locked();
+  void look_locked(std::unique_lock<std::mutex>& lock);
 
   const int device_;
   const Seconds timeout_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<ncclComm_t> handles_;
+  int calls_ = 0;  // of NCCL's functions, under way
   std::list<Running> running_;
   std::optional<std::string> failure_;
   bool late_ = false;

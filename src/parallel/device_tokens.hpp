@@ -12,11 +12,12 @@
 namespace ditattn::parallel {
 
 struct TokenCopy;
+struct Part;
 
 struct DeviceTokens {
   void (*copy)(std::span<const TokenCopy> copies);
-  void (*merge)(const Tensor& out, const Tensor& lse, const Tensor& part_out, const Tensor& part_lse);
-  void (*clear)(const Tensor& out, const Tensor& lse);
+  void (*merge)(const Part& to, const Part& a, const Part& b);
+  void (*clear)(const Part& part);
   void (*convert)(const Tensor& to, const Tensor& from);
 };
 

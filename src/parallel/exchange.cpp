@@ -73,7 +73,10 @@ void HeadScatter::exchange() {
 
 void gather_heads(Communicator& ulysses, Workspace& workspace, const Tensor& rows, const Tensor& to,
                   std::span<const Range> heads, std::span<const std::int64_t> tokens) {
-  if (ulysses.size() == 1) return copy(to, rows);
+  if (ulysses.size() == 1) {
+    if (data_pointer(rows) != data_pointer(to)) copy(to, rows);  // else they were computed where they belong
+    return;
+  }
   const std::size_t place = place_of(ulysses);
   const std::vector<Range> chunks = ranges_of(tokens);
   char* at = workspace.get(Slot::received, bytes_of(to, to.size(1), heads_of_others(heads, place)));

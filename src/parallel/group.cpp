@@ -127,8 +127,11 @@ ParallelGroup::ParallelGroup(std::shared_ptr<Communicator> communicator, Mesh me
   check_mesh(mesh, communicator->size());
   const int first = communicator->rank() % mesh.ulysses;
   const int second = communicator->rank() / mesh.ulysses;
-  state_->ulysses = communicator->split(second, first);
-  state_->second = communicator->split(first, second);
+  const auto part = [&](int size, int colour, int key) {
+    return size == communicator->size() ? communicator : communicator->split(colour, key);
+  };
+  state_->ulysses = part(mesh.ulysses, second, first);
+  state_->second = part(mesh.second(), first, second);
   state_->mesh = mesh;
   state_->all = std::move(communicator);
 }

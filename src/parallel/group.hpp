@@ -25,6 +25,8 @@ enum class Slot : std::uint8_t {
   text_lse,
   image_out,
   image_lse,
+  text_first,
+  image_first,
   text_rounded,
   image_rounded,
   received,

@@ -31,85 +31,89 @@ Weights weights_of(float whole, float part) {
   return {of_whole / sum, of_part / sum, largest + std::log(sum)};
 }
 
-struct FromFloat32 {
+struct Float32 {
   using Stored = float;
   static float load(float value) { return value; }
+  static float store(float value) { return value; }
 };
-struct FromFloat16 {
+struct Float16 {
   using Stored = std::uint16_t;
   static float load(std::uint16_t bits) { return f16_to_float(bits); }
+  static std::uint16_t store(float value) { return f16_from_float(value); }
 };
-struct FromBFloat16 {
+struct BFloat16 {
   using Stored = std::uint16_t;
   static float load(std::uint16_t bits) { return bf16_to_float(bits); }
+  static std::uint16_t store(float value) { return bf16_from_float(value); }
 };
 
-template <class From>
-void merge_rows(const Tensor& out, const Tensor& lse, const Tensor& part_out, const Tensor& part_lse) {
-  auto* whole = static_cast<float*>(data_pointer(out));
-  auto* sums = static_cast<float*>(data_pointer(lse));
-  const auto* part = static_cast<const typename From::Stored*>(data_pointer(part_out));
-  const auto* part_sums = static_cast<const float*>(data_pointer(part_lse));
-  const std::int64_t heads = out.size(2);
-  const std::int64_t size = out.size(3);
-  for_each_token(out, [&](std::int64_t batch, std::int64_t token) {
-    for (std::int64_t head = 0; head < heads; ++head) {
-      float& sum = sums[offset_of(lse, batch, token, head)];
-      const Weights weights = weights_of(sum, part_sums[offset_of(part_lse, batch, token, head)]);
-      sum = weights.lse;
-      if (weights.part == 0) continue;  // of infinitely less weight: what stands there does not count
-      float* row = whole + offset_of(out, batch, token, head);
-      const auto* other = part + offset_of(part_out, batch, token, head);
-      if (weights.whole == 0) {
-        for (std::int64_t d = 0; d < size; ++d) row[d] = From::load(other[d]);
-      } else {
-        for (std::int64_t d = 0; d < size; ++d) row[d] = weights.whole * row[d] + weights.part * From::load(other[d]);
+template <class Format>
+auto* row_of(const Tensor& tensor, std::int64_t batch, std::int64_t token, std::int64_t head) {
+  return static_cast<typename Format::Stored*>(data_pointer(tensor)) + offset_of(tensor, batch, token, head);
+}
+
+template <class To, class A, class B>
+void merge_rows(const Part& to, const Part& a, const Part& b) {
+  const std::int64_t size = to.out.size(3);
+  for_each_token(to.out, [&](std::int64_t batch, std::int64_t token) {
+    for (std::int64_t head = 0; head < to.out.size(2); ++head) {
+      const auto lse = [&](const Part& part) -> float& { return *row_of<Float32>(part.lse, batch, token, head); };
+      const Weights weights = weights_of(lse(a), lse(b));
+      lse(to) = weights.lse;
+      auto* sum = row_of<To>(to.out, batch, token, head);
+      const auto* x = row_of<A>(a.out, batch, token, head);
+      const auto* y = row_of<B>(b.out, batch, token, head);
+      for (std::int64_t d = 0; d < size; ++d) {  // of no weight: what stands there does not count
+        const float one = weights.whole == 0 ? 0 : weights.whole * A::load(x[d]);
+        const float other = weights.part == 0 ? 0 : weights.part * B::load(y[d]);
+        sum[d] = To::store(weights.whole == 0 ? other : weights.part == 0 ? one : one + other);
       }
     }
   });
 }
 
-template <class To>
-void convert_rows(const Tensor& to, const Tensor& from, const To& round) {
-  auto* target = static_cast<std::uint16_t*>(data_pointer(to));
-  const auto* source = static_cast<const float*>(data_pointer(from));
-  for_each_token(to, [&](std::int64_t batch, std::int64_t token) {
-    for (std::int64_t head = 0; head < to.size(2); ++head) {
-      auto* row = target + offset_of(to, batch, token, head);
-      const auto* other = source + offset_of(from, batch, token, head);
-      for (std::int64_t d = 0; d < to.size(3); ++d) row[d] = round(other[d]);
-    }
-  });
+// Calls call(Float32), call(Float16) or call(BFloat16).
+template <class Call>
+void with_format(DLDataType dtype, const Call& call) {
+  if (dtype == kFloat16) return call(Float16{});
+  if (dtype == kBFloat16) return call(BFloat16{});
+  call(Float32{});
 }
 
 }  // namespace
 
-void merge(const Tensor& out, const Tensor& lse, const Tensor& part_out, const Tensor& part_lse) {
-  if (const DLDevice device = out.device(); device.device_type != kDLCPU) {
-    return device_tokens(device).merge(out, lse, part_out, part_lse);
+void merge(const Part& to, const Part& a, const Part& b) {
+  if (const DLDevice device = to.out.device(); device.device_type != kDLCPU) {
+    return device_tokens(device).merge(to, a, b);
   }
-  if (part_out.dtype() == kFloat16) return merge_rows<FromFloat16>(out, lse, part_out, part_lse);
-  if (part_out.dtype() == kBFloat16) return merge_rows<FromBFloat16>(out, lse, part_out, part_lse);
-  merge_rows<FromFloat32>(out, lse, part_out, part_lse);
+  with_format(b.out.dtype(), [&]<class B>(B) {
+    const auto merge_into = [&]<class To>(To) {
+      a.out.dtype() == kFloat32 ? merge_rows<To, Float32, B>(to, a, b) : merge_rows<To, B, B>(to, a, b);
+    };
+    to.out.dtype() == kFloat32 ? merge_into(Float32{}) : merge_into(B{});
+  });
 }
 
-void clear(const Tensor& out, const Tensor& lse) {
-  if (const DLDevice device = out.device(); device.device_type != kDLCPU) return device_tokens(device).clear(out, lse);
-  auto* rows = static_cast<float*>(data_pointer(out));
-  auto* sums = static_cast<float*>(data_pointer(lse));
-  for_each_token(out, [&](std::int64_t batch, std::int64_t token) {
-    for (std::int64_t head = 0; head < out.size(2); ++head) {
-      std::fill_n(rows + offset_of(out, batch, token, head), out.size(3), 0.F);
-      sums[offset_of(lse, batch, token, head)] = -kInfinity;
+void clear(const Part& part) {
+  if (const DLDevice device = part.out.device(); device.device_type != kDLCPU) return device_tokens(device).clear(part);
+  for_each_token(part.out, [&](std::int64_t batch, std::int64_t token) {
+    for (std::int64_t head = 0; head < part.out.size(2); ++head) {
+      std::fill_n(row_of<Float32>(part.out, batch, token, head), part.out.size(3), 0.F);
+      *row_of<Float32>(part.lse, batch, token, head) = -kInfinity;
     }
   });
 }
 
 void convert(const Tensor& to, const Tensor& from) {
   if (const DLDevice device = to.device(); device.device_type != kDLCPU) return device_tokens(device).convert(to, from);
-  if (to.dtype() == kFloat16) return convert_rows(to, from, f16_from_float);
-  if (to.dtype() == kBFloat16) return convert_rows(to, from, bf16_from_float);
-  copy(to, from);
+  with_format(to.dtype(), [&]<class To>(To) {
+    for_each_token(to, [&](std::int64_t batch, std::int64_t token) {
+      for (std::int64_t head = 0; head < to.size(2); ++head) {
+        const auto* exact = row_of<Float32>(from, batch, token, head);
+        std::transform(exact, exact + to.size(3), row_of<To>(to, batch, token, head), To::store);
+      }
+    });
+  });
 }
 
 }  // namespace ditattn::parallel

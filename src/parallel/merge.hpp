@@ -4,14 +4,20 @@
 
 namespace ditattn::parallel {
 
-/// Attention over some keys and over some others becomes attention over all of them: `out` (B, S, H, D) and `lse`
-/// (B, S, H, 1), both float32, take in `part_out`, of the same shape in float32, float16 or bfloat16, and `part_lse`.
-/// In float32, one row at a time: the same numbers come out whatever the threads. Where one side's LSE is −∞, the other
-/// stays as it is, whatever stands there; a NaN in an LSE makes the row NaN. Any strides with a unit last one.
-void merge(const Tensor& out, const Tensor& lse, const Tensor& part_out, const Tensor& part_lse);
+/// Results for some keys: `out` (B, S, H, D) and `lse` (B, S, H, 1), float32. Any strides with a unit last one.
+struct Part {
+  Tensor out;
+  Tensor lse;
+};
 
-/// No keys yet: zeros and −∞.
-void clear(const Tensor& out, const Tensor& lse);
+/// Attention over the keys of `a` and over those of `b` becomes attention over all of them; `to` may be `a`. `b` in
+/// float32, float16 or bfloat16, the others in its dtype or in float32. In float32, one row at a time: the same numbers
+/// come out whatever the threads. Where one side's LSE is −∞, the other stays as it is, whatever stands there; a NaN in
+/// an LSE makes the row NaN.
+void merge(const Part& to, const Part& a, const Part& b);
+
+/// No keys yet: zeros and −∞, in float32.
+void clear(const Part& part);
 
 /// Rounds float32 `from` to `to`'s dtype (nearest even). Same shape (B, S, H, D).
 void convert(const Tensor& to, const Tensor& from);

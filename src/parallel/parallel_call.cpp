@@ -1,6 +1,8 @@
 #include "parallel/parallel_call.hpp"
 
+#include "ditattn/registry.hpp"
 #include "parallel/merge.hpp"
+#include "registry/table_backend.hpp"
 
 namespace ditattn::parallel {
 namespace {
@@ -25,7 +27,7 @@ Tensor cut(const Tensor& tensor, Range batch, Range tokens, Range heads) {
 
 }  // namespace
 
-ParallelCall::ParallelCall(const LayerState& layer, GroupState& group, const Agreement& agreement,
+ParallelCall::ParallelCall(LayerState& layer, GroupState& group, const Agreement& agreement,
                            const AttentionMetadata& metadata)
     : layer_(layer),
       group_(group),
@@ -62,16 +64,13 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
     if (sizes.joint_rows > 0) {
       queries_[0] = slice(slice(metadata_->fields.joint_query.value(), 1, text), 2, layer_.heads.query);
     }
-    rows_[0] = {.out = floats(Slot::text_out, text.size(), size_), .lse = floats(Slot::text_lse, text.size(), 1)};
-    rows_[1] = {.out = floats(Slot::image_out, my_rows.size(), size_),
-                .lse = floats(Slot::image_lse, my_rows.size(), 1)};
-    for (const Rows& rows : rows_) clear(rows.out, rows.lse);
+    prepare(0, like_query(Slot::text_rounded, text.size()), Slot::text_lse);
+    prepare(1,
+            group_.mesh.ulysses == 1 ? slice(outputs.out, 1, my_image(outputs.out))
+                                     : like_query(Slot::image_rounded, my_rows.size()),
+            Slot::image_lse);
     group_.mesh.ring > 1 ? compute_ring(own) : compute_gathered(own);
-    for (std::size_t i = 0; i < rows_.size() && dtype_ != kFloat32; ++i) {
-      const Tensor rounded = like_query(i == 0 ? Slot::text_rounded : Slot::image_rounded, rows_[i].out.size(1));
-      convert(rounded, rows_[i].out);
-      rows_[i].out = rounded;
-    }
+    for (const Rows& rows : rows_) finish(rows);
   }
   give_back(outputs);
 }
@@ -131,7 +130,7 @@ ParallelCall::KeysAndValues ParallelCall::keys_in(char* memory, std::int64_t tok
 // Every key is here: the back end's own call, for some heads.
 void ParallelCall::compute_whole(const KeysAndValues& keys, bool lse_wanted) {
   const Sizes& sizes = agreement_.sizes;
-  Rows all{.out = like_query(Slot::image_out, sizes.total_rows()), .lse = {}};
+  Part all{.out = like_query(Slot::image_rounded, sizes.total_rows()), .lse = {}};
   if (lse_wanted) all.lse = floats(Slot::image_lse, sizes.total_rows(), 1);
   const bool causal = layer_.whole->config().causal;
   for (std::size_t run = 0; run < layer_.heads.runs.size(); ++run) {
@@ -145,7 +144,7 @@ void ParallelCall::compute_whole(const KeysAndValues& keys, bool lse_wanted) {
                                Segment{.joint = false, .tokens = {0, sizes.rows}}};
   for (std::size_t i = 0; i < segments.size(); ++i) {
     const Range rows = joined_rows(sizes, segments[i]);
-    rows_[i] = {.out = slice(all.out, 1, rows), .lse = lse_wanted ? slice(all.lse, 1, rows) : Tensor()};
+    rows_[i].result = {.out = slice(all.out, 1, rows), .lse = lse_wanted ? slice(all.lse, 1, rows) : Tensor()};
   }
 }
 
@@ -199,23 +198,90 @@ void ParallelCall::compute_keys(std::size_t segment, const KeysAndValues& keys) 
   }
 }
 
+// Where the results of a segment's rows go. Parts that have all rows and heads need no sums before the second.
+void ParallelCall::prepare(std::size_t segment, const Tensor& out, Slot lse) {
+  Rows& rows = rows_[segment];
+  rows.result = {.out = out, .lse = floats(lse, out.size(1), 1)};
+  for (const auto& calls : plan_->calls) {
+    for (const PlannedCall& planned : calls[segment]) {
+      const BlockCall& block = planned.block;
+      rows.parts_are_whole = rows.parts_are_whole && layer_.heads.runs.size() == 1 && block.batch == Range{0, batch_} &&
+                             block.rows == Range{0, out.size(1)};
+      ++rows.parts;
+    }
+  }
+  rows.parts_are_whole = rows.parts_are_whole && rows.parts > 0;
+  if (!rows.parts_are_whole || rows.parts > 2) {
+    rows.sums = floats(segment == 0 ? Slot::text_out : Slot::image_out, out.size(1), size_);
+  }
+  if (!rows.parts_are_whole) {
+    clear({.out = rows.sums, .lse = rows.result.lse});
+  } else if (rows.parts > 1) {
+    rows.first = like_query(segment == 0 ? Slot::text_first : Slot::image_first, out.size(1));
+  }
+}
+
 void ParallelCall::compute_part(const PlannedCall& planned, const Tensor& query, const KeysAndValues& keys,
-                                const Rows& into) {
+                                Rows& rows) {
+  const BlockCall& block = planned.block;
+  const Range heads = from(layer_.heads.runs[planned.run].query, layer_.heads.query.begin);
+  const bool is_first = rows.merged++ == 0;
+  const bool is_last = rows.merged == rows.parts;
+  if (rows.parts_are_whole && is_first) {
+    return compute(planned, query, keys, {.out = is_last ? rows.result.out : rows.first, .lse = rows.result.lse});
+  }
+  const std::int64_t numbers = block.batch.size() * block.rows.size() * heads.size();
+  const auto memory = [&](Slot slot, std::int64_t size, DLDataType dtype) {
+    char* const data = group_.workspace.get(slot, numbers * size * (dtype.bits / 8));
+    return token_major(data, block.batch.size(), block.rows.size(), heads.size(), size, dtype, device_);
+  };
+  const Part part{.out = memory(Slot::part_out, size_, dtype_), .lse = memory(Slot::part_lse, 1, kFloat32)};
+  compute(planned, query, keys, part);
+  if (rows.parts_are_whole) {
+    const Tensor& before = rows.merged == 2 ? rows.first : rows.sums;
+    const Tensor& after = is_last ? rows.result.out : rows.sums;
+    merge({.out = after, .lse = rows.result.lse}, {.out = before, .lse = rows.result.lse}, part);
+  } else {
+    const Part sums{.out = cut(rows.sums, block.batch, block.rows, heads),
+                    .lse = cut(rows.result.lse, block.batch, block.rows, heads)};
+    merge(sums, sums, part);
+  }
+}
+
+void ParallelCall::compute(const PlannedCall& planned, const Tensor& query, const KeysAndValues& keys,
+                           const Part& into) {
   const BlockCall& block = planned.block;
   const Range heads = from(layer_.heads.runs[planned.run].query, layer_.heads.query.begin);
   const Range kv = from(layer_.heads.runs[planned.run].kv, layer_.heads.kv.begin);
-  const std::int64_t numbers = block.batch.size() * block.rows.size() * heads.size();
-  const auto part = [&](Slot slot, std::int64_t size, DLDataType dtype) {
-    char* const memory = group_.workspace.get(slot, numbers * size * (dtype.bits / 8));
-    return token_major(memory, block.batch.size(), block.rows.size(), heads.size(), size, dtype, device_);
-  };
-  const Rows result{.out = part(Slot::part_out, size_, dtype_), .lse = part(Slot::part_lse, 1, kFloat32)};
-  layer_.runs[planned.run][block.causal ? 1 : 0]->forward(
-      cut(query, block.batch, block.rows, heads), cut(keys.key, block.batch, block.keys, kv),
-      cut(keys.value, block.batch, block.keys, kv), planned.metadata,
-      {.out = result.out, .lse = tokens_as_lse(result.lse)});
-  merge(cut(into.out, block.batch, block.rows, heads), cut(into.lse, block.batch, block.rows, heads), result.out,
-        result.lse);
+  impl_for(planned).forward(cut(query, block.batch, block.rows, heads), cut(keys.key, block.batch, block.keys, kv),
+                            cut(keys.value, block.batch, block.keys, kv), planned.metadata,
+                            {.out = into.out, .lse = tokens_as_lse(into.lse)});
+}
+
+void ParallelCall::finish(const Rows& rows) {
+  if (!rows.parts_are_whole) convert(rows.result.out, rows.sums);
+}
+
+// A ring's parts may be single keys, which cuDNN refuses: TORCH_SDPA computes these then.
+const AttentionImpl& ParallelCall::impl_for(const PlannedCall& planned) {
+  if (planned.block.keys.size() == 1 && !layer_.asked_of_one_key) {
+    const auto& own = layer_.whole->backend();
+    const Problem one_key{.seq_kv = 1, .head_size = size_, .dtype = dtype_, .device = device_, .lse = true};
+    for (const auto& run : layer_.runs) {
+      if (own.explain(one_key)) break;
+      layer_.of_one_key.push_back(
+          BackendAccess::create(DiffusionAttentionBackendEnum::TORCH_SDPA.get_class(), run[0]->config()));
+    }
+    layer_.asked_of_one_key = true;
+  }
+  if (planned.block.keys.size() == 1 && !layer_.of_one_key.empty()) return *layer_.of_one_key[planned.run];
+  return *layer_.runs[planned.run][planned.block.causal ? 1 : 0];
+}
+
+// The image's rows among those of an output of this rank.
+Range ParallelCall::my_image(const Tensor& out) const {
+  const std::int64_t text = agreement_.sizes.joint_rows;
+  return agreement_.sizes.joint_first ? Range{text, out.size(1)} : Range{0, out.size(1) - text};
 }
 
 // The image's rows go to the ranks they came from, the text's to all.
@@ -230,16 +296,16 @@ void ParallelCall::give_back(const ForwardOutputs& outputs) {
     text_heads.push_back(layer_.query_heads[static_cast<std::size_t>(rank % ulysses)]);
   }
   const std::int64_t my_rows = agreement_.rows[static_cast<std::size_t>(group_.all->rank())];
-  const Range image = sizes.joint_first ? Range{sizes.joint_rows, sizes.joint_rows + my_rows} : Range{0, my_rows};
+  const Range image = my_image(outputs.out);
   const Range text = sizes.joint_first ? Range{0, sizes.joint_rows} : Range{my_rows, my_rows + sizes.joint_rows};
-  const auto give = [&](const Tensor& to, Tensor Rows::*member) {
-    gather_heads(*group_.ulysses, group_.workspace, rows_[1].*member, slice(to, 1, image), layer_.query_heads,
+  const auto give = [&](const Tensor& to, Tensor Part::*member) {
+    gather_heads(*group_.ulysses, group_.workspace, rows_[1].result.*member, slice(to, 1, image), layer_.query_heads,
                  of_my_place(agreement_.rows));
     if (sizes.joint_rows == 0) return;
-    gather_parts(*group_.all, group_.workspace, rows_[0].*member, slice(to, 1, text), text_rows, text_heads);
+    gather_parts(*group_.all, group_.workspace, rows_[0].result.*member, slice(to, 1, text), text_rows, text_heads);
   };
-  give(outputs.out, &Rows::out);
-  if (outputs.lse.defined()) give(lse_as_tokens(outputs.lse), &Rows::lse);
+  give(outputs.out, &Part::out);
+  if (outputs.lse.defined()) give(lse_as_tokens(outputs.lse), &Part::lse);
 }
 
 }  // namespace ditattn::parallel

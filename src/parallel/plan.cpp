@@ -12,7 +12,11 @@ std::vector<PlannedCall> calls_of(const PlanRequest& request, const std::vector<
   std::vector<PlannedCall> calls;
   const auto blocks =
       calls_between(pieces, joined_rows(request.sizes, rows), joined_keys(request.sizes, keys), request.alignment);
-  for (const BlockCall& block : blocks) {
+  for (BlockCall block : blocks) {
+    if (block.causal && block.keys.size() == 1) {  // a single key's diagonal leaves all rows or the last one
+      if (request.alignment == CausalAlignment::bottom_right) block.rows.begin = block.rows.end - 1;
+      block.causal = false;
+    }
     for (std::size_t run = 0; run < request.heads.size(); ++run) {
       calls.push_back(
           {.block = block,

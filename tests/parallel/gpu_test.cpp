@@ -25,6 +25,29 @@ bool over_nccl() {
   return ranks().sizes.back() == static_cast<int>(cuda_info().devices.size()) && ranks().fraction == 4;
 }
 
+// A stream, and this thread's work in it, for longer than the tensors made meanwhile.
+class InStream {
+ public:
+  explicit InStream(DLDevice device) : device_(device) {
+    cudaSetDevice(device.device_id);
+    cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking);
+    TVMFFIEnvSetStream(device.device_type, device.device_id, stream_, &before_);
+  }
+  ~InStream() {
+    cudaStreamSynchronize(stream_);
+    TVMFFIEnvSetStream(device_.device_type, device_.device_id, before_, nullptr);
+    cudaStreamDestroy(stream_);
+  }
+  InStream(const InStream&) = delete;
+  InStream& operator=(const InStream&) = delete;
+  [[nodiscard]] cudaStream_t get() const { return stream_; }
+
+ private:
+  DLDevice device_;
+  cudaStream_t stream_ = nullptr;
+  TVMFFIStreamHandle before_ = nullptr;
+};
+
 class Random {
  public:
   explicit Random(std::uint64_t seed) : generator_(seed) {}
@@ -78,29 +101,37 @@ TEST(TokenKernels, DoWhatTheHostDoes) {
         store_element(part_lse.data_ptr(), i, kFloat32, odd[static_cast<std::size_t>(random.number(0, 2))]);
     }
     const auto run = [&](DLDevice device) {
-      struct {
-        Tensor out, lse, rounded, copied, cleared, cleared_lse;
-      } r{on(device, out), on(device, lse), on(device, part), on(device, part), on(device, out), on(device, lse)};
-      if (device.device_type == kDLCPU)
-        r = {copy_to(out, kCpu),  copy_to(lse, kCpu), copy_to(part, kCpu),
-             copy_to(part, kCpu), copy_to(out, kCpu), copy_to(lse, kCpu)};
-      const Tensor mine = on(device, part);
-      merge(slice(r.out, 2, some), slice(r.lse, 2, some), slice(mine, 2, some), slice(on(device, part_lse), 2, some));
-      convert(slice(r.rounded, 2, some), slice(r.out, 2, some));
-      if (tokens > 1)
-        copy(slice(slice(r.copied, 1, {0, tokens / 2}), 2, some),
-             slice(slice(mine, 1, {tokens - tokens / 2, tokens}), 2, some));
-      clear(slice(r.cleared, 2, some), slice(r.cleared_lse, 2, some));
-      return std::vector<Tensor>{on(kCpu, r.out),    on(kCpu, r.lse),     on(kCpu, r.rounded),
-                                 on(kCpu, r.copied), on(kCpu, r.cleared), on(kCpu, r.cleared_lse)};
+      const auto fresh = [&](const Tensor& tensor) { return copy_to(tensor, device); };
+      const Part whole{.out = fresh(out), .lse = fresh(lse)};
+      const Part other{.out = fresh(part), .lse = fresh(part_lse)};
+      const Part rounded{.out = fresh(part), .lse = fresh(lse)};
+      const Part zero{.out = fresh(out), .lse = fresh(lse)};
+      const Tensor converted = fresh(part);
+      const Tensor copied = fresh(part);
+      const auto some_of = [&](const Part& all) {
+        return Part{.out = slice(all.out, 2, some), .lse = slice(all.lse, 2, some)};
+      };
+      merge(some_of(whole), some_of(whole), some_of(other));
+      merge(some_of(rounded), some_of(other), some_of(other));
+      convert(slice(converted, 2, some), slice(whole.out, 2, some));
+      clear(some_of(zero));
+      const Range first{.begin = 0, .end = tokens / 2};
+      const Range last{.begin = tokens - tokens / 2, .end = tokens};
+      copy(slice(slice(copied, 1, first), 2, some), slice(slice(other.out, 1, last), 2, some));
+      std::vector<Tensor> results;
+      for (const Tensor& result :
+           {copied, zero.out, zero.lse, whole.out, whole.lse, converted, rounded.out, rounded.lse}) {
+        results.push_back(on(kCpu, result));
+      }
+      return results;
     };
     const auto host = run(kCpu);
     const auto gpu = run(kGpu);
-    for (const std::size_t exact : {3, 4, 5}) EXPECT_TRUE(same_bits(host[exact], gpu[exact])) << exact;
-    EXPECT_LE(largest_difference(host[0], gpu[0]), 2e-6);
-    EXPECT_LE(largest_difference(host[1], gpu[1]), 1e-6);
-    EXPECT_LE(largest_difference(host[2], gpu[2]), dtype == kFloat32 ? 2e-6 : dtype == kFloat16 ? 4e-3 : 4e-2);
-    worst = std::max(worst, largest_difference(host[0], gpu[0]));
+    for (const std::size_t exact : {0, 1, 2}) EXPECT_TRUE(same_bits(host[exact], gpu[exact])) << exact;
+    for (const std::size_t single : {3, 4, 7}) EXPECT_LE(largest_difference(host[single], gpu[single]), 2e-6);
+    const double rounding = dtype == kFloat32 ? 2e-6 : dtype == kFloat16 ? 4e-3 : 4e-2;
+    for (const std::size_t rounded : {5, 6}) EXPECT_LE(largest_difference(host[rounded], gpu[rounded]), rounding);
+    worst = std::max(worst, largest_difference(host[3], gpu[3]));
   }
   std::cout << fmt::format("token kernels: largest difference {:.1e}\n", worst);
 }
@@ -169,11 +200,8 @@ TEST_F(OverNccl, GraphsReplayWithTheSameBits) {
     ranks().run(size, [&](const std::shared_ptr<Communicator>& communicator) {
       const int rank = communicator->rank();
       const DLDevice device = ranks().device(rank);
-      cudaSetDevice(device.device_id);
-      cudaStream_t stream = nullptr;
-      ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
-      TVMFFIStreamHandle before = nullptr;
-      TVMFFIEnvSetStream(device.device_type, device.device_id, stream, &before);
+      const InStream in_stream(device);
+      cudaStream_t stream = in_stream.get();
       const auto group = std::make_shared<ParallelGroup>(communicator, mesh);
       ParallelAttention layer(DiffusionAttentionBackendEnum::FLASH_ATTN.get_class(), {.num_heads = 8, .head_size = 64},
                               group);
@@ -197,12 +225,10 @@ TEST_F(OverNccl, GraphsReplayWithTheSameBits) {
         call();
         EXPECT_TRUE(same_bits(replayed, on(kCpu, out)));
       }
-      communicator->check();
+      communicator->throw_if_failed();
       communicator->barrier();
       cudaGraphExecDestroy(exec);
       cudaGraphDestroy(graph);
-      TVMFFIEnvSetStream(device.device_type, device.device_id, before, nullptr);
-      cudaStreamDestroy(stream);
     });
   }
 }
@@ -222,12 +248,12 @@ TEST_F(OverNccl, ARankThatStaysAwayIsATimeoutForTheOthers) {
     const Tensor input = on(device, Random(1).normal({1, 300, 8, 64}, kBFloat16));
     layer.forward(input, input, input);
     synchronize(device);
-    ends->check();
+    ends->throw_if_failed();
     if (thread->rank() == 0) {
       layer.forward(input, input, input);
       synchronize(device);  // returns
       try {
-        ends->check();
+        ends->throw_if_failed();
         ADD_FAILURE() << "nothing is wrong";
       } catch (const TimeoutError& error) {
         EXPECT_NE(error.message().find("rank 1"), std::string::npos) << error.message();

@@ -36,11 +36,11 @@ int run_rank(int rank, int size, const std::filesystem::path& file) try {
   const ditattn::Tensor tokens = ditattn::copy_to(host, device);
   layer.forward(tokens, tokens, tokens);
   ditattn::synchronize(device);
-  communicator->check();
+  communicator->throw_if_failed();
   if (rank == size - 1) ::raise(SIGKILL);
   for (int call = 0; call < 3; ++call) layer.forward(tokens, tokens, tokens);
   ditattn::synchronize(device);
-  communicator->check();
+  communicator->throw_if_failed();
   return 0;
 } catch (const ditattn::TimeoutError& error) {
   fmt::print("rank {}: {}\n", rank, error.message());

@@ -106,7 +106,7 @@ Whole compute(const conformance::Drawn& problem, const BackendClass& backend, co
     for (int i = 0; i < repeats; ++i) out = layer.forward(query, key, value, metadata, {.lse = lse});
     out = on(kCpu, out);
     lse = on(kCpu, lse);
-    communicator->check();
+    communicator->throw_if_failed();
     // An LSE by token, as the whole is put together.
     const Tensor sums = empty({lse.size(0), lse.size(2), lse.size(1), 1}, kFloat32);
     copy(sums, lse_as_tokens(lse));

@@ -21,10 +21,7 @@ constexpr std::int64_t kTokens = 37;
 constexpr std::int64_t kHeads = 3;
 constexpr std::int64_t kSize = 5;
 
-struct Rows {
-  Tensor out;
-  Tensor lse;
-};
+using Rows = Part;
 
 Rows make_rows(DLDataType dtype = kFloat32) {
   return {.out = empty({kBatch, kTokens, kHeads, kSize}, dtype), .lse = empty({kBatch, kTokens, kHeads, 1}, kFloat32)};
@@ -32,7 +29,7 @@ Rows make_rows(DLDataType dtype = kFloat32) {
 
 Rows cleared() {
   const Rows rows = make_rows();
-  clear(rows.out, rows.lse);
+  clear(rows);
   return rows;
 }
 
@@ -98,7 +95,7 @@ TEST_P(MergeOf, RandomPartsIsTheSoftmaxOverAllKeys) {
       for (std::size_t d = 0; d < kSize; ++d) set(part.out, row * kSize + static_cast<std::int64_t>(d), out[d]);
       set(part.lse, row, lse);
     }
-    merge(whole.out, whole.lse, part.out, part.lse);
+    merge(whole, whole, part);
   }
   double worst = 0;
   double worst_lse = 0;
@@ -131,14 +128,14 @@ TEST(Merge, NothingOfAPartWithoutKeysShows) {
   const Rows whole = cleared();
   const Rows garbage = make_rows();
   fill(garbage, std::numeric_limits<double>::quiet_NaN(), -kInfinity);
-  merge(whole.out, whole.lse, garbage.out, garbage.lse);
+  merge(whole, whole, garbage);
   for (std::int64_t i = 0; i < whole.out.numel(); ++i) ASSERT_EQ(at(whole.out, i), 0);
   for (std::int64_t i = 0; i < whole.lse.numel(); ++i) ASSERT_EQ(at(whole.lse, i), -kInfinity);
 
   const Rows part = make_rows();
   fill(part, 1.25, -7.5);
-  merge(whole.out, whole.lse, part.out, part.lse);
-  merge(whole.out, whole.lse, garbage.out, garbage.lse);
+  merge(whole, whole, part);
+  merge(whole, whole, garbage);
   for (std::int64_t i = 0; i < whole.out.numel(); ++i) ASSERT_EQ(at(whole.out, i), 1.25);
   for (std::int64_t i = 0; i < whole.lse.numel(); ++i) ASSERT_EQ(at(whole.lse, i), -7.5);
 }
@@ -148,7 +145,7 @@ TEST(Merge, LargeLogitsDoNotOverflow) {
   const Rows part = make_rows();
   for (double lse : {-3e4, 3e4, 2e4, 3e4}) {
     fill(part, lse > 2.5e4 ? 2 : 1, lse);
-    merge(whole.out, whole.lse, part.out, part.lse);
+    merge(whole, whole, part);
   }
   for (std::int64_t i = 0; i < whole.out.numel(); ++i) ASSERT_EQ(at(whole.out, i), 2);
   for (std::int64_t i = 0; i < whole.lse.numel(); ++i) ASSERT_NEAR(at(whole.lse, i), 3e4 + std::log(2), 4e-3);
@@ -159,9 +156,9 @@ TEST(Merge, AVisibleNanIsTheRows) {
   const Rows part = make_rows();
   fill(part, 1, 0);
   set(part.lse, 4, std::numeric_limits<double>::quiet_NaN());
-  merge(whole.out, whole.lse, part.out, part.lse);
+  merge(whole, whole, part);
   fill(part, 1, 0);
-  merge(whole.out, whole.lse, part.out, part.lse);
+  merge(whole, whole, part);
   for (std::int64_t i = 0; i < whole.lse.numel(); ++i) {
     ASSERT_EQ(std::isnan(at(whole.lse, i)), i == 4);
     ASSERT_EQ(std::isnan(at(whole.out, i * kSize)), i == 4);
