@@ -19,9 +19,10 @@ using NcclId = std::array<char, 128>;
 /// A new one. ImportError where there is no NCCL, with where it was looked for.
 DITATTN_API NcclId nccl_id();
 
-/// Joins `size` ranks with the same `id`, this one with GPU `device`. Called by all of them; each rank has a GPU of its
-/// own. Its `takes` says yes to that GPU's memory and to host memory, which goes through the GPU, so the host waits for
-/// that. Operations on the GPU's memory go on a stream of their own and may be captured into a CUDA graph.
+/// Joins `size` ranks with the same `id`, this one with GPU `device`. Called by all of them; each rank is a process
+/// with a GPU of its own (in one process CUDA's own locks can make ranks wait for each other for ever). Its `takes`
+/// says yes to that GPU's memory and to host memory, which goes through the GPU, so the host waits for that. Operations
+/// on the GPU's memory go on a stream of their own and may be captured into a CUDA graph.
 ///
 /// A rank that does not come within `timeout` is a TimeoutError: here, and in operations at the next use of the
 /// communicator, because the host does not wait for these; a thread watches them, and ends what waits on the GPU.

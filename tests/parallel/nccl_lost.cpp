@@ -1,5 +1,6 @@
-// Processes with a GPU each, of which the last kills itself in the middle: the others must end with a TimeoutError that
-// names it, soon after the timeout.  Exit: 0 as it should be, 1 not, 77 fewer than two GPUs.
+// Processes with a GPU each, of which the last kills itself in the middle, or, with the argument `late`, sleeps: the
+// others must end with a TimeoutError that names it, soon after the timeout.  Exit: 0 as it should be, 1 not, 77 fewer
+// than two GPUs.
 
 #include <ditattn/cuda.hpp>
 #include <ditattn/ditattn.hpp>
@@ -13,6 +14,8 @@
 #include <chrono>
 #include <csignal>
 #include <string>
+#include <string_view>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -23,7 +26,7 @@ constexpr int kTimedOut = 3;
 constexpr int kSkipped = 77;
 constexpr Seconds kTimeout{5};
 
-int run_rank(int rank, int size, const std::filesystem::path& file) try {
+int run_rank(int rank, int size, bool late, const std::filesystem::path& file) try {
   const DLDevice device{kDLCUDA, rank};
   const auto communicator = nccl_communicator(file, rank, size, rank, kTimeout);
   const auto group = std::make_shared<ParallelGroup>(communicator, Mesh{.ring = size});
@@ -37,7 +40,10 @@ int run_rank(int rank, int size, const std::filesystem::path& file) try {
   layer.forward(tokens, tokens, tokens);
   ditattn::synchronize(device);
   communicator->throw_if_failed();
-  if (rank == size - 1) ::raise(SIGKILL);
+  if (rank == size - 1) {
+    if (late) std::this_thread::sleep_for(3 * kTimeout);
+    ::raise(SIGKILL);
+  }
   for (int call = 0; call < 3; ++call) layer.forward(tokens, tokens, tokens);
   ditattn::synchronize(device);
   communicator->throw_if_failed();
@@ -61,7 +67,8 @@ int count_gpus() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  const bool late = argc == 2 && std::string_view(argv[1]) == "late";
   const int size = count_gpus();
   if (size < 2) {
     fmt::print("skipped: {} CUDA devices, two are needed\n", size);
@@ -73,7 +80,7 @@ int main() {
   for (int rank = 0; rank < size; ++rank) {
     const pid_t child = ::fork();
     if (child == 0) {
-      const int status = run_rank(rank, size, file);
+      const int status = run_rank(rank, size, late, file);
       std::fflush(stdout);
       ::_exit(status);
     }
@@ -87,7 +94,6 @@ int main() {
                    (rank == size - 1 ? WIFSIGNALED(status) : WIFEXITED(status) && WEXITSTATUS(status) == kTimedOut);
   }
   const Seconds took = std::chrono::steady_clock::now() - start;
-  fmt::print("{} ranks, one killed: {}, {:.1f} s\n", size, as_it_should ? "the others timed out" : "WRONG",
-             took.count());
+  fmt::print("{} ranks, one {}: {}, {:.1f} s\n", size, as_it_should ? "the others timed out" : "WRONG", took.count());
   return as_it_should && took < kTimeout + Seconds(40) ? 0 : 1;
 }

@@ -25,7 +25,8 @@ struct Ranks {
   /// Numbers of ranks that there are.
   std::vector<int> sizes = {1, 2, 3, 4, 8};
   bool is_first = true;  ///< this process has rank 0, which sees results
-  int fraction = 1;      ///< of the problems, one of so many is run
+  bool are_over_nccl = false;
+  int fraction = 1;  ///< of the problems, one of so many is run
   /// Where each rank computes.
   std::function<DLDevice(int rank)> device = [](int /*rank*/) { return kCpu; };
 };
