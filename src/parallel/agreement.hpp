@@ -24,4 +24,7 @@ struct Agreement {
 Agreement agree(Communicator& communicator, const AttentionImpl& layer, const Tensor& query, const Tensor& key,
                 const Tensor& value, const AttentionMetadata& metadata, const ForwardOutputs& outputs, bool needs_lse);
 
+/// The part in `agree` of a rank that has no call to make.
+void refuse(Communicator& communicator, const std::string& reason);
+
 }  // namespace ditattn::parallel
