@@ -144,13 +144,14 @@ def run_ranks(size: int, body: Callable[[Communicator], T], timeout: float = DEF
 class ParallelGroup:
     """A communicator cut to a mesh, and the memory that calls reuse. Layers share it. Used by one thread at a time."""
 
-    def __init__(self, communicator: Communicator, mesh: Mesh) -> None:
-        """Called by all ranks of `communicator`.
+    def __init__(self, communicator: Communicator, mesh: Mesh, device: str = "cpu") -> None:
+        """Called by all ranks of `communicator`. `device`, where tensors will be, is what "auto" chooses for.
 
         ValueError, on all of them, where degrees do not make their number (with those that do) or ranks differ.
         """
         self.communicator = communicator
         self.mesh = mesh
+        self.device = device
         self._native = _parallel_group(communicator._native, mesh.ulysses, mesh.ring, mesh.allgather)
 
 
@@ -187,7 +188,7 @@ class ParallelAttention:
             "role": role,
             "backend_kwargs": dict(backend_kwargs or {}),
         }
-        self._native = _parallel_layer(adapted(_class_of(backend)), config, group._native)
+        self._native = _parallel_layer(adapted(_class_of(backend, group.device)), config, group._native)
 
     def forward(
         self,
@@ -229,10 +230,10 @@ class ParallelAttention:
         return self.forward(*args, **kwargs)
 
 
-def _class_of(backend: str | DiffusionAttentionBackendEnum | type) -> type[AttentionBackend]:
+def _class_of(backend: str | DiffusionAttentionBackendEnum | type, device: str) -> type[AttentionBackend]:
     if isinstance(backend, str):
         if backend.lower() == "auto":
-            return get_attn_backend_for_role()[0]
+            return get_attn_backend_for_role(device=device)[0]
         backend = DiffusionAttentionBackendEnum[backend.upper()]
     if isinstance(backend, DiffusionAttentionBackendEnum):
         return backend.get_class()
@@ -266,7 +267,8 @@ def group(
         from .torch_ranks import communicator
     except ModuleNotFoundError as error:
         raise ImportError(f"ditattn.parallel.group needs PyTorch: {error}") from error
-    return ParallelGroup(Communicator(communicator(process_group, device, timeout)), Mesh(ulysses, ring, allgather))
+    native, place = communicator(process_group, device, timeout)
+    return ParallelGroup(Communicator(native), Mesh(ulysses, ring, allgather), place)
 
 
 @contextlib.contextmanager

@@ -23,8 +23,11 @@ _SPLIT = 7  # beside C++'s operations, which are fewer
 _OPERATIONS = 8
 
 
-def communicator(process_group: Any, device: Any, timeout: float) -> Any:
-    """C++'s communicator of the processes of `process_group`; errors are those of `ditattn.parallel.group`."""
+def communicator(process_group: Any, device: Any, timeout: float) -> tuple[Any, str]:
+    """C++'s communicator of the processes of `process_group`, and where their tensors are.
+
+    Errors are those of `ditattn.parallel.group`.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("There is no process group. Call torch.distributed.init_process_group first.")
     if not 0 < timeout < 365 * 86400:
@@ -40,8 +43,8 @@ def communicator(process_group: Any, device: Any, timeout: float) -> Any:
     store = dist.PrefixStore(f"ditattn/{name}/{number}", dist.distributed_c10d._get_default_store())
     device = _device(process_group, device)
     if device.type == "cpu":
-        return _Ranks(_Gloo(store, rank, size, timeout), range(size), rank, 0).to_native()
-    return _nccl(store, rank, size, device, timeout)
+        return _Ranks(_Gloo(store, rank, size, timeout), range(size), rank, 0).to_native(), "cpu"
+    return _nccl(store, rank, size, device, timeout), str(device)
 
 
 def _device(process_group: Any, device: Any) -> torch.device:
@@ -102,7 +105,7 @@ class _Ranks:
 
     def to_native(self) -> Any:
         """C++'s object, which keeps this one."""
-        hooks = map(_native.callback, (self.start, self.split, self.abort))
+        hooks = [_native.callback(hook) for hook in (self.start, self.split, self.abort)]
         return _python_communicator(self.rank, len(self.members), self.gloo.timeout.total_seconds(), *hooks)
 
     def start(self, operation: int, name: str, sends: Any, receives: Any) -> Callable[[], None]:

@@ -165,7 +165,8 @@ Header describe(const AttentionImpl& layer, const Tensor& query, const Tensor& k
                            .add(std::bit_cast<std::int64_t>(layer.softmax_scale()))
                            .add(layer.config().causal ? 1 : 0)
                            .value();
-  if (metadata.defined()) describe_metadata(*metadata.operator->(), header);
+  static const AttentionMetadata none{AttentionMetadataFields{}};
+  describe_metadata(*(metadata.defined() ? metadata : none).operator->(), header);
   problem.seq_q += header[joint_rows];
   check_outputs(outputs, problem, query, key, value, metadata);
   return header;
