@@ -1,4 +1,8 @@
-"""Starts programs as ranks, in processes of their own, and waits for all of them."""
+"""Runs programs as ranks, in processes of their own: `python FILE PROGRAM RANK SIZE FOLDER`.
+
+A program is a function of rank, number of ranks and folder, and returns what the test compares; `serve` is what its
+file calls. Ranks find each other at the port in the folder's file `port`.
+"""
 
 import os
 import socket
@@ -9,8 +13,30 @@ import uuid
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 MARKER = "DITATTN_TEST_JOB"
+
+
+def serve(programs):
+    """Computes this process's part, with Gloo, and writes its result."""
+    import ditattn
+
+    name, rank, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    ditattn.set_num_threads(1)
+    store = f"tcp://localhost:{(folder / 'port').read_text()}"
+    dist.init_process_group("cpu:gloo", init_method=store, rank=rank, world_size=size)
+    torch.save(programs[name](rank, size, folder), folder / f"result{rank}")
+    (folder / f"done{rank}").touch()
+    deadline = time.monotonic() + 30  # rank 0 has the store, which others may still ask
+    while rank == 0 and time.monotonic() < deadline and len(list(folder.glob("done*"))) < size and not is_lost(folder):
+        time.sleep(0.01)
+
+
+def is_lost(folder):
+    """Whether a rank said that it will not come to its end."""
+    return (folder / "lost").exists()
 
 
 def processes_with(marker):

@@ -1,19 +1,13 @@
-"""What ranks do in the tests of ditattn over PyTorch processes: `python torch_programs.py NAME RANK SIZE FOLDER`.
-
-Each program gets its rank, the number of ranks and a folder, and returns what the test compares; processes find each
-other by a file in the folder.
-"""
+"""What ranks do in the tests of ditattn.parallel over PyTorch processes (torch_jobs.py)."""
 
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch_jobs import serve
 
-import ditattn
 from ditattn import AttentionMetadata, parallel
 
 TOKENS, HEADS, KV_HEADS, SIZE, TEXT = 53, 6, 2, 32, 5
@@ -121,7 +115,7 @@ def subgroup(rank, size, folder):
     return out
 
 
-def lost(how, rank, size, timeout):
+def lost(how, rank, size, timeout, folder):
     """What the others see of rank 1, in the middle."""
     tensors, _, _ = problem()
     mine = [part(tensor, parallel.balanced_lengths(TOKENS, size), rank) for tensor in tensors]
@@ -129,6 +123,7 @@ def lost(how, rank, size, timeout):
     layer = parallel.ParallelAttention("flash_attn", HEADS, SIZE, num_kv_heads=KV_HEADS, group=group)
     layer.forward(*mine)
     if rank == 1 and how == "killed":
+        (folder / "lost").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == 1 and how == "late":
         time.sleep(3 * timeout)
@@ -140,15 +135,15 @@ def lost(how, rank, size, timeout):
 
 
 def killed(rank, size, folder):
-    return lost("killed", rank, size, 20)
+    return lost("killed", rank, size, 20, folder)
 
 
 def late(rank, size, folder):
-    return lost("late", rank, size, 2)
+    return lost("late", rank, size, 2, folder)
 
 
 def aborted(rank, size, folder):
-    return lost("aborted", rank, size, 20)
+    return lost("aborted", rank, size, 20, folder)
 
 
 def absent(rank, size, folder):
@@ -172,16 +167,5 @@ def released(rank, size, folder):
     return before, count()
 
 
-def main(name, rank, size, folder):
-    torch.set_num_threads(1)
-    ditattn.set_num_threads(1)
-    store = f"file://{folder}/store" if name != "killed" else f"tcp://localhost:{(folder / 'port').read_text()}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    program = globals().get(name)
-    torch.save(program(rank, size, folder), folder / f"result{rank}")
-    if name not in ("killed", "late", "aborted", "absent"):
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    serve(globals())

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
+from ditattn.integrations.parallel_layers import layer_for
 from ditattn.metadata import AttentionMetadata
-from ditattn.parallel import ParallelAttention, ParallelGroup, group
-
-_KEPT_LAYERS = 64  # of a process group: a model has a few kinds
-
-# Process group → {(ulysses, ring, device): (group, {the layer's kind: layer})}; it goes with its process group.
-_groups: WeakKeyDictionary[Any, dict[Any, tuple[ParallelGroup, OrderedDict[Any, ParallelAttention]]]]
-_groups = WeakKeyDictionary()
 
 
 @torch.compiler.disable
@@ -48,35 +40,17 @@ def parallel_attention(
         )
     metadata = None
     if attn_mask is not None:
-        metadata = AttentionMetadata(attn_mask=_of_all_keys(attn_mask, key.shape[1], process_group))
-    layers = _layers(context, process_group, query.device)
-    kind = (backend, options, query.shape[2], query.shape[3], scale, is_causal, key.shape[2])
-    layer = layers[1].get(kind)
-    if layer is None:
-        layer = layers[1][kind] = ParallelAttention(
-            backend, *kind[2:], backend_kwargs=json.loads(options or "{}"), group=layers[0]
-        )
-        if len(layers[1]) > _KEPT_LAYERS:
-            layers[1].popitem(last=False)
+        metadata = AttentionMetadata(attn_mask=_of_all_keys(attn_mask, *key.shape[:2], process_group))
+    # diffusers' ring gathers all keys and values at once; going round needs less memory, and the result is the same.
+    degrees = {"ulysses": context.ulysses_degree, "ring": context.ring_degree}
+    given = json.loads(options or "{}")
+    layer = layer_for(query, key, backend, scale, is_causal, given, process_group, **degrees)
     return layer.forward(query, key, value, metadata, return_lse=return_lse)
 
 
-def _layers(
-    context: Any, process_group: Any, device: torch.device
-) -> tuple[ParallelGroup, OrderedDict[Any, ParallelAttention]]:
-    """The mesh's group, made by all processes when they first come here, and its layers."""
-    known = _groups.setdefault(process_group, {})
-    # diffusers' ring gathers all keys and values at once; going round needs less memory, and the result is the same.
-    key = (context.ulysses_degree, context.ring_degree, str(device))
-    if key not in known:
-        made = group(process_group, ulysses=context.ulysses_degree, ring=context.ring_degree, device=device)
-        known[key] = made, OrderedDict()
-    return known[key]
-
-
-def _of_all_keys(mask: torch.Tensor, keys: int, process_group: Any) -> torch.Tensor:
-    """A mask over all processes' keys; `keys` are this one's."""
-    if mask.ndim > 2 and mask.shape[-2] != 1:
+def _of_all_keys(mask: torch.Tensor, batch: int, keys: int, process_group: Any) -> torch.Tensor:
+    """A mask over all processes' keys; `keys` are this one's. Two dimensions are (batch, keys)."""
+    if mask.ndim > 1 and mask.shape[-2] != 1 and (mask.ndim > 2 or mask.shape[0] != batch):
         raise NotImplementedError(
             f"A mask of shape {tuple(mask.shape)} differs by row: over several processes only masks over keys are taken."
         )
