@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,7 @@ _refuse = _native.function("parallel_refuse")
 _mesh_name = _native.function("mesh_name")
 _parse_mesh = _native.function("parse_mesh")
 _balanced_lengths = _native.function("balanced_lengths")
+_mpi = functools.partial(_native.function_of, "mpi")
 
 T = TypeVar("T")
 
@@ -257,9 +259,7 @@ def group(
     """The processes of a PyTorch process group, by default all, as ranks. Called by all of them.
 
     `device` is where tensors are: "cpu", or this process's GPU, each process having one of its own. None: the current
-    GPU where `process_group` is NCCL's alone, else the CPU. Bytes go by Gloo or NCCL in connections of ditattn's own,
-    so that neither an operation of `process_group` nor its timeout is touched.
-
+    GPU where `process_group` is NCCL's alone, else the CPU. Bytes go by Gloo or NCCL, in connections of ditattn's own.
     ImportError where PyTorch, or ditattn's part for NCCL, is not there; RuntimeError before `init_process_group`;
     ValueError for wrong degrees, with those that work; TimeoutError where a process does not come.
     """
@@ -281,23 +281,22 @@ def mpi_session(timeout: float = DEFAULT_TIMEOUT) -> Iterator[Communicator]:
     An error that leaves the block is printed, and the whole job ends there and then with status 1, because the other
     processes would wait for this one. ImportError where ditattn was built without MPI.
     """
-    library = "mpi"
-    begin = _native.function_of(library, "mpi_begin")
-    session = begin(timeout)
-    world = Communicator(_native.function_of(library, "mpi_world")(session))
+    session = _mpi("mpi_begin")(timeout)
+    world = Communicator(_mpi("mpi_world")(session))
     try:
         yield world
     except BaseException as error:
-        traceback.print_exception(error)
-        world.abort(f"{type(error).__name__}: {error}")
+        if not isinstance(error, SystemExit) or error.code:
+            traceback.print_exception(error)
+            world.abort(f"{type(error).__name__}: {error}")
         raise
     finally:
-        _native.function_of(library, "mpi_end")(session)
+        _mpi("mpi_end")(session)
 
 
 def mpi_communicator(fortran_handle: int, timeout: float = DEFAULT_TIMEOUT) -> Communicator:
     """The processes of a communicator that the program has: ``comm.py2f()`` of mpi4py. Called by all of them."""
-    return Communicator(_native.function_of("mpi", "mpi_communicator")(fortran_handle, timeout))
+    return Communicator(_mpi("mpi_communicator")(fortran_handle, timeout))
 
 
 def nccl_communicator(over: Communicator, device: int) -> Communicator:

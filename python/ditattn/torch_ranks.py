@@ -43,6 +43,8 @@ def communicator(process_group: Any, device: Any, timeout: float) -> tuple[Any, 
     store = dist.PrefixStore(f"ditattn/{name}/{number}", dist.distributed_c10d._get_default_store())
     device = _device(process_group, device)
     if device.type == "cpu":
+        if not dist.is_gloo_available():
+            raise ImportError("Processes exchange host memory by Gloo, which this PyTorch was built without.")
         return _Ranks(_Gloo(store, rank, size, timeout), range(size), rank, 0).to_native(), "cpu"
     return _nccl(store, rank, size, device, timeout), str(device)
 

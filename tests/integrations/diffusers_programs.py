@@ -69,12 +69,20 @@ def chosen_around(rank, size, folder):
         return alone, ours, output(model, inputs), config is model._parallel_config
 
 
-def calls(rank, size, folder):
+def ulysses_calls(rank, size, folder):
+    return calls(ContextParallelConfig(ulysses_degree=size, ulysses_anything=True), rank, size)
+
+
+def ring_calls(rank, size, folder):
+    return calls(ContextParallelConfig(ring_degree=size, ring_anything=True), rank, size)
+
+
+def calls(config, rank, size):
     """Calls of the dispatcher itself: what it returns for this process's tokens, or its error."""
     prepare()
     model, _ = model_and_inputs("flux")
     use(model, "ditattn_flash")
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size, ulysses_anything=True))
+    model.enable_parallelism(config=config)
     query, key, value = tensors(seq_q=TOKENS, seq_kv=TOKENS)
     mine = [each.chunk(size, 1)[rank] for each in (query, key, value)]
     whole_mask = small_models.padding(TOKENS, 4, size=TOKENS)[:, None, None]

@@ -48,8 +48,9 @@ def exact(keep=None):
     return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), value), logits.logsumexp(-1)
 
 
-def test_what_the_dispatcher_may_ask_for(tmp_path):
-    ranks = run("calls", 2, tmp_path)
+@pytest.mark.parametrize("program", ["ulysses_calls", "ring_calls"])
+def test_what_the_dispatcher_may_ask_for(program, tmp_path):
+    ranks = run(program, 2, tmp_path)
     whole = {
         case: torch.cat([found[case] for found in ranks], 1)
         for case in ("own_mask", "whole_mask", "added", "causal", "autocast")

@@ -40,7 +40,7 @@ def parallel_attention(
         )
     metadata = None
     if attn_mask is not None:
-        metadata = AttentionMetadata(attn_mask=_of_all_keys(attn_mask, *key.shape[:2], process_group))
+        metadata = AttentionMetadata(attn_mask=_of_all_keys(attn_mask, key.shape[0], key.shape[1], process_group))
     # diffusers' ring gathers all keys and values at once; going round needs less memory, and the result is the same.
     degrees = {"ulysses": context.ulysses_degree, "ring": context.ring_degree}
     given = json.loads(options or "{}")
