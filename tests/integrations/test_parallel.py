@@ -95,13 +95,15 @@ def test_some_processes_by_a_group_of_their_own(tmp_path):
     assert distance(torch.cat([ranks[1], ranks[3]], 1), exact("plain")[0]) < TOLERANCE
 
 
-def test_a_killed_rank_is_an_error_of_the_others_at_once(tmp_path):
-    ranks, statuses = run("killed", 3, tmp_path)
-    assert statuses == [0, -signal.SIGKILL, 0]
-    for rank in (0, 2):
+@pytest.mark.parametrize("program, victim", [("killed", 1), ("killed_host", 0)])
+def test_a_killed_rank_is_an_error_of_the_others_at_once(program, victim, tmp_path):
+    ranks, statuses = run(program, 3, tmp_path)
+    assert statuses == [-signal.SIGKILL if rank == victim else 0 for rank in range(3)]
+    for rank in {0, 1, 2} - {victim}:
         (kind, text, seconds), (again, later, at_once) = ranks[rank]
-        assert kind == again == "RuntimeError" and "rank 1 is lost" in text, text
-        assert "rank 1 is lost" in later and seconds < 10 and at_once < 1
+        assert kind == again == "RuntimeError" and f"rank {victim} is lost" in text, text
+        assert seconds < 20 and at_once < 5  # long before the timeout, on a busy machine too
+        assert f"rank {victim} is lost" in later or victim == 0, later  # nobody has the reason without a store
         print(f"rank {rank}: {kind} after {seconds:.2f} s: {text}")
 
 
@@ -135,6 +137,11 @@ def test_groups_that_are_gone_leave_nothing_behind(tmp_path):
     ranks, _ = run("released", 2, tmp_path)
     for before, after in ranks:
         assert before == after
+
+
+def test_nccls_id_is_rank_0s_everywhere(tmp_path):
+    ranks, _ = run("id_of_nccl", 2, tmp_path)
+    assert ranks == [((bytes(range(128)), rank, 2, rank, 60), f"cuda:{rank}") for rank in (0, 1)]
 
 
 def test_before_init_process_group():

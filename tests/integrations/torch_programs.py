@@ -3,12 +3,13 @@
 import os
 import signal
 import time
+import types
 
 import torch
 import torch.distributed as dist
 from torch_jobs import serve
 
-from ditattn import AttentionMetadata, parallel
+from ditattn import AttentionMetadata, parallel, torch_ranks
 
 TOKENS, HEADS, KV_HEADS, SIZE, TEXT = 53, 6, 2, 32, 5
 
@@ -115,20 +116,20 @@ def subgroup(rank, size, folder):
     return out
 
 
-def lost(how, rank, size, timeout, folder):
-    """What the others see of rank 1, in the middle."""
+def lost(how, rank, size, timeout, folder, victim=1):
+    """What the others see of the victim, in the middle."""
     tensors, _, _ = problem()
     mine = [part(tensor, parallel.balanced_lengths(TOKENS, size), rank) for tensor in tensors]
     group = parallel.group(ring=size, timeout=timeout)
     layer = parallel.ParallelAttention("flash_attn", HEADS, SIZE, num_kv_heads=KV_HEADS, group=group)
     layer.forward(*mine)
-    if rank == 1 and how == "killed":
+    if rank == victim and how == "killed":
         (folder / "lost").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 1 and how == "late":
+    if rank == victim and how == "late":
         time.sleep(3 * timeout)
         return None
-    if rank == 1:
+    if rank == victim:
         group.communicator.abort("it was thrown out")
         return None
     return error_of(lambda: [layer.forward(*mine) for _ in range(3)]), error_of(lambda: layer.forward(*mine))
@@ -136,6 +137,11 @@ def lost(how, rank, size, timeout, folder):
 
 def killed(rank, size, folder):
     return lost("killed", rank, size, 20, folder)
+
+
+def killed_host(rank, size, folder):
+    """The rank that has the store."""
+    return lost("killed", rank, size, 20, folder, victim=0)
 
 
 def late(rank, size, folder):
@@ -165,6 +171,15 @@ def released(rank, size, folder):
         parallel.group(ulysses=size, timeout=60)
     dist.barrier()
     return before, count()
+
+
+def id_of_nccl(rank, size, folder):
+    """What NCCL's part, for which something else stands, would be called with."""
+    parts = {"nccl_id": lambda: bytes(range(128)), "nccl_communicator": lambda *arguments: arguments}
+    torch_ranks._native = types.SimpleNamespace(function_of=lambda part, name: parts[name])
+    found = torch_ranks.communicator(None, torch.device("cuda", rank), 60)
+    dist.barrier()
+    return found
 
 
 if __name__ == "__main__":
