@@ -1,4 +1,4 @@
-"""Processes of a PyTorch process group as ranks: Gloo as a transport of ditattn's, and how NCCL's ranks find each other."""
+"""Processes of a PyTorch process group as ranks: Gloo as a transport, and how NCCL's ranks find each other."""
 
 from __future__ import annotations
 
@@ -87,6 +87,8 @@ class _Gloo:
         try:
             self.group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, self.timeout)
         except RuntimeError as error:
+            if "timeout" not in str(error).lower():
+                raise
             raise TimeoutError(
                 f"parallel: not all {size} ranks came within {timeout:g} s (rank {rank} waits for them): {error}"
             ) from error
@@ -155,7 +157,7 @@ class _Ranks:
         return RuntimeError(f"parallel: {self.gloo.fail(text)}.")
 
     def split(self, colour: int, key: int) -> Any:
-        mine = torch.tensor([colour, key, self.gloo.next_channel])
+        mine = torch.tensor([colour, key, self.gloo.next_channel], device="cpu")
         everyone = [torch.empty_like(mine) for _ in self.members]
         everyone[self.rank].copy_(mine)
         peers = [peer for peer in range(len(self.members)) if peer != self.rank]

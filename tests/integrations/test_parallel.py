@@ -59,7 +59,10 @@ def test_results_are_one_ranks_and_the_same_bits_each_time(size, tmp_path):
         parts = [found[key] for found in ranks]
         text = torch_programs.TEXT if case == "text" else 0
         wanted = exact(case)
-        errors = [distance(whole([part[i] for part in parts], dim, uneven(size), text), wanted[i]) for i, dim in ((0, 1), (1, 2))]
+        errors = [
+            distance(whole([part[i] for part in parts], dim, uneven(size), text), wanted[i])
+            for i, dim in ((0, 1), (1, 2))
+        ]
         worst = max(worst, *errors)
         assert max(errors) < TOLERANCE, (key, errors)
         assert all(part[2] for part in parts), f"{key}: other bits the second time"

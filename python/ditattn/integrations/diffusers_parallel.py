@@ -52,7 +52,7 @@ def _of_all_keys(mask: torch.Tensor, batch: int, keys: int, process_group: Any) 
     """A mask over all processes' keys; `keys` are this one's. Two dimensions are (batch, keys)."""
     if mask.ndim > 1 and mask.shape[-2] != 1 and (mask.ndim > 2 or mask.shape[0] != batch):
         raise NotImplementedError(
-            f"A mask of shape {tuple(mask.shape)} differs by row: over several processes only masks over keys are taken."
+            f"A mask of shape {tuple(mask.shape)} differs by row: over several processes masks over keys are taken."
         )
     size = dist.get_world_size(process_group)
     mine = torch.tensor([mask.shape[-1], keys], device=mask.device)

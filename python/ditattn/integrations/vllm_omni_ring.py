@@ -35,7 +35,7 @@ class RingRunner:
         softmax_scale: float | None = None,
         causal: bool = False,
     ) -> torch.Tensor:
-        """The ring's attention for this process's queries; `query` has the joint text's already, key and value do not."""
+        """The ring's attention for this process's queries; `query` has the joint text's in it, key and value do not."""
         impl, size = self._impl, torch.distributed.get_world_size(self._ring_group)
         scale = impl.softmax_scale if softmax_scale is None else softmax_scale
         layer = layer_for(
