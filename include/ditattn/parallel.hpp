@@ -88,6 +88,10 @@ class DITATTN_API ParallelAttention {
   Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionMetadata& metadata = {},
                  const ForwardOutputs& outputs = {});
 
+  /// In the place of `forward`, for a rank that cannot make its call: the others' is a CommunicationError with
+  /// `reason`.
+  void refuse(const std::string& reason);
+
  private:
   struct Layer;
   std::unique_ptr<Layer> layer_;

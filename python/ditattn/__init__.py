@@ -13,7 +13,7 @@ Names and behaviour are those of vLLM-Omni's diffusion attention backend registr
 
 from __future__ import annotations
 
-from . import _native
+from . import _native, parallel
 from ._native import set_log_handler
 from .backend import AttentionBackend, AttentionImpl
 from .capture import capture
@@ -93,6 +93,7 @@ __all__ = [
     "guard",
     "launch_counts",
     "num_threads",
+    "parallel",
     "platform_candidates",
     "plugin_search_path",
     "register_diffusion_backend",

@@ -44,6 +44,24 @@ def _load() -> None:
     ctypes.CDLL(str(library))  # its initialisers register the functions; never closed
 
 
+# Parts of the binding that need more than the rest, and how to get them.
+_PARTS = {
+    "mpi": "MPI: install it (Debian: libopenmpi-dev, openmpi-bin), and build and install ditattn with CMake; wheels have none",
+    "nccl": "GPU ranks: build ditattn with nvcc, -DDITATTN_CUDA=ON",
+}
+
+
+@functools.lru_cache(maxsize=None)
+def _load_part(part: str) -> None:
+    library = Path(__file__).with_name(f"_ditattn_{part}.so")
+    if not library.is_file():
+        raise ImportError(f"{library} is missing: ditattn was built without {_PARTS[part]}.")
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        raise ImportError(f"{library} cannot be loaded: {error}") from error
+
+
 _register_errors()
 _load()
 
@@ -88,6 +106,13 @@ def function(name: str) -> Callable[..., Any]:
         raise original
 
     return call
+
+
+@functools.lru_cache(maxsize=None)
+def function_of(part: str, name: str) -> Callable[..., Any]:
+    """`function` of a part that is loaded when it is first asked for; ImportError, with what to do, without it."""
+    _load_part(part)
+    return function(name)
 
 
 def callback(body: Callable[..., Any]) -> Callable[..., Any]:

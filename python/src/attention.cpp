@@ -1,15 +1,15 @@
 // The calls of attention: "ditattn.forward" of a layer, and "ditattn.attention", behind `ditattn.attention` and
 // `torch.ops.ditattn`.
 
-#include "ditattn/attention.hpp"
+#include "attention.hpp"
 
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
-#include <tvm/ffi/optional.h>
 #include <tvm/ffi/reflection/registry.h>
 
 #include <array>
 
+#include "ditattn/attention.hpp"
 #include "ditattn/errors.hpp"
 #include "objects.hpp"
 
@@ -37,8 +37,8 @@ Tensor new_tensor(std::span<const std::int64_t> shape, DLDataType dtype, DLDevic
   }
 }
 
-// What the caller gave, and new memory for the rest. Where the query is malformed nothing is made: `forward` refuses
-// it.
+}  // namespace
+
 ForwardOutputs outputs_for(const Tensor& query, const AttentionMetadata& metadata, const Optional<Tensor>& out,
                            const Optional<Tensor>& lse, bool return_lse) {
   ForwardOutputs outputs{.out = out.value_or(Tensor()), .lse = lse.value_or(Tensor())};
@@ -59,11 +59,12 @@ ForwardOutputs outputs_for(const Tensor& query, const AttentionMetadata& metadat
   return outputs;
 }
 
-// out, and the LSE behind it where it is wanted.
 Any results_of(const Tensor& out, const ForwardOutputs& outputs, bool return_lse) {
   if (!return_lse) return out;
   return Array<Tensor>{out, outputs.lse};
 }
+
+namespace {
 
 Any forward(const ImplRef& impl, const Tensor& query, const Tensor& key, const Tensor& value,
             const AttentionMetadata& metadata, const Optional<Tensor>& out, const Optional<Tensor>& lse,

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <exception>
+#include <numeric>
 #include <string_view>
 
 #include "parallel/error_text.hpp"
@@ -166,7 +167,8 @@ Header describe(const Communicator& communicator, const AttentionImpl& layer, co
                            .add(std::bit_cast<std::int64_t>(layer.softmax_scale()))
                            .add(layer.config().causal ? 1 : 0)
                            .value();
-  if (metadata.defined()) describe_metadata(*metadata.operator->(), header);
+  static const AttentionMetadata none{AttentionMetadataFields{}};
+  describe_metadata(*(metadata.defined() ? metadata : none).operator->(), header);
   problem.seq_q += header[joint_rows];
   check_outputs(outputs, problem, query, key, value, metadata);
   return header;
@@ -178,16 +180,21 @@ std::vector<Header> gather_headers(Communicator& communicator, const Header& min
   return all;
 }
 
+// The errors of all ranks, one after the other, their bytes in `bytes`; this one's is `text`.
+std::string gather_texts(Communicator& communicator, const std::vector<Header>& all, const std::string& text,
+                         std::vector<std::int64_t>& bytes) {
+  for (const Header& header : all) bytes.push_back(header[text_bytes]);
+  std::string texts(static_cast<std::size_t>(std::reduce(bytes.begin(), bytes.end())), '\0');
+  if (!texts.empty()) communicator.all_gather(text.data(), texts.data(), bytes)->wait();
+  return texts;
+}
+
 // Some ranks cannot take part: they throw their own error, the others the first of those.
 void refuse_together(Communicator& communicator, const std::vector<Header>& all, const std::exception_ptr& error,
                      const std::string& text) {
   std::vector<std::int64_t> bytes;
-  bytes.reserve(all.size());
-  for (const Header& header : all) bytes.push_back(header[text_bytes]);
-  std::string texts;
-  for (std::int64_t size : bytes) texts.resize(texts.size() + static_cast<std::size_t>(size));
+  const std::string texts = gather_texts(communicator, all, text, bytes);
   if (texts.empty()) return;
-  communicator.all_gather(text.data(), texts.data(), bytes)->wait();
   if (error) std::rethrow_exception(error);
   std::size_t rank = 0;
   while (bytes[rank] == 0) ++rank;
@@ -273,6 +280,13 @@ Agreement agree(Communicator& communicator, AgreementCache& cache, const Attenti
   const Agreement agreement = conclude(all, layer, query, key, value, metadata, outputs.lse.defined() || needs_lse);
   if (!on_host) cache.add(mine, needs_lse, agreement);
   return agreement;
+}
+
+void refuse(Communicator& communicator, const std::string& reason) {
+  Header mine{};
+  mine[text_bytes] = static_cast<std::int64_t>(reason.size());
+  std::vector<std::int64_t> bytes;
+  gather_texts(communicator, gather_headers(communicator, mine), reason, bytes);
 }
 
 }  // namespace ditattn::parallel

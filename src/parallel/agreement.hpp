@@ -46,4 +46,7 @@ Agreement agree(Communicator& communicator, AgreementCache& cache, const Attenti
                 const Tensor& key, const Tensor& value, const AttentionMetadata& metadata,
                 const ForwardOutputs& outputs, bool needs_lse);
 
+/// The part in `agree` of a rank that has no call to make.
+void refuse(Communicator& communicator, const std::string& reason);
+
 }  // namespace ditattn::parallel

@@ -73,4 +73,9 @@ Tensor ParallelAttention::forward(const Tensor& query, const Tensor& key, const 
   }
 }
 
+void ParallelAttention::refuse(const std::string& reason) {
+  Communicator& all = *layer_->group->state_->all;
+  if (all.size() > 1) parallel::refuse(all, reason.empty() ? "no reason was given" : reason);
+}
+
 }  // namespace ditattn::parallel

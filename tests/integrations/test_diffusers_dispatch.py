@@ -198,11 +198,6 @@ def test_dropout_is_refused():
         dispatch_attention_fn(*tensors(), dropout_p=0.1, backend="ditattn")
 
 
-def test_context_parallelism_is_refused():
-    with pytest.raises(NotImplementedError, match="context parallelism"):
-        dispatch_attention_fn(*tensors(), parallel_config=object(), backend="ditattn")
-
-
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("which", range(4))
 def test_gradients_are_refused_where_they_are_recorded(name, which):

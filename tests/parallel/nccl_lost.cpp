@@ -94,6 +94,7 @@ int main(int argc, char** argv) {
                    (rank == size - 1 ? WIFSIGNALED(status) : WIFEXITED(status) && WEXITSTATUS(status) == kTimedOut);
   }
   const Seconds took = std::chrono::steady_clock::now() - start;
-  fmt::print("{} ranks, one {}: {}, {:.1f} s\n", size, as_it_should ? "the others timed out" : "WRONG", took.count());
+  fmt::print("{} ranks, one {}: {}, {:.1f} s\n", size, late ? "late" : "killed",
+             as_it_should ? "the others timed out" : "WRONG", took.count());
   return as_it_should && took < kTimeout + Seconds(40) ? 0 : 1;
 }

@@ -1,4 +1,4 @@
-"""The examples of docs/python.md, docs/guard.md and of the package's own text run as they stand."""
+"""The examples of docs/python.md, docs/guard.md, docs/parallel.md and of the package's own text run as they stand."""
 
 import re
 import textwrap
@@ -11,10 +11,11 @@ import ditattn
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "python.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
 GUARD = re.findall(r"```python\n(.*?)```", DOCS.with_name("guard.md").read_text(), re.DOTALL)
+PARALLEL = re.findall(r"```python\n(.*?)```", DOCS.with_name("parallel.md").read_text(), re.DOTALL)[:1]  # PyTorch's is the next
 DOOR = re.search(r"\n\n((?:    .*\n)+)", ditattn.__doc__).group(1)
 
 
-@pytest.mark.parametrize("text", [*BLOCKS, *GUARD, textwrap.dedent(DOOR)])
+@pytest.mark.parametrize("text", [*BLOCKS, *GUARD, *PARALLEL, textwrap.dedent(DOOR)])
 def test_example(run_python, tmp_path, text):
     (tmp_path / "example.py").write_text(text)
     done = run_python("example.py", DITATTN_TUNE_CACHE=str(tmp_path))

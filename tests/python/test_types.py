@@ -12,6 +12,7 @@ GOOD = """
 import numpy as np
 from ditattn import AttentionMetadata, DiffusionAttentionBackendEnum, attention, capture, guard, select_backend
 from ditattn import AttentionBackend, AttentionImpl, register_diffusion_backend
+from ditattn.parallel import Mesh, ParallelAttention, ParallelGroup, run_ranks
 
 query = np.zeros((1, 4, 2, 16), "float32")
 out = attention(query, query, query, backend="FLASH_ATTN", causal=True, backend_kwargs={"num_threads": 1})
@@ -25,6 +26,8 @@ with capture("file", every=2, layers=["a.*", 3]) as recording:
     cases: list[str] = recording.cases
 with guard(every=2, safer=member, layers=["a.*"], on_event=lambda finding: print(finding.error)) as watch:
     worst: float = watch.report().layers[0].last_error
+numbers: list[int] = run_ranks(2, lambda end: ParallelGroup(end, Mesh(ring=2)).communicator.rank)
+run_ranks(1, lambda end: ParallelAttention("auto", 2, 16, causal=True, group=ParallelGroup(end, Mesh())))
 
 
 @register_diffusion_backend(DiffusionAttentionBackendEnum["CUSTOM"])
@@ -51,6 +54,8 @@ MISTAKES = [
     'capture("file", every="two")',
     "guard(on_event=3)",
     'guard(every="two")',
+    'Mesh(ulysses="2")',
+    'ParallelAttention("auto", 2, 16)',
 ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ditattn import DiffusionAttentionBackendEnum
+from ditattn.integrations.diffusers_parallel import parallel_attention
 
 _LOGGER = logging.getLogger("ditattn")
 _DISPATCHER = "diffusers.models.attention_dispatch"
@@ -73,7 +74,7 @@ def install(extra: Mapping[str, str] | None = None, options: Mapping[str, Mappin
             entry = (backend, texts.get(name, _installed.get(name, ("", ""))[1]))
             if _installed.get(name) != entry:
                 member = enum(name) if name in _installed else _add_member(enum, name)
-                registry.register(member)(_function(*entry))
+                registry.register(member, supports_context_parallel=True)(_function(*entry))
                 _installed[name] = entry
         if first:
             _active_before = registry._active_backend
@@ -93,6 +94,7 @@ def uninstall() -> None:
         for name in _installed:
             for table in (registry._backends, registry._constraints, registry._supported_arg_names):
                 del table[name]
+            registry._supports_context_parallel.discard(name)
             _remove_member(enum, name)
         _installed.clear()
 
@@ -169,7 +171,11 @@ def _function(backend: str, options: str) -> Callable[..., Any]:
         return_lse: bool = False,
         _parallel_config: Any = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        _refuse(query, key, dropout_p, is_causal, enable_gqa, _parallel_config)
+        _refuse(query, key, dropout_p, is_causal, enable_gqa)
+        if _parallel_config is not None:
+            return parallel_attention(
+                query, key, value, attn_mask, is_causal, scale, return_lse, _parallel_config, backend, options
+            )
         if attn_mask is not None and attn_mask.ndim == 2 and attn_mask.shape != (query.shape[0], key.shape[1]):
             attn_mask = attn_mask[None, None]  # as native has it; to ditattn two dimensions are (B, Skv)
         if is_causal and query.shape[1] < key.shape[1]:
@@ -186,12 +192,8 @@ def _function(backend: str, options: str) -> Callable[..., Any]:
     return ditattn_attention
 
 
-def _refuse(
-    query: torch.Tensor, key: torch.Tensor, dropout_p: float, is_causal: bool, enable_gqa: bool, parallel_config: Any
-) -> None:
+def _refuse(query: torch.Tensor, key: torch.Tensor, dropout_p: float, is_causal: bool, enable_gqa: bool) -> None:
     """Raises for what diffusers may ask for and ditattn does not have; gradients the operator refuses."""
-    if parallel_config is not None:
-        raise NotImplementedError("ditattn's names do not compute context parallelism. Choose 'native' for this model.")
     if dropout_p:
         raise NotImplementedError(f"dropout_p is {dropout_p}: ditattn is forward only and has no dropout. Give 0.")
     if query.shape[2] != key.shape[2] and not enable_gqa:
@@ -219,6 +221,8 @@ class Use:
             layer, before, ours = self._replaced.pop()
             if layer.processor is ours:
                 layer.processor = before
+                if hasattr(before, "_parallel_config"):  # the model may have been spread over processes meanwhile
+                    before._parallel_config = ours._parallel_config
 
     def __enter__(self) -> Use:
         return self

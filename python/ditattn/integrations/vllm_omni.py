@@ -32,6 +32,7 @@ import torch
 
 import ditattn
 from ditattn.backend import class_for
+from ditattn.integrations import vllm_omni_ring
 from ditattn.metadata import Conversion
 from ditattn.python_backend import adapted
 
@@ -72,6 +73,8 @@ def _make_metadata(**fields: Any) -> ditattn.AttentionMetadata:
         del extra["kv_cache_dtype"]
     if "cu_seqlens_k" in extra:
         extra.pop("valid_kv_length", None)  # the padding is a document of its own then, and may not be cut off
+    if "full_attn_spans" not in fields:
+        fields.pop("query_ranges", None)  # its all-gather says where rows stand, whether somebody asks or not
     return ditattn.AttentionMetadata(**{**fields, "extra": extra})
 
 
@@ -225,6 +228,11 @@ class _Impl(AttentionImpl):
             )
         return layer
 
+    @classmethod
+    def own_class(cls) -> type[ditattn.AttentionBackend]:
+        """ditattn's class."""
+        return _own_class(cls.member)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layers": {}}  # they hold C++ objects, and are made anew
 
@@ -287,7 +295,8 @@ def install(*members: str) -> list[str]:
     Without names: for all that can be had here; the others stay vLLM-Omni's own. With names: for those, or ImportError
     with the reason and nothing is changed. ValueError for unknown names. A platform for which vLLM-Omni has no back
     ends ("unspecified", the CPU) can choose among the registered ones then; its default is the choice of ditattn's
-    selector. Layers that were made before are not changed.
+    selector. In a ring, layers of ditattn's classes are computed by `ditattn.parallel`. Layers that were made before
+    are not changed.
     """
     chosen = []
     for member in _known(members):
@@ -304,6 +313,7 @@ def install(*members: str) -> list[str]:
         register_diffusion_backend(DiffusionAttentionBackendEnum[member], path)
     if "get_diffusion_attn_backend_cls" not in vars(UnspecifiedOmniPlatform):
         UnspecifiedOmniPlatform.get_diffusion_attn_backend_cls = classmethod(_backend_path)
+    vllm_omni_ring.install(_Impl)
     _forget_resolutions()
     return chosen
 
@@ -317,6 +327,8 @@ def uninstall(*members: str) -> None:
     answer = vars(UnspecifiedOmniPlatform).get("get_diffusion_attn_backend_cls")
     if not members and getattr(answer, "__func__", None) is _backend_path:
         del UnspecifiedOmniPlatform.get_diffusion_attn_backend_cls
+    if not members:
+        vllm_omni_ring.uninstall()
     _forget_resolutions()
 
 

@@ -157,6 +157,29 @@ TEST_P(RefusedTogether, WhatOneRankCannotDo) {
   }
 }
 
+TEST_P(RefusedTogether, WhatOneRankDoesNotEvenCall) {
+  run_ranks(GetParam().ulysses * GetParam().second(), [&](const Ends& ranks) {
+    const Call call;
+    ParallelAttention layer(call.backend, call.config, std::make_shared<ParallelGroup>(ranks, GetParam()));
+    const auto forward = [&] { layer.forward(call.query, call.key, call.value); };
+    if (ranks->rank() == 1) {
+      layer.refuse("it has no tensors");
+    } else {
+      expect_contains(error_text<CommunicationError>(forward), {"Rank 1 refused the call: it has no tensors"});
+    }
+    EXPECT_NO_THROW(forward()) << "of use still";
+  });
+}
+
+TEST_P(RefusedTogether, NotThatNoMetadataIsEmptyMetadata) {
+  run_ranks(GetParam().ulysses * GetParam().second(), [&](const Ends& ranks) {
+    const Call call;
+    ParallelAttention layer(call.backend, call.config, std::make_shared<ParallelGroup>(ranks, GetParam()));
+    const auto metadata = ranks->rank() == 1 ? AttentionMetadata() : AttentionMetadata(AttentionMetadataFields{});
+    EXPECT_NO_THROW(layer.forward(call.query, call.key, call.value, metadata));
+  });
+}
+
 // The whole's keys, of which each rank has a part.
 TEST_P(RefusedTogether, WhatIsWrongWithTheWhole) {
   const auto all_wrong = [&](const std::vector<std::string>& parts, const std::function<void(Call&)>& change) {
