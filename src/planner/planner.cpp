@@ -22,10 +22,10 @@ const Entry& find(const std::vector<Entry>& entries, std::string Entry::*name, c
                   const char* what) {
   const auto found = std::ranges::find(entries, wanted, name);
   if (found != entries.end()) return *found;
-  std::vector<std::string> names;
-  for (const Entry& entry : entries) names.push_back(entry.*name);
-  throw ValueError(
-      fmt::format("There are no figures of the {} '{}'. There are some of: {}.", what, wanted, fmt::join(names, ", ")));
+  std::vector<std::string> names(entries.size());
+  std::ranges::transform(entries, names.begin(), name);
+  throw ValueError(fmt::format("There are no figures of the {} '{}'. There are figures of: {}.", what, wanted,
+                               fmt::join(names, ", ")));
 }
 
 int node_size(const Request& request, const Figures& figures) {
@@ -90,19 +90,6 @@ std::vector<Mesh> meshes_of(int gpus) {
   return meshes;
 }
 
-// Batches follow on each other; each ends when the slowest rank has.
-double exchanges_ms(const Layout& layout, const Machine& machine, std::vector<Batch> (Layout::*batches)(int) const) {
-  std::vector<std::vector<Batch>> turns;  // by rank
-  for (int rank = 0; rank < layout.ranks(); ++rank) turns.push_back((layout.*batches)(rank));
-  double sum = 0;
-  for (std::size_t turn = 0; turn < turns.front().size(); ++turn) {
-    std::vector<Batch> all;
-    for (const auto& mine : turns) all.push_back(mine[turn]);
-    sum += machine.exchange_ms(all, layout.ranks());
-  }
-  return sum;
-}
-
 // What every call begins with: ranks tell each other their shapes. As good as no bytes.
 double agreement_ms(const Layout& layout, const Machine& machine) {
   if (layout.ranks() == 1) return 0;
@@ -134,7 +121,7 @@ std::vector<std::string> notes_on(const Layout& layout, const Machine& machine) 
   }
   if (work.causal && layout.places() > 1) notes.emplace_back("causal: the last ranks have most to do");
   const int node = machine.gpus_per_node;
-  if (mesh.ulysses > 1 && layout.ranks() > node && node % mesh.ulysses != 0) {
+  if (mesh.ulysses > 1 && node > 1 && layout.ranks() > node && node % mesh.ulysses != 0) {
     notes.push_back(fmt::format("ulysses crosses nodes of {}", node));
   }
   return notes;

@@ -129,9 +129,9 @@ double Machine::attention_ms(const Work& work, std::int64_t heads, std::int64_t 
   double best = std::numeric_limits<double>::infinity();
   for (const Tile& tile : kernel.tiles) {
     const std::int64_t tiles = work.batch * heads * ((rows + tile.rows - 1) / tile.rows);
-    const auto rounds = static_cast<double>((tiles + gpu.units - 1) / gpu.units);
+    const std::int64_t rounds = (tiles + gpu.units - 1) / gpu.units;
     const double operations = static_cast<double>(tile.rows) * tile.cost * 4 * (seen + kernel.extra_keys) * size;
-    best = std::min(best, rounds * operations / unit_rate);
+    best = std::min(best, static_cast<double>(rounds) * operations / unit_rate);
   }
   return keys == 0 ? 0 : best * 1e3 + kernel.call_us * 1e-3;
 }
@@ -184,6 +184,17 @@ double visible_pairs(const Work& work, Range rows, Range keys) {
   return up_to(rows.end) - up_to(rows.begin);
 }
 
+double exchanges_ms(const Layout& layout, const Machine& machine, std::vector<Batch> (Layout::*batches)(int) const) {
+  std::vector<std::vector<Batch>> turns((layout.*batches)(0).size());  // of all ranks
+  for (int rank = 0; rank < layout.ranks(); ++rank) {
+    std::vector<Batch> mine = (layout.*batches)(rank);
+    for (std::size_t turn = 0; turn < turns.size(); ++turn) turns[turn].push_back(std::move(mine[turn]));
+  }
+  double sum = 0;
+  for (const std::vector<Batch>& turn : turns) sum += machine.exchange_ms(turn, layout.ranks());
+  return sum;
+}
+
 Phase compute_phase(const Layout& layout, const Machine& machine) {
   const auto later = [](const Phase& a, const Phase& b) { return a.ms < b.ms ? b : a; };
   Phase slowest;
@@ -196,12 +207,7 @@ Phase compute_phase(const Layout& layout, const Machine& machine) {
       slowest = later(slowest, ring_of(layout, machine, column));
     }
   } else {
-    double gather_ms = 0;
-    for (const std::size_t tensor : {0, 1}) {
-      std::vector<Batch> batches;
-      for (int rank = 0; rank < layout.ranks(); ++rank) batches.push_back(layout.gather(rank)[tensor]);
-      gather_ms += machine.exchange_ms(batches, layout.ranks());
-    }
+    const double gather_ms = exchanges_ms(layout, machine, &Layout::gather);
     for (int rank = 0; rank < layout.ranks(); ++rank) {
       slowest = later(slowest, gathered_of(layout, machine, rank, gather_ms));
     }

@@ -33,6 +33,9 @@ struct Machine {
 /// How many keys of `keys` the rows `rows` see, in joined order.
 double visible_pairs(const Work& work, Range rows, Range keys);
 
+/// All ranks' batches of one kind: they follow on each other, and each ends when the slowest rank has.
+double exchanges_ms(const Layout& layout, const Machine& machine, std::vector<Batch> (Layout::*batches)(int) const);
+
 /// What the ranks of one column or of one rank take between the exchanges.
 struct Phase {
   double ms = 0;  ///< to the end, waiting included

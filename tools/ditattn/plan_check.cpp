@@ -27,6 +27,9 @@ Checked check_line(const Json& line, planner::Request request, const planner::Fi
     constexpr const char* known[] = {"gpus", "mesh", "shape", "ms", "kv_heads", "causal", "joint_tokens", "link"};
     if (std::ranges::find(known, key) == std::end(known)) throw ValueError(fmt::format("unknown field '{}'", key));
   }
+  for (const char* key : {"gpus", "mesh", "shape", "ms"}) {
+    if (!line.contains(key)) throw ValueError(fmt::format("no field '{}'", key));
+  }
   const parallel::Mesh mesh = parallel::parse_mesh(line.at("mesh").get<std::string>());
   Checked checked{.mesh = mesh_name(mesh),
                   .shape = line.at("shape").get<std::string>(),
