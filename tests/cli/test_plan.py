@@ -52,6 +52,20 @@ def test_bytes_by_hand(ditattn):
     assert all(mesh["tensor_bytes"] == 4 * head * 40 for mesh in meshes.values())
 
 
+def test_short_names(ditattn):
+    names = json.loads((ROOT / "src/models/models.json").read_text())["short_names"]
+    assert names["wan14b-720p"] == WAN
+    for short, full in names.items():
+        document = ditattn.json("plan", "--model", short.upper())
+        assert document == ditattn.json("plan", "--model", full) and only_problem(document)["problem"] == full
+
+
+def test_the_page_shows_what_is_printed(ditattn):
+    page = (ROOT / "docs/planning.md").read_text()
+    command, shown = page.split("```\n$ ditattn ", 1)[1].split("```", 1)[0].split("\n", 1)
+    assert shown == ditattn.ok(*command.split())
+
+
 def test_joint_text_and_shared_heads(ditattn):
     problem = only_problem(ditattn.json("plan", "--model", "FLUX.1-dev@1024x1024", "--gpus", 2))
     assert problem["joint_tokens"] == 512

@@ -226,8 +226,8 @@ void add_plan_verb(CLI::App& app, Action& action) {
   Request& request = options->request;
   const auto once_each = [](CLI::Option* option) { option->allow_extra_args(false); };
   once_each(verb->add_option("--model", options->models,
-                             "NAME[@RESOLUTION][:ROLE] of `ditattn models` (default: its first resolution, all roles; "
-                             "repeatable)"));
+                             "NAME[@RESOLUTION][:ROLE] of `ditattn models` (default: its first resolution, all roles), "
+                             "or a short name, wan14b-720p (repeatable)"));
   once_each(verb->add_option("--shape", options->shapes, "B,H,Sq,Skv,D: a problem of this shape (repeatable)"));
   verb->add_option("--kv-heads", options->kv_heads, "K/V heads of --shape (default: H)")->check(number_from(1));
   verb->add_flag("--causal", options->causal, "Queries do not see later keys");
