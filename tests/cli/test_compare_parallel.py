@@ -166,6 +166,29 @@ def test_other_refusals(ditattn):
     assert missing.count("/does/not/exist") == 1
 
 
+def wrong_cases(folder):
+    """Files that hold what no back end takes, and words of the error."""
+    right = np.zeros((1, 8, 2, 8), np.float32)
+    for name, tensors, words in (
+        ("flat", {"query": right[0], "key": right, "value": right}, "must have 4 dimensions"),
+        ("sizes", {"query": right, "key": np.zeros((1, 8, 2, 16), np.float32), "value": right}, "key"),
+    ):
+        yield save(folder / name, tensors), words
+
+
+def test_wrong_cases_are_told_once(ditattn, tmp_path):
+    for source, words in wrong_cases(tmp_path):
+        error = ditattn.fails(4, "compare", "--input", source, "--parallel", "ulysses=2,ring=2")
+        assert words in error and error.count("error: ") == 1
+
+
+@needs_mpi
+def test_mpi_wrong_cases_are_told_once(ditattn, tmp_path):
+    for source, words in wrong_cases(tmp_path):
+        done = mpi_job(ditattn, 2, "--input", source, "--parallel", "ring=2")
+        assert done.returncode == 4 and words in done.stderr and done.stderr.count("ditattn: error: ") == 1
+
+
 def test_what_a_back_end_cannot_do_over_ranks(stand_ins):
     """The stand-ins return no LSE: they ring not, and a named one is an error then."""
     arguments = ["--shape", "1,2,8,8,16", "--repeats", "1", "--parallel", "ring=2", "--json"]

@@ -132,8 +132,6 @@ Rank::Rank(const std::shared_ptr<Communicator>& world, const parallel::Mesh& mes
 
 void Rank::open(std::size_t index) {
   layers_.clear();
-  case_.reset();
-  world_->barrier();  // the case before is nobody's now
   case_ = work_.cases.get(index);
   const Inputs& inputs = case_->inputs;
   query_ = shard(inputs.query, *world_);
@@ -191,7 +189,10 @@ Tensor Rank::gather(const Tensor& mine) const {
   return whole;
 }
 
+// What is wrong with a case is told before the others hear of it: all end in order then.
 void RankLeader::open(std::size_t index) {
+  const Inputs inputs = rank_.cases().get(index)->inputs;
+  check_inputs(inputs, config_for(inputs));
   send(rank_.world(), {Step::open, static_cast<std::int64_t>(index)});
   rank_.open(index);
 }

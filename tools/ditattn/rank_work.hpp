@@ -43,7 +43,7 @@ class Rank {
   /// ValueError and NotImplementedError on all ranks alike.
   Rank(const std::shared_ptr<parallel::Communicator>& world, const parallel::Mesh& mesh, const RankWork& work);
 
-  /// Takes this rank's tokens of a case.
+  /// Takes this rank's tokens of a case that is right in itself.
   void open(std::size_t index);
   /// Makes a back end's layer and computes once, into memory full of NaN. Returns the whole output on rank 0, a null
   /// tensor on the others. What a rank refuses before anything moves is thrown by all.
@@ -53,6 +53,7 @@ class Rank {
 
   [[nodiscard]] parallel::Communicator& world() const { return *world_; }
   [[nodiscard]] const parallel::Mesh& mesh() const { return group_->mesh(); }
+  [[nodiscard]] SharedCases& cases() const { return work_.cases; }
 
  private:
   [[nodiscard]] Tensor gather(const Tensor& mine) const;
@@ -70,6 +71,7 @@ class Rank {
 class RankLeader {
  public:
   explicit RankLeader(Rank& rank) : rank_(rank) {}
+  /// ValueError, before anybody does anything, where the case is wrong in itself.
   void open(std::size_t index);
   Tensor first_output(std::size_t backend);
   void forward(std::size_t backend);
