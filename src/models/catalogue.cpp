@@ -224,7 +224,7 @@ std::vector<Model> parse_models(std::string_view text) {
   } catch (const json::exception& error) {
     throw ValueError(fmt::format("Catalogue of models: not JSON: {}", error.what()));
   }
-  const Fields fields(document, "the document", {"models"});
+  const Fields fields(document, "the document", {"models", "short_names"});
   std::vector<Model> all;
   for (const json& object : fields.list("models")) {
     Model model = parse_model(object);
@@ -237,6 +237,14 @@ std::vector<Model> parse_models(std::string_view text) {
 const std::vector<Model>& models() {
   static const std::vector<Model> all = parse_models(models_json());
   return all;
+}
+
+std::string full_name(std::string_view name) {
+  static const json names = json::parse(models_json())["short_names"];
+  for (const auto& [known, full] : names.items()) {
+    if (same_name(known, name)) return full.get<std::string>();
+  }
+  return std::string(name);
 }
 
 const Model& find_model(std::string_view name) {

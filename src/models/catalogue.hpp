@@ -67,6 +67,9 @@ const std::vector<Model>& models();
 /// The model of that name, in any case. ValueError that lists the names for an unknown one.
 const Model& find_model(std::string_view name);
 
+/// What a short name of the catalogue ("wan14b-720p") stands for, as `NAME@RESOLUTION:ROLE`; of others, `name` itself.
+std::string full_name(std::string_view name);
+
 /// A role as a problem for `AttentionBackend::explain`.
 Problem to_problem(const ModelRole& role, DLDataType dtype, DLDevice device);
 

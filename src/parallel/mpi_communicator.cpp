@@ -12,6 +12,7 @@
 
 #include "ditattn/log.hpp"
 #include "ditattn/mpi.hpp"
+#include "parallel/mpi_job.hpp"
 
 namespace ditattn::parallel {
 namespace {
@@ -217,3 +218,8 @@ std::shared_ptr<Communicator> mpi_communicator(int fortran_handle, Seconds timeo
 }
 
 }  // namespace ditattn::parallel
+
+int ditattn_run_mpi_job(ditattn::parallel::Seconds timeout, const ditattn::parallel::MpiJob& job) {
+  const ditattn::parallel::MpiSession session(timeout);
+  return job(session.world());
+}

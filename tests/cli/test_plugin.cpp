@@ -49,7 +49,9 @@ void write_nothing(const AttentionCall& /*call*/, const AttentionImpl& /*impl*/)
   std::this_thread::sleep_for(std::chrono::milliseconds(5));
 }
 
-void throw_error(const AttentionCall& /*call*/, const AttentionImpl& /*impl*/) {
+// Also of a good head size where it gets one head alone, as one of several ranks may.
+void throw_error(const AttentionCall& call, const AttentionImpl& impl) {
+  if (call.query.size(3) == 128 && call.query.size(2) > 1) return write_exact(call, impl);
   throw std::runtime_error("the engine broke down");
 }
 

@@ -94,6 +94,7 @@ int parse_and_do(int argc, char** argv) {
   add_run_verb(app, action);
   add_compare_verb(app, action, {argv, argv + argc});
   add_models_verb(app, action);
+  add_plan_verb(app, action);
   add_tune_verb(app, action);
   add_explain_verb(app, action);
   add_doctor_verb(app, action);

@@ -17,6 +17,7 @@
 #include "tools/ditattn/html_report.hpp"
 #include "tools/ditattn/measure.hpp"
 #include "tools/ditattn/progress.hpp"
+#include "tools/ditattn/ranks.hpp"
 #include "tools/ditattn/verbs.hpp"
 
 namespace ditattn::cli {
@@ -29,6 +30,8 @@ struct Options {
   std::string device = "cpu";
   std::string backends;
   std::string report;
+  std::optional<std::string> degrees;  // of --parallel
+  double timeout_s = parallel::kDefaultTimeout.count();
   std::vector<std::string> pictures;
   MeasureOptions measure;
   bool all_cases = false;
@@ -84,14 +87,18 @@ Plan make_plan(const Options& options) {
   return plan;
 }
 
-Comparison measure(const Plan& plan, const MeasureOptions& options) {
+Comparison measure(const Plan& plan, const MeasureOptions& options, SharedCases& cases, RankLeader* ranks) {
   Comparison comparison{.machine = this_machine(), .cases = {}, .max_error = options.max_error};
+  if (ranks != nullptr) {
+    comparison.ranks = {.mesh = ranks->mesh(), .kind = is_mpi_job() ? "MPI processes" : "threads of one process"};
+  }
   Progress progress(static_cast<std::int64_t>(plan.cases.size()));
-  for (const CaseSource& source : plan.cases) {
+  for (std::size_t i = 0; i < plan.cases.size(); ++i) {
     const auto report = [&](std::string_view step) {
-      progress.update(static_cast<std::int64_t>(comparison.cases.size()), fmt::format("{}: {}", source.name, step));
+      progress.update(static_cast<std::int64_t>(i), fmt::format("{}: {}", plan.cases[i].name, step));
     };
-    comparison.cases.push_back(measure_case(source.make(), plan.backends, options, report));
+    if (ranks != nullptr) ranks->open(i);
+    comparison.cases.push_back(measure_case(*cases.get(i), plan.backends, options, ranks, report));
   }
   return comparison;
 }
@@ -105,20 +112,24 @@ Ceilings ceilings_for(const Comparison& comparison, DLDevice device) {
   return measure_ceilings(device, dtypes);
 }
 
-// Backends named by --backends have to do what was asked; each that did not is told on stderr.
+// Backends named by --backends have to do what was asked, on all ranks too; each that did not is told on stderr.
 ExitStatus verdict(const Comparison& comparison, const MeasureOptions& options) {
   bool exceeded = false;
   bool refused = false;
   bool failed = false;
+  const auto judge = [&](const CaseResult& result, const BackendResult& entry, const std::string& where) {
+    const bool too_far = options.max_error && entry.accuracy && !is_within(entry, *options.max_error);
+    if (entry.status == Status::ok && !too_far) return;
+    exceeded |= too_far;
+    refused |= entry.status == Status::unsupported;
+    failed |= entry.status == Status::failed;
+    fmt::print(stderr, "ditattn: error: {} on {}{}: {}\n", entry.backend, printable(result.name), where,
+               printable(entry.reason));
+  };
   for (const CaseResult& result : comparison.cases) {
-    for (const BackendResult& entry : result.results) {
-      const bool too_far = options.max_error && entry.accuracy && !is_within(entry, *options.max_error);
-      if (entry.status == Status::ok && !too_far) continue;
-      exceeded |= too_far;
-      refused |= entry.status == Status::unsupported;
-      failed |= entry.status == Status::failed;
-      fmt::print(stderr, "ditattn: error: {} on {}: {}\n", entry.backend, printable(result.name),
-                 printable(entry.reason));
+    for (const BackendResult& entry : result.results) judge(result, entry, "");
+    for (std::size_t i = 0; i < result.over_ranks.size(); ++i) {
+      if (result.results[i].status == Status::ok) judge(result, result.over_ranks[i], " over all ranks");
     }
   }
   if (exceeded) return kErrorExceeded;
@@ -126,12 +137,13 @@ ExitStatus verdict(const Comparison& comparison, const MeasureOptions& options) 
   return failed ? kFailure : kDone;
 }
 
-int compare(const Options& options, const std::vector<std::string>& words) {
-  const Plan plan = make_plan(options);
+// `ranks`: null without --parallel.
+int compare(const Options& options, const Plan& plan, const std::vector<std::string>& words, SharedCases& cases,
+            RankLeader* ranks) {
   MeasureOptions measure_options = options.measure;
   measure_options.device = plan.device;
   measure_options.seed = options.cases.seed;
-  Comparison comparison = measure(plan, measure_options);
+  Comparison comparison = measure(plan, measure_options, cases, ranks);
   if (!options.report.empty()) {
     comparison.ceilings = ceilings_for(comparison, plan.device);
     const std::string page = html_report(comparison, report_context(comparison, words, plan.pictures));
@@ -140,9 +152,28 @@ int compare(const Options& options, const std::vector<std::string>& words) {
   if (options.json) {
     print_json(to_json(comparison));
   } else {
-    print(format_comparison(comparison, options.all_cases, use_colour()));
+    const bool colour = use_colour() && !is_mpi_job();  // a launcher's pipe looks like a terminal
+    print(format_comparison(comparison, options.all_cases, colour));
   }
   return plan.named ? verdict(comparison, options.measure) : kDone;
+}
+
+int compare(const Options& options, const std::vector<std::string>& words) {
+  Plan plan;
+  SharedCases cases(plan.cases);
+  if (!options.degrees) {
+    plan = make_plan(options);
+    return compare(options, plan, words, cases, nullptr);
+  }
+  const parallel::Mesh mesh = parse_degrees(*options.degrees);
+  const RankBody body = [&](const std::shared_ptr<parallel::Communicator>& world) {
+    const RankWork work{
+        .cases = cases, .backends = plan.backends, .device = plan.device, .causal = options.measure.causal};
+    return do_rank_work(world, mesh, work,
+                        [&](RankLeader& ranks) { return compare(options, plan, words, cases, &ranks); });
+  };
+  return run_as_ranks(
+      mesh, parallel::Seconds(options.timeout_s), [&] { plan = make_plan(options); }, body);
 }
 
 }  // namespace
@@ -164,6 +195,12 @@ void add_compare_verb(CLI::App& app, Action& action, const std::vector<std::stri
       ->check(CLI::Range(1, 100000));
   verb->add_flag("--all-cases", options->all_cases,
                  "A table for each case, also where a capture has more than eight: then, by layer and level alone");
+  verb->add_option("--parallel", options->degrees,
+                   "ulysses=U,ring=R or ulysses=U,allgather=A: over that many ranks too, the processes of `mpirun -n N "
+                   "ditattn …`, or else threads (docs/parallel.md)");
+  verb->add_option("--timeout", options->timeout_s, "Seconds that a rank of --parallel waits for another")
+      ->capture_default_str()
+      ->check(CLI::Range(0.001, 1e6));
   verb->add_option("--report", options->report, "Write the comparison as a self-contained HTML page too");
   once_each(
       verb->add_option("--picture", options->pictures,

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "ditattn/parallel.hpp"
 #include "ditattn/problem.hpp"
 #include "tools/ditattn/accuracy.hpp"
 #include "tools/ditattn/ceilings.hpp"
@@ -45,8 +46,15 @@ struct CaseResult {
   double error_bound = 0;                        ///< largest rel_l2 that is recommended
   double exact_bound = 0;                        ///< largest rel_l2 that rounding explains
   std::vector<BackendResult> results = {};
+  std::vector<BackendResult> over_ranks = {};  ///< the same backends over all ranks; empty without --parallel
   std::optional<std::string> recommended = {};
   std::optional<Place> place = {};  ///< of a capture's cases
+};
+
+/// The ranks of --parallel.
+struct RanksInfo {
+  parallel::Mesh mesh;
+  std::string kind;  ///< "threads of one process", "MPI processes"
 };
 
 struct Comparison {
@@ -54,6 +62,7 @@ struct Comparison {
   std::vector<CaseResult> cases;
   std::optional<double> max_error = {};   ///< as --max-error gave it
   std::optional<Ceilings> ceilings = {};  ///< where they were asked for
+  std::optional<RanksInfo> ranks = {};    ///< with --parallel
 };
 
 /// True where the error is known and at most `bound`; NaN never is.
@@ -67,6 +76,12 @@ std::string describe(const CaseResult& result);
 
 /// One row per backend that is available here.
 Table results_table(const CaseResult& result);
+
+/// The same over all ranks, with each backend's time on one; empty without --parallel.
+Table ranks_table(const CaseResult& result);
+
+/// "Over 4 ranks (ulysses=2, ring=2), threads of one process; …" for people.
+std::string describe(const RanksInfo& ranks);
 
 /// One row per backend that is not, with the reason; empty where all are.
 Table unavailable_table(const Comparison& comparison);

@@ -128,10 +128,11 @@ Plot case_plot(const Comparison& comparison, const CaseResult& result) {
 
 std::string case_html(const Comparison& comparison, const CaseResult& result, bool is_open) {
   const Plot plot = case_plot(comparison, result);
-  const std::string content = element("p", "faint", describe(result)) + element("p", "", recommendation_text(result)) +
-                              plots_html(bar_plot(plot), "Speed, and ceilings of this machine.", scatter_plot(plot),
-                                         "Error against speed: better is right and low.") +
-                              table_html(results_table(result));
+  std::string content = element("p", "faint", describe(result)) + element("p", "", recommendation_text(result)) +
+                        plots_html(bar_plot(plot), "Speed, and ceilings of this machine.", scatter_plot(plot),
+                                   "Error against speed: better is right and low.") +
+                        table_html(results_table(result));
+  if (comparison.ranks) content += element("p", "faint", describe(*comparison.ranks)) + table_html(ranks_table(result));
   return folded(result.name, is_open, content);
 }
 

@@ -17,11 +17,10 @@ namespace {
 
 constexpr double kRoundsBudgetMs = 1000;  // of all backends together, where --repeats is not given
 
-// One backend under measurement.
+// One backend under measurement, on one rank or on all.
 struct Candidate {
   BackendResult* result;
-  std::unique_ptr<AttentionImpl> attention;
-  std::size_t entry = 0;  // of the rounds
+  std::size_t entry;  // of the rounds
 };
 
 class CaseMeasurement {
@@ -52,10 +51,17 @@ class CaseMeasurement {
     }
     if (std::string kernel = info.backend->kernel_name(problem_); !kernel.empty()) result.engine = std::move(kernel);
     guarded(result, [&] {
-      Candidate candidate{.result = &result, .attention = info.backend->make(config_)};
-      check_first_output(candidate, info.backend->capabilities().causal_alignment);
-      candidate.entry = rounds_.add([this, attention = candidate.attention.get()] { call(*attention); });
-      candidates_.push_back(std::move(candidate));
+      const std::shared_ptr<AttentionImpl> attention = info.backend->make(config_);
+      judge(result, first_output(*attention), info.backend->capabilities().causal_alignment);
+      candidates_.push_back({&result, rounds_.add([this, attention] { call(*attention); })});
+    });
+  }
+
+  // The same over all ranks, of a backend that works on one. `index` is the backend's.
+  void prepare(const BackendInfo& info, RankLeader& ranks, std::size_t index, BackendResult& result) {
+    guarded(result, [&] {
+      judge(result, ranks.first_output(index), info.backend->capabilities().causal_alignment);
+      candidates_.push_back({&result, rounds_.add([&ranks, index] { ranks.forward(index); })});
     });
   }
 
@@ -82,11 +88,15 @@ class CaseMeasurement {
   }
 
  private:
-  // What a backend throws is its result, not the end of the comparison.
+  // What a backend throws is its result, not the end of the comparison, as a lost rank is.
   template <class Body>
   static void guarded(BackendResult& result, const Body& body) {
     try {
       body();
+    } catch (const CommunicationError&) {
+      throw;
+    } catch (const TimeoutError&) {
+      throw;
     } catch (...) {
       const Failure failure = current_failure();
       result.status = failure.status == kRefused       ? Status::unsupported
@@ -101,16 +111,20 @@ class CaseMeasurement {
   }
 
   // The output is filled with NaN first (all bits set, in every float type): elements left unwritten show.
-  void check_first_output(const Candidate& candidate, CausalAlignment alignment) {
+  Tensor first_output(const AttentionImpl& attention) {
     const Tensor unwritten = empty({out_.shape().data(), static_cast<std::size_t>(out_.ndim())}, out_.dtype());
     std::memset(unwritten.data_ptr(), 0xFF, tvm::ffi::GetDataSize(*unwritten.GetDLTensorPtr()));
     out_ = copy_to(unwritten, options_.device);
-    call(*candidate.attention);
-    const Accuracy accuracy = oracle_->measure(copy_to(out_, kCpu), alignment);
-    candidate.result->accuracy = accuracy;
+    call(attention);
+    return copy_to(out_, kCpu);
+  }
+
+  void judge(BackendResult& result, const Tensor& out, CausalAlignment alignment) {
+    const Accuracy accuracy = oracle_->measure(out, alignment);
+    result.accuracy = accuracy;
     const auto fail = [&](std::int64_t elements, const char* what) {
-      candidate.result->status = Status::failed;
-      candidate.result->reason = fmt::format("{} elements of the output {}", elements, what);
+      result.status = Status::failed;
+      result.reason = fmt::format("{} elements of the output {}", elements, what);
     };
     if (accuracy.nonzero_without_keys > 0) fail(accuracy.nonzero_without_keys, "are not zero in rows that see no key");
     if (accuracy.wrong_non_finite > 0) {
@@ -135,24 +149,28 @@ class CaseMeasurement {
   std::vector<Candidate> candidates_;
 };
 
-// The fastest backend within the bound; notes on those that are not.
-void recommend(CaseResult& result) {
-  const BackendResult* best = nullptr;
-  for (BackendResult& entry : result.results) {
-    if (entry.status != Status::ok || !entry.timing) continue;
-    if (!is_within(entry, result.error_bound)) {
-      entry.reason = fmt::format("rel_l2 {:.3e} exceeds the bound {:.3e}", entry.accuracy->rel_l2, result.error_bound);
-    } else if (best == nullptr || entry.timing->median_ms < best->timing->median_ms) {
-      best = &entry;
-    }
+// Notes on those that are beyond the bound.
+void note_excess(std::vector<BackendResult>& results, double bound) {
+  for (BackendResult& entry : results) {
+    if (entry.status != Status::ok || !entry.timing || is_within(entry, bound)) continue;
+    entry.reason = fmt::format("rel_l2 {:.3e} exceeds the bound {:.3e}", entry.accuracy->rel_l2, bound);
   }
-  if (best != nullptr) result.recommended = best->backend;
+}
+
+// The fastest backend within the bound.
+std::optional<std::string> recommend(const CaseResult& result) {
+  const BackendResult* best = nullptr;
+  for (const BackendResult& entry : result.results) {
+    if (!entry.timing || !is_within(entry, result.error_bound)) continue;
+    if (best == nullptr || entry.timing->median_ms < best->timing->median_ms) best = &entry;
+  }
+  return best == nullptr ? std::nullopt : std::optional(best->backend);
 }
 
 }  // namespace
 
 CaseResult measure_case(const Case& problem_case, const std::vector<BackendInfo>& backends,
-                        const MeasureOptions& options, const StepReport& report) {
+                        const MeasureOptions& options, RankLeader* ranks, const StepReport& report) {
   ImplConfig config = config_for(problem_case.inputs);
   config.causal |= options.causal;
   CaseResult result{.name = problem_case.name, .place = problem_case.place};
@@ -167,8 +185,17 @@ CaseResult measure_case(const Case& problem_case, const std::vector<BackendInfo>
     report(fmt::format("{} warming up", backends[i].member.name()));
     measurement.prepare(backends[i], result.results[i]);
   }
+  if (ranks != nullptr) result.over_ranks = result.results;
+  for (std::size_t i = 0; i < result.over_ranks.size(); ++i) {
+    BackendResult& entry = result.over_ranks[i];
+    if (entry.status != Status::ok) continue;
+    report(fmt::format("{} warming up over all ranks", entry.backend));
+    measurement.prepare(backends[i], *ranks, i, entry);
+  }
   measurement.time_rounds(report);
-  recommend(result);
+  note_excess(result.results, result.error_bound);
+  note_excess(result.over_ranks, result.error_bound);
+  result.recommended = recommend(result);
   return result;
 }
 

@@ -9,6 +9,7 @@
 #include "tools/ditattn/backend_info.hpp"
 #include "tools/ditattn/comparison.hpp"
 #include "tools/ditattn/inputs.hpp"
+#include "tools/ditattn/rank_work.hpp"
 
 namespace ditattn::cli {
 
@@ -24,8 +25,9 @@ struct MeasureOptions {
 using StepReport = std::function<void(std::string_view)>;
 
 /// Runs every backend on one case: checks, warms up, measures the error of the first output, then times interleaved
-/// rounds, so that drifts of the machine's speed meet all alike. ValueError where the case is wrong in itself.
+/// rounds, so that drifts of the machine's speed meet all alike. ValueError where the case is wrong in itself. `ranks`,
+/// where there are any, have the case open; what works on one rank is measured on all of them too, in the same rounds.
 CaseResult measure_case(const Case& problem_case, const std::vector<BackendInfo>& backends,
-                        const MeasureOptions& options, const StepReport& report);
+                        const MeasureOptions& options, RankLeader* ranks, const StepReport& report);
 
 }  // namespace ditattn::cli

@@ -77,7 +77,8 @@ const Model& model_named(const std::string& name) {
   }
 }
 
-std::vector<ModelProblem> parse_model_problems(const std::string& text) {
+std::vector<ModelProblem> parse_model_problems(const std::string& given) {
+  const std::string text = full_name(given);
   const std::size_t colon = std::min(text.find(':'), text.size());
   const std::size_t at = std::min(text.find('@'), colon);
   const Model& model = model_named(text.substr(0, at));

@@ -17,9 +17,10 @@ struct ModelProblem {
   ModelRole role;
 };
 
-/// What "NAME[@RESOLUTION][:ROLE]" means: without a resolution the model's first, without a role all of them.
+/// What "NAME[@RESOLUTION][:ROLE]" or a short name means: without a resolution the model's first, without a role all of
+/// them.
 /// UsageError for what is not in the catalogue.
-std::vector<ModelProblem> parse_model_problems(const std::string& text);
+std::vector<ModelProblem> parse_model_problems(const std::string& given);
 
 /// Whether a call takes seconds on a CPU, or on a GPU, at most.
 bool is_affordable(const ModelProblem& problem, DLDevice device);

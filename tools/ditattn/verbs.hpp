@@ -19,6 +19,7 @@ void add_run_verb(CLI::App& app, Action& action);
 void add_models_verb(CLI::App& app, Action& action);
 void add_compare_verb(CLI::App& app, Action& action, const std::vector<std::string>& words);
 void add_explain_verb(CLI::App& app, Action& action);
+void add_plan_verb(CLI::App& app, Action& action);
 void add_tune_verb(CLI::App& app, Action& action);
 void add_doctor_verb(CLI::App& app, Action& action);
 

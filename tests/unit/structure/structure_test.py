@@ -19,6 +19,7 @@ RULES = {
     "src/guard": r'<|"(?:ditattn|core|registry|guard)/',
     "src/parallel": r'<|"(?:ditattn|core|registry|parallel)/',
     "src/nccl": r'<|"(?:ditattn|kernels|parallel|nccl)/',
+    "src/planner": r'<|"(?:ditattn|core|planner)/',
     "python": rf'{STD}|[<"](?:ditattn|tvm)/',
     "backends": r'<(?!core/|registry/|selector/|src/|tools/)|"(?:ditattn|kernels|backends)/',
 }

@@ -1,0 +1,222 @@
+#include "planner/times.hpp"
+
+#include <algorithm>
+#include <limits>
+
+namespace ditattn::planner {
+namespace {
+
+constexpr std::int64_t kFloat = 4;
+
+// TFLOP/s at a head size: between known ones on a line, beyond them the nearest.
+double rate_at(const KernelFigures& kernel, double head_size) {
+  const auto& known = kernel.tflops;
+  const auto above = std::ranges::find_if(known, [&](const auto& entry) { return entry.first >= head_size; });
+  if (above == known.end()) return known.back().second;
+  if (above == known.begin()) return known.front().second;
+  const auto below = above - 1;
+  const double part = (head_size - below->first) / (above->first - below->first);
+  return below->second + part * (above->second - below->second);
+}
+
+// Rows and keys of a call, in joined order.
+struct Block {
+  Range rows;
+  Range keys;
+};
+
+Range text_range(const Work& work, std::int64_t image, Range share) {
+  const std::int64_t begin = work.text_first ? 0 : image;
+  return {begin + share.begin, begin + share.end};
+}
+
+Range image_range(const Work& work, Range chunk) {
+  const std::int64_t begin = work.text_first ? work.text : 0;
+  return {begin + chunk.begin, begin + chunk.end};
+}
+
+// A rank's calls between its rows, the text's and the image's, and some keys, with what merging them takes.
+Phase step_of(const Layout& layout, const Machine& machine, int rank, Range keys) {
+  const Work& work = layout.work();
+  const int place = layout.place(rank);
+  const Range segments[] = {text_range(work, work.rows, layout.text_share(place)),
+                            image_range(work, layout.row_chunk(place))};
+  Phase phase;
+  for (const Range& rows : segments) {
+    const double pairs = visible_pairs(work, rows, keys);
+    if (pairs == 0) continue;
+    for (const std::int64_t run : layout.heads(layout.column(rank)).runs) {
+      phase.attention_ms += machine.attention_ms(work, run, rows.size(), keys.size(), pairs);
+      // The part is read, the whole read and written.
+      phase.copying_ms += machine.copy_ms(layout.elements(rows.size(), run) * (work.element + 2 * kFloat));
+    }
+  }
+  phase.ms = phase.attention_ms + phase.copying_ms;
+  return phase;
+}
+
+void add(Phase& to, const Phase& phase) {
+  to.ms += phase.ms;
+  to.attention_ms += phase.attention_ms;
+  to.copying_ms += phase.copying_ms;
+}
+
+// Clearing before and rounding after the parts.
+double frame_ms(const Layout& layout, const Machine& machine, int rank) {
+  const Work& work = layout.work();
+  const int place = layout.place(rank);
+  const std::int64_t rows = layout.row_chunk(place).size() + layout.text_share(place).size();
+  const std::int64_t elements = layout.elements(rows, layout.heads(layout.column(rank)).query);
+  const double rounding = work.element == kFloat ? 0 : machine.copy_ms(elements * (kFloat + work.element));
+  return machine.copy_ms(elements * kFloat) + rounding;
+}
+
+Phase text_keys(const Layout& layout, const Machine& machine, int rank) {
+  const Work& work = layout.work();
+  return step_of(layout, machine, rank, text_range(work, work.keys, {0, work.text}));
+}
+
+// Keys of a step come while those of the step before are computed with; the place before sends them when it begins that
+// step, this one takes them when it does.
+Phase ring_of(const Layout& layout, const Machine& machine, int column) {
+  const auto places = static_cast<std::size_t>(layout.places());
+  const int ulysses = layout.mesh().ulysses;
+  const auto rank_at = [&](std::size_t place) { return static_cast<int>(place) * ulysses + column; };
+  std::vector<Phase> done(places);  // `ms`: when a place begins its step
+  for (std::size_t step = 0; step < places; ++step) {
+    std::vector<Phase> next = done;
+    for (std::size_t place = 0; place < places; ++place) {
+      const std::size_t before = (place + places - 1) % places;
+      const auto chunk = static_cast<int>((place + places - step) % places);
+      add(next[place], step_of(layout, machine, rank_at(place), image_range(layout.work(), layout.key_chunk(chunk))));
+      if (step == 0) add(next[place], text_keys(layout, machine, rank_at(place)));
+      if (step + 1 == places) continue;
+      const double sent = std::max(done[place].ms, done[before].ms);
+      const Message message = layout.ring_step(rank_at(before), static_cast<int>(step));
+      next[place].ms = std::max(next[place].ms, sent + machine.message_ms(message));
+    }
+    done = std::move(next);
+  }
+  return *std::ranges::max_element(done, {}, &Phase::ms);
+}
+
+Phase gathered_of(const Layout& layout, const Machine& machine, int rank, double gather_ms) {
+  Phase phase = text_keys(layout, machine, rank);
+  phase.ms = std::max(phase.ms, gather_ms);
+  add(phase, step_of(layout, machine, rank, image_range(layout.work(), {0, layout.work().keys})));
+  return phase;
+}
+
+Phase whole_of(const Layout& layout, const Machine& machine, int rank) {
+  const Work& work = layout.work();
+  const Range rows{0, work.rows + work.text};
+  const Range keys{0, work.keys + work.text};
+  Phase phase;
+  for (const std::int64_t run : layout.heads(layout.column(rank)).runs) {
+    phase.attention_ms += machine.attention_ms(work, run, rows.size(), keys.size(), visible_pairs(work, rows, keys));
+  }
+  phase.ms = phase.attention_ms;
+  return phase;
+}
+
+}  // namespace
+
+double Machine::attention_ms(const Work& work, std::int64_t heads, std::int64_t rows, std::int64_t keys,
+                             double pairs) const {
+  const auto size = static_cast<double>(work.head_size);
+  const double seen = pairs / static_cast<double>(rows);  // keys, on average
+  const double unit_rate = rate_at(kernel, size) * 1e12 / gpu.units;
+  double best = std::numeric_limits<double>::infinity();
+  for (const Tile& tile : kernel.tiles) {
+    const std::int64_t tiles = work.batch * heads * ((rows + tile.rows - 1) / tile.rows);
+    const std::int64_t rounds = (tiles + gpu.units - 1) / gpu.units;
+    const double operations = static_cast<double>(tile.rows) * tile.cost * 4 * (seen + kernel.extra_keys) * size;
+    best = std::min(best, static_cast<double>(rounds) * operations / unit_rate);
+  }
+  return keys == 0 ? 0 : best * 1e3 + kernel.call_us * 1e-3;
+}
+
+double Machine::copy_ms(std::int64_t bytes) const {
+  if (bytes == 0) return 0;
+  return static_cast<double>(bytes) / gpu.copy_gb_per_s * 1e-6 + gpu.copy_us * 1e-3;
+}
+
+double Machine::exchange_ms(const std::vector<Batch>& batches, int ranks) const {
+  struct Sums {
+    double out = 0, in = 0;
+    [[nodiscard]] double ms(const LinkFigures& link) const {
+      if (out == 0 && in == 0) return 0;
+      return std::max(out, in) / link.gb_per_s * 1e-6 + link.latency_us * 1e-3;
+    }
+  };
+  std::vector<Sums> near(static_cast<std::size_t>(ranks));
+  std::vector<Sums> far(near.size());
+  for (const Batch& batch : batches) {
+    for (const Message& message : batch) {
+      auto& sums = crosses(message) ? far : near;
+      sums[static_cast<std::size_t>(message.from)].out += static_cast<double>(message.bytes);
+      sums[static_cast<std::size_t>(message.to)].in += static_cast<double>(message.bytes);
+    }
+  }
+  double slowest = 0;
+  for (std::size_t rank = 0; rank < near.size(); ++rank) {
+    slowest = std::max({slowest, near[rank].ms(inside), far[rank].ms(between)});
+  }
+  return slowest;
+}
+
+double Machine::message_ms(const Message& message) const {
+  const LinkFigures& link = crosses(message) ? between : inside;
+  if (message.bytes == 0) return 0;
+  return static_cast<double>(message.bytes) / link.gb_per_s * 1e-6 + link.latency_us * 1e-3;
+}
+
+// Row i sees the keys up to i + Skv − Sq, as FLASH_ATTN aligns them; the sum over rows of what of it lies in `keys`.
+double visible_pairs(const Work& work, Range rows, Range keys) {
+  const auto width = static_cast<double>(keys.size());
+  if (rows.size() == 0 || keys.size() == 0) return 0;
+  if (!work.causal) return static_cast<double>(rows.size()) * width;
+  const std::int64_t offset = work.keys - work.rows - keys.begin;
+  const auto up_to = [&](std::int64_t end) {  // of the rows before `end`
+    const auto seen = static_cast<double>(std::max<std::int64_t>(end + offset, 0));
+    return seen <= width ? seen * (seen + 1) / 2 : width * (width + 1) / 2 + (seen - width) * width;
+  };
+  return up_to(rows.end) - up_to(rows.begin);
+}
+
+double exchanges_ms(const Layout& layout, const Machine& machine, std::vector<Batch> (Layout::*batches)(int) const) {
+  std::vector<std::vector<Batch>> turns((layout.*batches)(0).size());  // of all ranks
+  for (int rank = 0; rank < layout.ranks(); ++rank) {
+    std::vector<Batch> mine = (layout.*batches)(rank);
+    for (std::size_t turn = 0; turn < turns.size(); ++turn) turns[turn].push_back(std::move(mine[turn]));
+  }
+  double sum = 0;
+  for (const std::vector<Batch>& turn : turns) sum += machine.exchange_ms(turn, layout.ranks());
+  return sum;
+}
+
+Phase compute_phase(const Layout& layout, const Machine& machine) {
+  const auto later = [](const Phase& a, const Phase& b) { return a.ms < b.ms ? b : a; };
+  Phase slowest;
+  if (layout.places() == 1) {
+    for (int rank = 0; rank < layout.ranks(); ++rank) slowest = later(slowest, whole_of(layout, machine, rank));
+    return slowest;
+  }
+  if (layout.mesh().ring > 1) {
+    for (int column = 0; column < layout.mesh().ulysses; ++column) {
+      slowest = later(slowest, ring_of(layout, machine, column));
+    }
+  } else {
+    const double gather_ms = exchanges_ms(layout, machine, &Layout::gather);
+    for (int rank = 0; rank < layout.ranks(); ++rank) {
+      slowest = later(slowest, gathered_of(layout, machine, rank, gather_ms));
+    }
+  }
+  double frame = 0;
+  for (int rank = 0; rank < layout.ranks(); ++rank) frame = std::max(frame, frame_ms(layout, machine, rank));
+  slowest.copying_ms += frame;
+  slowest.ms += frame;
+  return slowest;
+}
+
+}  // namespace ditattn::planner

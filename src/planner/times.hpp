@@ -1,0 +1,48 @@
+#pragma once
+
+/// From sizes to milliseconds: kernels, copies, messages.
+
+#include "ditattn/planner.hpp"
+#include "planner/layout.hpp"
+
+namespace ditattn::planner {
+
+/// A request with its figures found.
+struct Machine {
+  const GpuFigures& gpu;
+  const KernelFigures& kernel;
+  const LinkFigures& inside;   ///< a node
+  const LinkFigures& between;  ///< nodes
+  int gpus_per_node;
+
+  /// One call of the back end: `pairs` of the rows × keys are seen.
+  [[nodiscard]] double attention_ms(const Work& work, std::int64_t heads, std::int64_t rows, std::int64_t keys,
+                                    double pairs) const;
+  /// A kernel that reads and writes so many bytes.
+  [[nodiscard]] double copy_ms(std::int64_t bytes) const;
+  /// From start to end of a batch, for the rank that takes longest. `batches`: of all ranks.
+  [[nodiscard]] double exchange_ms(const std::vector<Batch>& batches, int ranks) const;
+  [[nodiscard]] double message_ms(const Message& message) const;
+
+ private:
+  [[nodiscard]] bool crosses(const Message& message) const {
+    return message.from / gpus_per_node != message.to / gpus_per_node;
+  }
+};
+
+/// How many keys of `keys` the rows `rows` see, in joined order.
+double visible_pairs(const Work& work, Range rows, Range keys);
+
+/// All ranks' batches of one kind: they follow on each other, and each ends when the slowest rank has.
+double exchanges_ms(const Layout& layout, const Machine& machine, std::vector<Batch> (Layout::*batches)(int) const);
+
+/// What the ranks of one column or of one rank take between the exchanges.
+struct Phase {
+  double ms = 0;  ///< to the end, waiting included
+  double attention_ms = 0;
+  double copying_ms = 0;
+};
+/// Attention with all keys, or by ring or allgather: the rank that ends last.
+Phase compute_phase(const Layout& layout, const Machine& machine);
+
+}  // namespace ditattn::planner
