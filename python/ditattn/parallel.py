@@ -32,6 +32,7 @@ _rank = _native.function("communicator_rank")
 _size = _native.function("communicator_size")
 _timeout = _native.function("communicator_timeout")
 _barrier = _native.function("barrier")
+_raise_if_failed = _native.function("raise_if_failed")
 _abort = _native.function("abort")
 _parallel_group = _native.function("parallel_group")
 _parallel_layer = _native.function("parallel_layer")
@@ -104,6 +105,13 @@ class Communicator:
     def barrier(self) -> None:
         """Returns when all ranks have come."""
         _barrier(self._native)
+
+    def raise_if_failed(self) -> None:
+        """Raises what has failed among operations on a GPU, for which Python does not wait.
+
+        After waiting for the GPU it tells whether results are what they should be. Thread-safe.
+        """
+        _raise_if_failed(self._native)
 
     def abort(self, reason: str) -> None:
         """For a rank that cannot go on: the others' operations, present and future, are a RuntimeError with `reason`.

@@ -186,6 +186,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("ditattn.communicator_timeout",
            [](const CommunicatorRef& ref) { return ref->communicator->timeout().count(); })
       .def("ditattn.barrier", [](const CommunicatorRef& ref) { ref->communicator->barrier(); })
+      .def("ditattn.raise_if_failed", [](const CommunicatorRef& ref) { ref->communicator->throw_if_failed(); })
       .def("ditattn.abort",
            [](const CommunicatorRef& ref, const std::string& reason) { ref->communicator->abort(reason); })
       .def("ditattn.parallel_group",
