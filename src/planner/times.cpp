@@ -211,8 +211,8 @@ double visible_pairs(const Work& work, Range rows, Range keys) {
 }
 
 double exchange_ms(const Layout& layout, const Machine& machine, Batch (Layout::*batch)(int) const) {
-  std::vector<Batch> all;
-  for (int rank = 0; rank < layout.ranks(); ++rank) all.push_back((layout.*batch)(rank));
+  std::vector<Batch> all(static_cast<std::size_t>(layout.ranks()));
+  for (int rank = 0; rank < layout.ranks(); ++rank) all[static_cast<std::size_t>(rank)] = (layout.*batch)(rank);
   return machine.exchange_ms(all, layout.ranks());
 }
 
