@@ -32,6 +32,7 @@ struct KernelFigures {
   std::vector<std::pair<double, double>> tflops;  ///< by head size, ascending; between them interpolated
   double extra_keys;                              ///< a tile's beginning and end, as keys
   double call_us;                                 ///< of every call
+  double hidden;                                  ///< of a call and a transfer beside it, what of the shorter is hidden
   std::vector<Tile> tiles;                        ///< the best for a problem is taken
   std::string source;                             ///< where that was measured
 };

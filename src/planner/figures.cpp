@@ -86,13 +86,15 @@ std::string label(const char* what, const json& object, const char* key) {
 
 KernelFigures parse_kernel(const json& object) {
   const Fields fields(object, label("kernel", object, "backend"),
-                      {"backend", "tflops", "extra_keys", "call_us", "tiles", "source"});
+                      {"backend", "tflops", "extra_keys", "call_us", "hidden", "tiles", "source"});
   KernelFigures kernel{.backend = fields.text("backend"),
                        .tflops = {},
                        .extra_keys = fields.number("extra_keys", 0, true),
                        .call_us = fields.number("call_us", 0, true),
+                       .hidden = fields.number("hidden", 0, true),
                        .tiles = {},
                        .source = fields.text("source")};
+  if (kernel.hidden > 1) fields.fail(fmt::format("has 'hidden': {}, expected a share from 0 to 1", kernel.hidden));
   for (const json& pair : fields.list("tflops")) {
     if (!pair.is_array() || pair.size() != 2) fields.fail("has 'tflops' that are no [head size, TFLOP/s]");
     kernel.tflops.emplace_back(fields.number_in(pair[0], "tflops", 0, false),

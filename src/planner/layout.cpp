@@ -46,29 +46,25 @@ Range Layout::key_chunk(int place) const {
   return {share(work_.keys, ranks(), first).begin, share(work_.keys, ranks(), first + mesh_.ulysses - 1).end};
 }
 
-std::vector<Batch> Layout::before(int rank) const {
-  if (mesh_.ulysses == 1) return {};
-  std::vector<Batch> batches(3);
+Batch Layout::before(int rank) const {
+  Batch batch;
   for (int other = 0; other < mesh_.ulysses; ++other) {
-    if (other == column(rank)) continue;
     const int to = place(rank) * mesh_.ulysses + other;
-    batches[0].push_back({rank, to, bytes(rows(rank), heads(other).query)});
-    for (const int kv : {1, 2})
-      batches[static_cast<std::size_t>(kv)].push_back({rank, to, bytes(keys(rank), heads(other).kv)});
+    if (to != rank) {
+      batch.push_back({rank, to, bytes(rows(rank), heads(other).query) + 2 * bytes(keys(rank), heads(other).kv)});
+    }
   }
-  return batches;
+  return batch;
 }
 
-std::vector<Batch> Layout::gather(int rank) const {
+Batch Layout::gather(int rank) const {
   if (mesh_.allgather == 1) return {};
-  std::vector<Batch> batches(2);
+  Batch batch;
   for (int other = 0; other < places(); ++other) {
-    if (other == place(rank)) continue;
     const int to = other * mesh_.ulysses + column(rank);
-    const std::int64_t mine = bytes(key_chunk(place(rank)).size(), heads(column(rank)).kv);
-    for (Batch& batch : batches) batch.push_back({rank, to, mine});
+    if (to != rank) batch.push_back({rank, to, 2 * bytes(key_chunk(place(rank)).size(), heads(column(rank)).kv)});
   }
-  return batches;
+  return batch;
 }
 
 Message Layout::ring_step(int rank, int step) const {
@@ -76,70 +72,91 @@ Message Layout::ring_step(int rank, int step) const {
   return {rank, (rank + mesh_.ulysses) % ranks(), 2 * bytes(key_chunk(chunk).size(), heads(column(rank)).kv)};
 }
 
-std::vector<Batch> Layout::after(int rank) const {
-  std::vector<Batch> batches;
-  const std::int64_t mine = heads(column(rank)).query;
-  if (mesh_.ulysses > 1) {
-    Batch& out = batches.emplace_back();
-    for (int other = 0; other < mesh_.ulysses; ++other) {
-      const int to = place(rank) * mesh_.ulysses + other;
-      if (to != rank) out.push_back({rank, to, bytes(rows(to), mine)});
-    }
+Batch Layout::after(int rank) const {
+  Batch batch;
+  for (int other = 0; other < mesh_.ulysses; ++other) {
+    const int to = place(rank) * mesh_.ulysses + other;
+    if (to != rank) batch.push_back({rank, to, bytes(rows(to), heads(column(rank)).query)});
   }
-  if (work_.text > 0 && ranks() > 1) {
-    Batch& text = batches.emplace_back();
-    for (int to = 0; to < ranks(); ++to) {
-      if (to != rank) text.push_back({rank, to, bytes(text_share(place(rank)).size(), mine)});
-    }
+  return batch;
+}
+
+Batch Layout::text(int rank) const {
+  Batch batch;
+  for (int to = 0; to < ranks(); ++to) {
+    if (to != rank) batch.push_back({rank, to, bytes(text_share(place(rank)).size(), heads(column(rank)).query)});
   }
-  return batches;
+  return batch;
 }
 
 std::int64_t Layout::sent_bytes(int rank) const {
   std::int64_t sum = 0;
-  for (const auto& batches : {before(rank), gather(rank), after(rank)}) {
-    for (const Batch& batch : batches) {
-      for (const Message& message : batch) sum += message.bytes;
-    }
+  for (const Batch& batch : {before(rank), gather(rank), after(rank), text(rank)}) {
+    for (const Message& message : batch) sum += message.bytes;
   }
   for (int step = 0; step + 1 < mesh_.ring; ++step) sum += ring_step(rank, step).bytes;
   return sum;
+}
+
+std::int64_t Layout::parts(std::int64_t rows) const {
+  if (rows == 0) return 0;
+  std::int64_t parts = work_.text > 0 ? 1 : 0;
+  if (mesh_.ring == 1) return parts + (work_.keys > 0 ? 1 : 0);
+  for (int chunk = 0; chunk < places(); ++chunk) parts += key_chunk(chunk).size() > 0 ? 1 : 0;
+  return parts;
+}
+
+// Of one batch, or of one token, tensors have one token after the other.
+std::int64_t Layout::copied_keys(int rank) const {
+  if (mesh_.ulysses > 1 || work_.batch == 1 || keys(rank) == 1) return 0;
+  return 2 * bytes(keys(rank), work_.kv_heads);
 }
 
 // The slots of src/parallel/group.hpp.
 std::int64_t Layout::workspace_bytes(int rank) const {
   if (ranks() == 1) return 0;
   const HeadShare& mine = heads(column(rank));
-  const std::int64_t chunk_rows = row_chunk(place(rank)).size();
-  std::int64_t sum = bytes(chunk_rows, mine.query) + 2 * bytes(key_chunk(place(rank)).size(), mine.kv);
+  std::int64_t sum = copied_keys(rank);
   std::int64_t received = bytes(work_.text, work_.heads);
-  if (mesh_.ulysses > 1) {  // what is sent, put together
-    sum += bytes(rows(rank), work_.heads) + 2 * bytes(keys(rank), kv_copies_);
-    received = std::max(received, bytes(rows(rank), work_.heads));
+  if (mesh_.ulysses > 1) {
+    const std::int64_t rows_of_others = bytes(rows(rank), work_.heads - mine.query);
+    sum += rows_of_others + 2 * bytes(keys(rank), kv_copies_ - mine.kv);  // put together to be sent
+    sum += bytes(row_chunk(place(rank)).size(), mine.query) + 2 * bytes(key_chunk(place(rank)).size(), mine.kv);
+    received = std::max(received, rows_of_others);
   }
   sum += received;
   if (places() == 1) return sum + bytes(work_.rows + work_.text, mine.query);
-  return sum + merging_bytes(rank);
+  return sum + arriving_bytes(rank) + result_bytes(rank);
 }
 
-// Keys and values of others, and results: a call's, and those they are merged into.
-std::int64_t Layout::merging_bytes(int rank) const {
-  const HeadShare& mine = heads(column(rank));
-  std::int64_t sum = mesh_.allgather > 1 ? 2 * bytes(work_.keys, mine.kv) : 0;
+// Keys and values of other places.
+std::int64_t Layout::arriving_bytes(int rank) const {
+  const std::int64_t kv = heads(column(rank)).kv;
+  if (mesh_.allgather > 1) return 2 * bytes(work_.keys, kv);
   std::int64_t next[2] = {0, 0};  // steps take turns
   for (int step = 1; step < mesh_.ring; ++step) {
     const std::int64_t keys = key_chunk((place(rank) - step + places()) % places()).size();
-    next[step % 2] = std::max(next[step % 2], 2 * bytes(keys, mine.kv));
+    next[step % 2] = std::max(next[step % 2], 2 * bytes(keys, kv));
   }
-  const std::int64_t rows = row_chunk(place(rank)).size();
-  const std::int64_t text = text_share(place(rank)).size();
+  return next[0] + next[1];
+}
+
+// The text's rows and the image's, each with its LSE: what a call returns, the first part, the sums, the result.
+std::int64_t Layout::result_bytes(int rank) const {
+  const HeadShare& mine = heads(column(rank));
   const std::int64_t run = mine.runs.empty() ? 0 : std::ranges::max(mine.runs);
-  const std::int64_t lse = work_.batch * kFloat;
-  const std::int64_t rounded = work_.element == kFloat ? 0 : bytes(rows + text, mine.query);
-  sum += next[0] + next[1];
-  sum += bytes(std::max(rows, text), run) + lse * std::max(rows, text) * run;
-  sum += elements(rows + text, mine.query) * kFloat + lse * (rows + text) * mine.query;
-  return sum + rounded;
+  const auto lse = [&](std::int64_t rows, std::int64_t heads) { return work_.batch * rows * heads * kFloat; };
+  std::int64_t sum = 0;
+  std::int64_t part = 0;
+  for (const bool is_text : {true, false}) {
+    const std::int64_t rows = is_text ? text_share(place(rank)).size() : row_chunk(place(rank)).size();
+    if (is_text || mesh_.ulysses > 1) sum += bytes(rows, mine.query);  // else the output itself
+    sum += lse(rows, mine.query);
+    if (parts(rows) > 1 || !mine.is_one_run()) part = std::max(part, bytes(rows, run) + lse(rows, run));
+    if (parts(rows) > 1 && mine.is_one_run()) sum += bytes(rows, mine.query);
+    if (parts(rows) > 2 || !mine.is_one_run()) sum += elements(rows, mine.query) * kFloat;
+  }
+  return sum + part;
 }
 
 std::int64_t Layout::tensor_bytes(int rank) const {

@@ -38,6 +38,7 @@ struct HeadShare {
   std::int64_t query = 0;
   std::int64_t kv = 0;
   std::vector<std::int64_t> runs;  ///< query heads of each
+  [[nodiscard]] bool is_one_run() const { return runs.size() == 1; }
 };
 
 /// Bytes to another rank.
@@ -75,17 +76,25 @@ class Layout {
     return elements(tokens, heads) * work_.element;
   }
 
-  [[nodiscard]] std::vector<Batch> before(int rank) const;    ///< heads: query, key, value
-  [[nodiscard]] std::vector<Batch> gather(int rank) const;    ///< allgather: keys, values
-  [[nodiscard]] Message ring_step(int rank, int step) const;  ///< to the next place
-  [[nodiscard]] std::vector<Batch> after(int rank) const;     ///< the output's rows, then the text's
+  [[nodiscard]] Batch before(int rank) const;                 ///< heads of query, key and value
+  [[nodiscard]] Batch gather(int rank) const;                 ///< allgather: keys and values
+  [[nodiscard]] Message ring_step(int rank, int step) const;  ///< the same, to the next place
+  [[nodiscard]] Batch after(int rank) const;                  ///< the output's rows
+  [[nodiscard]] Batch text(int rank) const;                   ///< the text's
   [[nodiscard]] std::int64_t sent_bytes(int rank) const;      ///< all of it
 
-  [[nodiscard]] std::int64_t workspace_bytes(int rank) const;  ///< what a call without an LSE leaves in the group
-  [[nodiscard]] std::int64_t tensor_bytes(int rank) const;     ///< query, key, value and output; not the text's inputs
+  /// From how many parts, of one run of heads each, a place's results of `rows` rows come, where all keys are seen.
+  [[nodiscard]] std::int64_t parts(std::int64_t rows) const;
+  /// Bytes of keys and values that are copied before they are sent on, as a batch's tokens do not lie together.
+  [[nodiscard]] std::int64_t copied_keys(int rank) const;
+
+  /// What a call without an LSE leaves in the group, where all keys are seen and tensors are contiguous.
+  [[nodiscard]] std::int64_t workspace_bytes(int rank) const;
+  [[nodiscard]] std::int64_t tensor_bytes(int rank) const;  ///< query, key, value and output; not the text's inputs
 
  private:
-  [[nodiscard]] std::int64_t merging_bytes(int rank) const;
+  [[nodiscard]] std::int64_t arriving_bytes(int rank) const;
+  [[nodiscard]] std::int64_t result_bytes(int rank) const;
 
   Work work_;
   parallel::Mesh mesh_;

@@ -90,22 +90,16 @@ std::vector<Mesh> meshes_of(int gpus) {
   return meshes;
 }
 
-// What every call begins with: ranks tell each other their shapes. As good as no bytes.
-double agreement_ms(const Layout& layout, const Machine& machine) {
-  if (layout.ranks() == 1) return 0;
-  const bool crosses = layout.ranks() > machine.gpus_per_node;
-  return (crosses ? machine.between : machine.inside).latency_us * 1e-3;
-}
-
 // Copies around the exchange of heads, each read and written: query, key and value before, the rows of the result
 // after.
 double packing_ms(const Layout& layout, const Machine& machine, int rank) {
   if (layout.ranks() == 1) return 0;
   const Work& work = layout.work();
-  const std::int64_t kv_heads = layout.mesh().ulysses > 1 ? layout.kv_copies() : work.kv_heads;
-  return 2 * machine.copy_ms(2 * layout.bytes(layout.rows(rank), work.heads)) +
-         2 * machine.copy_ms(2 * layout.bytes(layout.keys(rank), kv_heads)) +
-         machine.copy_ms(2 * layout.bytes(work.text, work.heads));
+  const double text_ms = machine.copy_ms(2 * layout.bytes(work.text, work.heads));
+  if (layout.mesh().ulysses == 1) return machine.copy_ms(2 * layout.copied_keys(rank)) + text_ms;
+  const std::int64_t rows = layout.bytes(layout.rows(rank), work.heads);
+  const std::int64_t keys_and_values = 2 * layout.bytes(layout.keys(rank), layout.kv_copies());
+  return machine.copy_ms(2 * (rows + keys_and_values)) + machine.copy_ms(2 * rows) + text_ms;
 }
 
 std::vector<std::string> notes_on(const Layout& layout, const Machine& machine) {
@@ -140,8 +134,10 @@ MeshPlan plan_mesh(const Work& work, const Mesh& mesh, const Machine& machine) {
   const Phase phase = compute_phase(layout, machine);
   plan.attention_ms = phase.attention_ms;
   plan.copying_ms = packing + phase.copying_ms;
-  plan.exchange_ms = agreement_ms(layout, machine) + exchanges_ms(layout, machine, &Layout::before) +
-                     exchanges_ms(layout, machine, &Layout::after) + phase.ms - phase.attention_ms - phase.copying_ms;
+  plan.exchange_ms = phase.ms - phase.attention_ms - phase.copying_ms;
+  for (const auto batch : {&Layout::before, &Layout::after, &Layout::text}) {
+    plan.exchange_ms += exchange_ms(layout, machine, batch);
+  }
   plan.ms = plan.attention_ms + plan.copying_ms + plan.exchange_ms;
   return plan;
 }

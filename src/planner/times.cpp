@@ -35,20 +35,32 @@ Range image_range(const Work& work, Range chunk) {
   return {begin + chunk.begin, begin + chunk.end};
 }
 
+// What is read and written to merge part `part` of the results with those before it: the sums of one run of heads are
+// float32 from the second merge to the last but one, those of several always.
+std::int64_t merged_bytes(const Layout& layout, const HeadShare& mine, std::int64_t part, std::int64_t rows,
+                          std::int64_t run) {
+  const std::int64_t element = layout.work().element;
+  if (mine.is_one_run() && part == 0) return 0;
+  const bool is_last = part + 1 == layout.parts(rows);
+  const std::int64_t before = mine.is_one_run() && part == 1 ? element : kFloat;
+  const std::int64_t after = mine.is_one_run() && is_last ? element : kFloat;
+  return layout.elements(rows, run) * (element + before + after);
+}
+
 // A rank's calls between its rows, the text's and the image's, and some keys, with what merging them takes.
-Phase step_of(const Layout& layout, const Machine& machine, int rank, Range keys) {
+Phase step_of(const Layout& layout, const Machine& machine, int rank, Range keys, std::int64_t part) {
   const Work& work = layout.work();
   const int place = layout.place(rank);
+  const HeadShare& mine = layout.heads(layout.column(rank));
   const Range segments[] = {text_range(work, work.rows, layout.text_share(place)),
                             image_range(work, layout.row_chunk(place))};
   Phase phase;
   for (const Range& rows : segments) {
     const double pairs = visible_pairs(work, rows, keys);
     if (pairs == 0) continue;
-    for (const std::int64_t run : layout.heads(layout.column(rank)).runs) {
+    for (const std::int64_t run : mine.runs) {
       phase.attention_ms += machine.attention_ms(work, run, rows.size(), keys.size(), pairs);
-      // The part is read, the whole read and written.
-      phase.copying_ms += machine.copy_ms(layout.elements(rows.size(), run) * (work.element + 2 * kFloat));
+      phase.copying_ms += machine.copy_ms(merged_bytes(layout, mine, part, rows.size(), run));
     }
   }
   phase.ms = phase.attention_ms + phase.copying_ms;
@@ -61,20 +73,23 @@ void add(Phase& to, const Phase& phase) {
   to.copying_ms += phase.copying_ms;
 }
 
-// Clearing before and rounding after the parts.
+// Clearing before and rounding after the parts of several runs of heads.
 double frame_ms(const Layout& layout, const Machine& machine, int rank) {
-  const Work& work = layout.work();
+  const HeadShare& mine = layout.heads(layout.column(rank));
+  if (mine.is_one_run()) return 0;
   const int place = layout.place(rank);
   const std::int64_t rows = layout.row_chunk(place).size() + layout.text_share(place).size();
-  const std::int64_t elements = layout.elements(rows, layout.heads(layout.column(rank)).query);
-  const double rounding = work.element == kFloat ? 0 : machine.copy_ms(elements * (kFloat + work.element));
-  return machine.copy_ms(elements * kFloat) + rounding;
+  const std::int64_t elements = layout.elements(rows, mine.query);
+  return machine.copy_ms(elements * kFloat) + machine.copy_ms(elements * (kFloat + layout.work().element));
 }
 
 Phase text_keys(const Layout& layout, const Machine& machine, int rank) {
   const Work& work = layout.work();
-  return step_of(layout, machine, rank, text_range(work, work.keys, {0, work.text}));
+  return step_of(layout, machine, rank, text_range(work, work.keys, {0, work.text}), 0);
 }
+
+// Parts that come of the text's keys.
+std::int64_t text_parts(const Layout& layout) { return layout.work().text > 0 ? 1 : 0; }
 
 // Keys of a step come while those of the step before are computed with; the place before sends them when it begins that
 // step, this one takes them when it does.
@@ -83,27 +98,34 @@ Phase ring_of(const Layout& layout, const Machine& machine, int column) {
   const int ulysses = layout.mesh().ulysses;
   const auto rank_at = [&](std::size_t place) { return static_cast<int>(place) * ulysses + column; };
   std::vector<Phase> done(places);  // `ms`: when a place begins its step
-  for (std::size_t step = 0; step < places; ++step) {
+  std::int64_t part = text_parts(layout);
+  for (std::size_t step = 0; step < places; ++step, ++part) {
     std::vector<Phase> next = done;
     for (std::size_t place = 0; place < places; ++place) {
       const std::size_t before = (place + places - 1) % places;
       const auto chunk = static_cast<int>((place + places - step) % places);
-      add(next[place], step_of(layout, machine, rank_at(place), image_range(layout.work(), layout.key_chunk(chunk))));
+      const Range keys = image_range(layout.work(), layout.key_chunk(chunk));
+      add(next[place], step_of(layout, machine, rank_at(place), keys, part));
       if (step == 0) add(next[place], text_keys(layout, machine, rank_at(place)));
       if (step + 1 == places) continue;
       const double sent = std::max(done[place].ms, done[before].ms);
       const Message message = layout.ring_step(rank_at(before), static_cast<int>(step));
-      next[place].ms = std::max(next[place].ms, sent + machine.message_ms(message));
+      const double begin = done[place].ms;
+      next[place].ms = begin + machine.beside_ms(next[place].ms - begin, sent - begin + machine.message_ms(message));
     }
     done = std::move(next);
   }
   return *std::ranges::max_element(done, {}, &Phase::ms);
 }
 
+// The own keys are copied to the others' places.
 Phase gathered_of(const Layout& layout, const Machine& machine, int rank, double gather_ms) {
+  const std::int64_t own = layout.key_chunk(layout.place(rank)).size();
+  const double copy_ms = machine.copy_ms(4 * layout.bytes(own, layout.heads(layout.column(rank)).kv));
   Phase phase = text_keys(layout, machine, rank);
-  phase.ms = std::max(phase.ms, gather_ms);
-  add(phase, step_of(layout, machine, rank, image_range(layout.work(), {0, layout.work().keys})));
+  phase.copying_ms += copy_ms;
+  phase.ms = machine.beside_ms(phase.ms + copy_ms, gather_ms);
+  add(phase, step_of(layout, machine, rank, image_range(layout.work(), {0, layout.work().keys}), text_parts(layout)));
   return phase;
 }
 
@@ -139,6 +161,10 @@ double Machine::attention_ms(const Work& work, std::int64_t heads, std::int64_t 
 double Machine::copy_ms(std::int64_t bytes) const {
   if (bytes == 0) return 0;
   return static_cast<double>(bytes) / gpu.copy_gb_per_s * 1e-6 + gpu.copy_us * 1e-3;
+}
+
+double Machine::beside_ms(double computing_ms, double transfer_ms) const {
+  return computing_ms + transfer_ms - kernel.hidden * std::min(computing_ms, transfer_ms);
 }
 
 double Machine::exchange_ms(const std::vector<Batch>& batches, int ranks) const {
@@ -184,15 +210,10 @@ double visible_pairs(const Work& work, Range rows, Range keys) {
   return up_to(rows.end) - up_to(rows.begin);
 }
 
-double exchanges_ms(const Layout& layout, const Machine& machine, std::vector<Batch> (Layout::*batches)(int) const) {
-  std::vector<std::vector<Batch>> turns((layout.*batches)(0).size());  // of all ranks
-  for (int rank = 0; rank < layout.ranks(); ++rank) {
-    std::vector<Batch> mine = (layout.*batches)(rank);
-    for (std::size_t turn = 0; turn < turns.size(); ++turn) turns[turn].push_back(std::move(mine[turn]));
-  }
-  double sum = 0;
-  for (const std::vector<Batch>& turn : turns) sum += machine.exchange_ms(turn, layout.ranks());
-  return sum;
+double exchange_ms(const Layout& layout, const Machine& machine, Batch (Layout::*batch)(int) const) {
+  std::vector<Batch> all(static_cast<std::size_t>(layout.ranks()));
+  for (int rank = 0; rank < layout.ranks(); ++rank) all[static_cast<std::size_t>(rank)] = (layout.*batch)(rank);
+  return machine.exchange_ms(all, layout.ranks());
 }
 
 Phase compute_phase(const Layout& layout, const Machine& machine) {
@@ -207,7 +228,7 @@ Phase compute_phase(const Layout& layout, const Machine& machine) {
       slowest = later(slowest, ring_of(layout, machine, column));
     }
   } else {
-    const double gather_ms = exchanges_ms(layout, machine, &Layout::gather);
+    const double gather_ms = exchange_ms(layout, machine, &Layout::gather);
     for (int rank = 0; rank < layout.ranks(); ++rank) {
       slowest = later(slowest, gathered_of(layout, machine, rank, gather_ms));
     }

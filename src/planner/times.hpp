@@ -23,6 +23,8 @@ struct Machine {
   /// From start to end of a batch, for the rank that takes longest. `batches`: of all ranks.
   [[nodiscard]] double exchange_ms(const std::vector<Batch>& batches, int ranks) const;
   [[nodiscard]] double message_ms(const Message& message) const;
+  /// Until both are done that begin together.
+  [[nodiscard]] double beside_ms(double computing_ms, double transfer_ms) const;
 
  private:
   [[nodiscard]] bool crosses(const Message& message) const {
@@ -33,8 +35,8 @@ struct Machine {
 /// How many keys of `keys` the rows `rows` see, in joined order.
 double visible_pairs(const Work& work, Range rows, Range keys);
 
-/// All ranks' batches of one kind: they follow on each other, and each ends when the slowest rank has.
-double exchanges_ms(const Layout& layout, const Machine& machine, std::vector<Batch> (Layout::*batches)(int) const);
+/// All ranks' batches of one kind: until the slowest rank is done.
+double exchange_ms(const Layout& layout, const Machine& machine, Batch (Layout::*batch)(int) const);
 
 /// What the ranks of one column or of one rank take between the exchanges.
 struct Phase {

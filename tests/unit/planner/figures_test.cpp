@@ -40,6 +40,7 @@ TEST(PlannerFigures, BrokenOnesAreToldByPlace) {
       {"/gpus_per_node", 2.5, {"'gpus_per_node': 2.5", "a whole number from 1"}},
       {"/gpus/0/units", -1, {"gpu \"H200\"", "'units': -1"}},
       {"/gpus/0/kernels/0/tflops/0", 64, {"kernel \"FLASH_ATTN\"", "[head size, TFLOP/s]"}},
+      {"/gpus/0/kernels/0/hidden", 1.5, {"kernel \"FLASH_ATTN\"", "'hidden': 1.5", "a share from 0 to 1"}},
       {"/gpus/0/kernels/0/tiles/0/rows", 0, {"a tile", "'rows': 0"}},
       {"/gpus/0/source", "", {"'source': \"\"", "a text"}},
       {"/gpus/0", 3, {"gpu without a name", "is no object"}},
