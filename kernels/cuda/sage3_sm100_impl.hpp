@@ -6,8 +6,8 @@
 /// products of a block of 128 keys; sums are in tensor memory, P and its scales go there by way of shared memory; the
 /// output stays in registers, as each block's sums are in other units. K and V of the next block are copied meanwhile.
 /// Rejected: softmax and products of one block of threads overlapping, which needs sums, scales and all 512 columns.
-/// Compiled, never run here but with its instructions emulated: on the CPU (tests/kernels/sage3_tcgen05_test.cpp) and on
-/// other GPUs (tests/cuda/tcgen05_emulated_impl.hpp). Included by .cu files alone, after fp4_impl.hpp.
+/// Compiled, never run here but with its instructions emulated: on the CPU (tests/kernels/sage3_tcgen05_test.cpp) and
+/// on other GPUs (tests/cuda/tcgen05_emulated_impl.hpp). Included by .cu files alone, after fp4_impl.hpp.
 
 #include "kernels/cuda/hopper_impl.hpp"
 #include "kernels/cuda/mma_impl.hpp"
@@ -30,7 +30,7 @@ struct Sage3Sm100Config {
   using Probability = tcgen05::OperandTile<kRows, kKeys / 2>;
   using Value = tcgen05::OperandTile<kHead, kKeys / 2>;
   template <class Tile>
-  static constexpr int kGroupBytes = Tile::kSteps * tcgen05::kScaleBytes;
+  static constexpr int kGroupBytes = Tile::kSteps* tcgen05::kScaleBytes;
   // Of a stage, of which there are two.
   static constexpr int kKeyGroupsAt = Key::kTileBytes;
   static constexpr int kValueAt = kKeyGroupsAt + kGroupBytes<Key>;
@@ -124,8 +124,8 @@ struct SeenOfRow {
   __device__ __forceinline__ void find(const Sage3Fp4Arguments& a, const Tile& tile, int segment, int first_key) {
     const AttentionProblem& p = a.problem;
     const auto row = static_cast<int>(threadIdx.x);
-    const int2 seen = row < tile.rows ? keys_of_row(p, p.key_segments[segment], tile.batch, tile.first_row + row)
-                                      : make_int2(0, 0);
+    const int2 seen =
+        row < tile.rows ? keys_of_row(p, p.key_segments[segment], tile.batch, tile.first_row + row) : make_int2(0, 0);
     keys = make_int2(seen.x - first_key, seen.y - first_key);
     if (p.key_segments[segment].mask.data == nullptr) return;
     const int block = (segment == 1 ? a.images.key_blocks[0] : 0) + first_key / kSage3Keys;
@@ -290,14 +290,17 @@ __device__ __forceinline__ void attend_sm100(const Sage3Fp4Arguments& a, unsigne
         kv_head * images.blocks() + (segment == 1 ? images.key_blocks[0] : 0) + blocks.key_of(i) / kSage3Keys;
     constexpr int kBlockBytes = Config::kKeys * Config::kHead / 2;
     constexpr int kBlockGroups = Config::kKeys * Config::kHead / fp4::kGroup;
-    copy_operand<typename Config::Key>(stage, static_cast<const char*>(images.key) + block * kBlockBytes, Config::kKeys);
-    copy_groups<typename Config::Key>(stage + Config::kKeyGroupsAt, images.key_groups + block * kBlockGroups, Config::kKeys);
+    copy_operand<typename Config::Key>(stage, static_cast<const char*>(images.key) + block * kBlockBytes,
+                                       Config::kKeys);
+    copy_groups<typename Config::Key>(stage + Config::kKeyGroupsAt, images.key_groups + block * kBlockGroups,
+                                      Config::kKeys);
     copy_operand<typename Config::Value>(stage + Config::kValueAt,
                                          static_cast<const char*>(images.value) + block * kBlockBytes, Config::kHead);
-    copy_groups<typename Config::Value>(stage + Config::kValueGroupsAt, images.value_groups + block * kBlockGroups, Config::kHead);
+    copy_groups<typename Config::Value>(stage + Config::kValueGroupsAt, images.value_groups + block * kBlockGroups,
+                                        Config::kHead);
     if (row < kSage3Record / 4) {
-      copy_async(stage + Config::kRecordAt + 16 * row,
-                 record_of(p, images, tile, segment, blocks.key_of(i)) + 4 * row, 16);
+      copy_async(stage + Config::kRecordAt + 16 * row, record_of(p, images, tile, segment, blocks.key_of(i)) + 4 * row,
+                 16);
     }
   };
   const unsigned barrier = memory + Config::kBarrierAt;
@@ -366,7 +369,8 @@ __device__ __forceinline__ void attend_sm100(const Sage3Fp4Arguments& a, unsigne
 }
 
 template <class Config, class Unit>
-__global__ void __launch_bounds__(kSage3Fp4Threads, 2) sage3_sm100(const __grid_constant__ Sage3Fp4Arguments arguments) {
+__global__ void __launch_bounds__(kSage3Fp4Threads, 2)
+    sage3_sm100(const __grid_constant__ Sage3Fp4Arguments arguments) {
   extern __shared__ __align__(128) unsigned char memory[];
   attend_sm100<Config, Unit>(arguments, shared_address(memory));
 }

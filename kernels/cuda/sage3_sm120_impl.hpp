@@ -148,9 +148,9 @@ struct Sage3Fp4Softmax : Sage3Rows {
 
 // Sums to logits, of the keys that each number of P is of; −∞ where they are hidden.
 template <class Config>
-__device__ __forceinline__ void find_fp4_logits(const Sage3Fp4Arguments& a, const Tile& tile, int warp_row,
-                                                int segment, int first_key, bool hides, const float (&scale)[2],
-                                                unsigned record, float (&x)[kSage3Logits]) {
+__device__ __forceinline__ void find_fp4_logits(const Sage3Fp4Arguments& a, const Tile& tile, int warp_row, int segment,
+                                                int first_key, bool hides, const float (&scale)[2], unsigned record,
+                                                float (&x)[kSage3Logits]) {
   const AttentionProblem& p = a.problem;
   const int lane = static_cast<int>(threadIdx.x % 32);
   RowLimits limits;
