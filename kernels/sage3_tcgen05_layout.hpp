@@ -1,8 +1,8 @@
 #pragma once
 
-/// Where numbers of NVFP4 are for tcgen05.mma of kind mxf4nvf4 with scales of 16 numbers (compute capability 10.x; PTX
-/// ISA 8.7, "tcgen05: Shared memory descriptor", "Instruction descriptor" and "Block scaling"): tiles in shared memory,
-/// how descriptors tell of them, and columns of tensor memory. Images of Q, K and V are those of
+/// Where numbers of NVFP4 are for tcgen05.mma of kind mxf4nvf4 with scales of 16 numbers (compute capability 10.0
+/// and 10.3; PTX ISA 8.7, "tcgen05: Shared memory descriptor", "Instruction descriptor" and "Block scaling"): tiles in
+/// shared memory, how descriptors tell of them, and columns of tensor memory. Images of Q, K and V are those of
 /// kernels/sage3_fp4_layout.hpp: K's rows, and so the first product's columns, are in the order of `fp4::key_at`.
 ///
 /// Both operands have the reduction contiguous and no swizzle: a row is cut into pieces of 16 bytes, and the first
@@ -30,6 +30,7 @@ struct OperandTile {
   /// Bytes from one piece of a row to the next: eight successive pieces of rows are in different banks, too.
   static constexpr int kStride = kRows * kPiece + 128 / kPieces;
   static constexpr int kTileBytes = kPieces * kStride;
+  static constexpr int kGroupBytes = kSteps * kScaleBytes;  ///< of its scales, at `scale_at`
   static constexpr int at(int row, int piece) { return piece * kStride + row * kPiece; }
   static constexpr int step_at(int step) { return at(0, step * (kStep / 2 / kPiece)); }
 };

@@ -13,6 +13,8 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/cuda/flash_device.hpp"
+#include "kernels/cuda/sage3_attention.hpp"
 #include "tests/cuda/gpu_testing.hpp"
 #include "tests/cuda/sage3_fp4_emulated.hpp"
 #include "tests/kernels/sage3_reference.hpp"
@@ -188,6 +190,26 @@ TEST_P(CudaSage3Tcgen05, IsThatOfTheReference) {
     GTEST_SKIP() << "skipped: this is compiled for compute capability 9.0, not " << capability / 10.0;
   const auto [size, dtype, kind] = GetParam();
   check_emulated({size, dtype, kind}, kernels::cuda::sage3_sm100_emulated);
+}
+
+// Needs no GPU.
+TEST(CudaSage3Kernels, AreThoseOfTheComputeCapability) {
+  const std::string built = kernels::cuda::sage3_kernels_built();
+  const auto name_of = [](std::int64_t head_size, int capability) {
+    return kernels::cuda::sage3_kernel_name(head_size, kernels::ElementType::bfloat16, capability);
+  };
+  const auto expect = [&](int capability, const std::string& name, const std::string& architecture) {
+    if (built.find(architecture) == std::string::npos) return;
+    EXPECT_EQ(name_of(72, capability), name + ", NVFP4 (compiled, never run here)");
+    EXPECT_EQ(name_of(128, capability), name_of(72, capability));
+    for (const auto& [head_size, usable] : {std::pair{256, capability}, std::pair{128, 89}}) {
+      EXPECT_EQ(name_of(head_size, usable), name_of(head_size, 80)) << "the emulation's";
+    }
+  };
+  expect(100, "sage3_sm100", "sm_100a");
+  expect(120, "sage3_sm120", "sm_120");
+  EXPECT_EQ(name_of(128, 110), name_of(128, 80)) << "neither's instructions";
+  EXPECT_EQ(kernels::cuda::usable_capability(100, 89), 89);
 }
 
 std::string arithmetic_name(const ::testing::TestParamInfo<CudaSage3Arithmetic::ParamType>& info) {
