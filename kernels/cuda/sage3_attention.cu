@@ -54,8 +54,8 @@ Choice choose(const AttentionProblem& problem, int capability, int multiprocesso
   return {.sm80 = capability >= kAmpereCapability ? find_sage3_sm80(problem) : nullptr};
 }
 
-void launch_sage3_fp4(const Sage3Fp4Kernel& kernel, const AttentionProblem& p, const Sage3Images& images, bool adds_lse,
-                      FlashDevice& device, void* stream) {
+[[maybe_unused]] void launch_sage3_fp4(const Sage3Fp4Kernel& kernel, const AttentionProblem& p,
+                                       const Sage3Images& images, bool adds_lse, FlashDevice& device, void* stream) {
   Sage3Fp4Arguments a{.problem = p,
                       .images = images,
                       .order = order_tiles(p, kernel.rows),

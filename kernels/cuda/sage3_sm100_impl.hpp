@@ -6,8 +6,8 @@
 /// products of a block of 128 keys; sums are in tensor memory, P and its scales go there by way of shared memory; the
 /// output stays in registers, as each block's sums are in other units. K and V of the next block are copied meanwhile.
 /// Rejected: softmax and products of one block of threads overlapping, which needs sums, scales and all 512 columns.
-/// Compiled, never run here but with its instructions emulated: on the CPU (tests/kernels/sage3_tcgen05_test.cpp) and
-/// on other GPUs (tests/cuda/tcgen05_emulated_impl.hpp). Included by .cu files alone, after fp4_impl.hpp.
+/// Compiled, never run here; for tests its instructions are emulated, on the CPU (tests/kernels/sage3_tcgen05_test.cpp)
+/// and on Hopper (tests/cuda/tcgen05_emulated_impl.hpp). Included by .cu files alone, after fp4_impl.hpp.
 
 #include "kernels/cuda/sage3_sm100_rows_impl.hpp"
 #include "kernels/cuda/sage3_sm100_tiles_impl.hpp"
