@@ -31,8 +31,8 @@ struct Sage3Fp4Kernel {
   const void* function;  ///< __global__, of Sage3Fp4Arguments
 };
 
-/// Those for mma.sync (compute capability 12.x) and for tcgen05 (10.0, 10.3) that were compiled, head sizes ascending, the
-/// same at every call.
+/// Those for mma.sync (compute capability 12.x) and for tcgen05 (10.0, 10.3) that were compiled, head sizes ascending,
+/// the same at every call.
 std::span<const Sage3Fp4Kernel> built_sage3_sm120();
 std::span<const Sage3Fp4Kernel> built_sage3_sm100();
 
