@@ -27,10 +27,10 @@ struct RowLimits {
   }
 };
 
-/// Which of 32 keys from `first_key` on are in [keys.x, keys.y), as bits.
-__device__ __forceinline__ std::uint32_t bits_between(int2 keys, int first_key) {
-  const int begin = min(max(keys.x - first_key, 0), 32);
-  const int end = min(max(keys.y - first_key, begin), 32);
+/// Which of 32 keys are in [first, last), as bits.
+__device__ __forceinline__ std::uint32_t bits_between(int first, int last) {
+  const int begin = min(max(first, 0), 32);
+  const int end = min(max(last, begin), 32);
   std::uint32_t bits;
   asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(bits) : "r"(begin), "r"(end - begin));
   return bits;
@@ -55,7 +55,8 @@ struct SeenBits {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        words[i][w] &= bits_between(limits.keys[i], first_key + 32 * w) >> shift();
+        const int2 keys = limits.keys[i];
+        words[i][w] &= bits_between(keys.x - first_key - 32 * w, keys.y - first_key - 32 * w) >> shift();
       }
     }
   }

@@ -26,7 +26,7 @@ struct SeenOfRow {
     bits = a.images.key_bits + (static_cast<std::size_t>(tile.batch) * a.images.blocks() + block) * (kSage3Keys / 32);
   }
   __device__ __forceinline__ std::uint32_t chunk(int c) const {
-    return bits_between(keys, 32 * c) & (bits == nullptr ? 0xFFFFFFFF : bits[c]);
+    return bits_between(keys.x - 32 * c, keys.y - 32 * c) & (bits == nullptr ? 0xFFFFFFFF : bits[c]);
   }
 };
 
