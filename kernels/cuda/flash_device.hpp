@@ -16,7 +16,7 @@ struct FlashDevice {
   std::atomic<std::uint64_t> prepared_sage_sm90 = 0;
   std::atomic<std::uint64_t> prepared_sage3_sm80 = 0;
   std::atomic<std::uint64_t> prepared_sage3_sm90 = 0;
-  std::atomic<std::uint64_t> prepared_sage3_sm120 = 0;
+  std::atomic<std::uint64_t> prepared_sage3_fp4 = 0;
 };
 
 constexpr int kAmpereCapability = 80;  ///< the first with a kernel on matrix units here

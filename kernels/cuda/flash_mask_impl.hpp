@@ -27,6 +27,15 @@ struct RowLimits {
   }
 };
 
+/// Which of 32 keys are in [first, last), as bits.
+__device__ __forceinline__ std::uint32_t bits_between(int first, int last) {
+  const int begin = min(max(first, 0), 32);
+  const int end = min(max(last, begin), 32);
+  std::uint32_t bits;
+  asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(bits) : "r"(begin), "r"(end - begin));
+  return bits;
+}
+
 /// Which of a block's keys a thread's two rows see: bits, shifted so that the thread's own columns are at 8 · j + c.
 template <int kKeys>
 struct SeenBits {
@@ -46,11 +55,8 @@ struct SeenBits {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        const int begin = min(max(limits.keys[i].x - first_key - 32 * w, 0), 32);
-        const int end = min(max(limits.keys[i].y - first_key - 32 * w, begin), 32);
-        std::uint32_t bits;
-        asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(bits) : "r"(begin), "r"(end - begin));
-        words[i][w] &= bits >> shift();
+        const int2 keys = limits.keys[i];
+        words[i][w] &= bits_between(keys.x - first_key - 32 * w, keys.y - first_key - 32 * w) >> shift();
       }
     }
   }

@@ -146,6 +146,29 @@ __device__ __forceinline__ unsigned piece_of(int row, int piece) {
   return static_cast<unsigned>(piece / 8 * 2048 + row * 128 + ((piece ^ row) & 7) * 16);
 }
 
+// Of shared memory.
+__device__ __forceinline__ std::uint32_t load_word(unsigned address) {
+  std::uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ float load_float(unsigned address) { return __uint_as_float(load_word(address)); }
+__device__ __forceinline__ void store_word(unsigned address, std::uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_piece(unsigned address, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+__device__ __forceinline__ uint4 load_piece(unsigned address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
 // A piece of each of 16 rows, as products leave them: `upper` of row lane / 4, `lower` of 8 rows below.
 __device__ __forceinline__ void store_pieces(unsigned scratch, int piece, std::uint32_t upper, std::uint32_t lower) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -155,19 +178,9 @@ __device__ __forceinline__ void store_pieces(unsigned scratch, int piece, std::u
                : "memory");
 #else
   const unsigned in_piece = lane % 4 * 4;
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(scratch + piece_of(lane / 4, piece) + in_piece), "r"(upper) : "memory");
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(scratch + piece_of(lane / 4 + 8, piece) + in_piece), "r"(lower)
-               : "memory");
+  store_word(scratch + piece_of(lane / 4, piece) + in_piece, upper);
+  store_word(scratch + piece_of(lane / 4 + 8, piece) + in_piece, lower);
 #endif
-}
-
-__device__ __forceinline__ uint4 load_piece(unsigned address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
 }
 
 /// Writes a warp's 16 rows of the output to `scratch`, a warp's own address of shared memory, of 2,048 bytes per 64
@@ -201,20 +214,24 @@ __device__ __forceinline__ void store_gathered(const AttentionProblem& p, const 
   }
 }
 
-/// Writes the log-sum-exp of a warp's 16 rows; `adds`: adds it to what stands there.
+/// Writes the log-sum-exp of a row, which is the softmax's `i`-th; `adds`: adds it to what stands there.
+template <class AnySoftmax>
+__device__ __forceinline__ void store_lse_of(const AttentionProblem& p, const Tile& tile, int row,
+                                             const AnySoftmax& softmax, int i, bool adds) {
+  if (row >= tile.rows) return;
+  float* lse = lse_of(p, tile, row);
+  const float offset = adds ? *lse : 0;
+  *lse = softmax.sum[i] == 0 ? -INFINITY : (softmax.reference[i] + __log2f(softmax.sum[i])) * kLn2 + offset;
+}
+
+/// Writes that of a warp's 16 rows.
 template <class AnySoftmax>
 __device__ __forceinline__ void store_lse(const AttentionProblem& p, const Tile& tile, int warp_row,
                                           const AnySoftmax& softmax, bool adds = false) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (p.lse == nullptr || lane % 4 != 0) return;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = warp_row + lane / 4 + 8 * i;
-    if (row >= tile.rows) continue;
-    float* lse = lse_of(p, tile, row);
-    const float offset = adds ? *lse : 0;
-    *lse = softmax.sum[i] == 0 ? -INFINITY : (softmax.reference[i] + __log2f(softmax.sum[i])) * kLn2 + offset;
-  }
+  for (int i = 0; i < 2; ++i) store_lse_of(p, tile, warp_row + lane / 4 + 8 * i, softmax, i, adds);
 }
 
 }  // namespace ditattn::kernels::cuda

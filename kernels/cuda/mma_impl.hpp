@@ -20,9 +20,12 @@ __device__ __forceinline__ void copy_async(unsigned to, const void* from, int by
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-/// All that this thread asked for has come, and all of the block are here.
+/// All that this thread asked for has come.
+__device__ __forceinline__ void await_own_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/// It has, and all of the block are here.
 __device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  await_own_copies();
   __syncthreads();
 }
 

@@ -10,7 +10,7 @@ namespace ditattn::kernels::cuda {
 void quantize_sage3(const AttentionProblem& problem, Sage3Smoothing smoothing, const Sage3Images& images, void* stream);
 
 /// The same for packed images, of head sizes to 128.
-void quantize_sage3_sm120(const AttentionProblem& problem, Sage3Smoothing smoothing, const Sage3Images& images,
-                          void* stream);
+void quantize_sage3_packed(const AttentionProblem& problem, Sage3Smoothing smoothing, const Sage3Images& images,
+                           void* stream);
 
 }  // namespace ditattn::kernels::cuda

@@ -9,12 +9,11 @@
 #include <utility>
 
 #include "kernels/cuda/flash_sm80_impl.hpp"
+#include "kernels/cuda/sage3_fp4.hpp"
 #include "kernels/cuda/sage3_softmax_impl.hpp"
 #include "kernels/sage3_fp4_layout.hpp"
 
 namespace ditattn::kernels::cuda {
-
-constexpr int kSage3Sm120Threads = 128;
 
 /// Where things lie in shared memory: bytes.
 template <class Element, int kHeadSize>
@@ -22,7 +21,7 @@ struct Sage3Sm120Config {
   using T = Element;
   static constexpr int kHead = kHeadSize;  // a multiple of 64; channels past the tensor's are zeros
   static constexpr int kKeys = kSage3Keys;
-  static constexpr int kThreads = kSage3Sm120Threads;
+  static constexpr int kThreads = kSage3Fp4Threads;
   static constexpr int kRows = kThreads / 32 * 16;
   static constexpr int kSteps = kHead / fp4::kStep;  // of Q · K
   static constexpr int kValueSteps = kKeys / fp4::kStep;
@@ -44,20 +43,12 @@ struct Sage3Sm120Config {
   static_assert(kStageBytes % 16 == 0 && kStageAt % 16 == 0 && kRecordAt % 16 == 0);
 };
 
-struct Sage3Sm120Arguments {
-  AttentionProblem problem;
-  Sage3Images images;
-  TileOrder order;
-  bool aligned_output;
-  bool adds_lse;
-};
-
 // Rows of kRowBytes to shared memory, kPitch apart; zeros from `rows` on.
 template <int kRowBytes, int kPitch, int kRows>
 __device__ __forceinline__ void copy_padded(unsigned to, const void* from, int rows = kRows) {
   constexpr int kPieces = kRowBytes / 16;
 #pragma unroll
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kSage3Sm120Threads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kSage3Fp4Threads) {
     const int row = i / kPieces;
     const int piece = i % kPieces * 16;
     const int from_row = row < rows ? row : 0;
@@ -70,13 +61,6 @@ template <int... kIndices, class Body>
 __device__ __forceinline__ void for_indices(std::integer_sequence<int, kIndices...>, const Body& body) {
   (body(std::integral_constant<int, kIndices>{}), ...);
 }
-
-__device__ __forceinline__ std::uint32_t load_word(unsigned address) {
-  std::uint32_t x;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
-}
-__device__ __forceinline__ float load_float(unsigned address) { return __uint_as_float(load_word(address)); }
 
 // sums += the first operand's 16 rows · kColumns columns of the second, over kSteps steps.
 template <int kColumns, int kSteps, int kPitch, int kGroups>
@@ -164,9 +148,9 @@ struct Sage3Fp4Softmax : Sage3Rows {
 
 // Sums to logits, of the keys that each number of P is of; −∞ where they are hidden.
 template <class Config>
-__device__ __forceinline__ void find_fp4_logits(const Sage3Sm120Arguments& a, const Tile& tile, int warp_row,
-                                                int segment, int first_key, bool hides, const float (&scale)[2],
-                                                unsigned record, float (&x)[kSage3Logits]) {
+__device__ __forceinline__ void find_fp4_logits(const Sage3Fp4Arguments& a, const Tile& tile, int warp_row, int segment,
+                                                int first_key, bool hides, const float (&scale)[2], unsigned record,
+                                                float (&x)[kSage3Logits]) {
   const AttentionProblem& p = a.problem;
   const int lane = static_cast<int>(threadIdx.x % 32);
   RowLimits limits;
@@ -197,7 +181,7 @@ __device__ __forceinline__ void find_fp4_logits(const Sage3Sm120Arguments& a, co
 }
 
 template <class Config>
-__device__ __forceinline__ void attend_sm120(const Sage3Sm120Arguments& a, unsigned memory) {
+__device__ __forceinline__ void attend_sm120(const Sage3Fp4Arguments& a, unsigned memory) {
   using T = typename Config::T;
   const AttentionProblem& p = a.problem;
   const Sage3Images& images = a.images;
@@ -282,7 +266,7 @@ __device__ __forceinline__ void attend_sm120(const Sage3Sm120Arguments& a, unsig
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads) sage3_sm120(const __grid_constant__ Sage3Sm120Arguments arguments) {
+__global__ void __launch_bounds__(Config::kThreads) sage3_sm120(const __grid_constant__ Sage3Fp4Arguments arguments) {
   extern __shared__ __align__(128) unsigned char memory[];
   attend_sm120<Config>(arguments, shared_address(memory));
 }

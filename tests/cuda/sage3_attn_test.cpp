@@ -13,8 +13,10 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/cuda/flash_device.hpp"
+#include "kernels/cuda/sage3_attention.hpp"
 #include "tests/cuda/gpu_testing.hpp"
-#include "tests/cuda/sage3_sm120_emulated.hpp"
+#include "tests/cuda/sage3_fp4_emulated.hpp"
 #include "tests/kernels/sage3_reference.hpp"
 #include "tests/unit/packed_metadata.hpp"
 
@@ -160,11 +162,8 @@ TEST_P(CudaSage3Arithmetic, IsThatOfTheReference) {
                                 {.lse = test.lse}));
 }
 
-// The kernel for products of NVFP4, all of it but the instructions themselves.
-class CudaSage3Fp4 : public CudaSage3Arithmetic {};
-TEST_P(CudaSage3Fp4, IsThatOfTheReference) {
-  const auto [size, dtype, kind] = GetParam();
-  const ArithmeticCase test(size, dtype, kind);
+// The kernels for products of NVFP4, all of them but the instructions themselves.
+void check_emulated(const ArithmeticCase& test, void (*attention)(const AttentionProblem&, Sage3Smoothing)) {
   const Tensor inputs[] = {copy_to(test.query, kGpu), copy_to(test.key, kGpu), copy_to(test.value, kGpu),
                            copy_to(test.mask, kGpu)};
   const Tensor out = copy_to(test.query, kGpu);
@@ -174,8 +173,42 @@ TEST_P(CudaSage3Fp4, IsThatOfTheReference) {
   problem.out_strides = problem.queries[0].strides;
   problem.lse = static_cast<float*>(test.lse.data_ptr());
   problem.lse_strides = {.batch = test.lse.stride(0), .token = 1, .head = test.lse.stride(1)};
-  kernels::cuda::sage3_sm120_emulated(problem, test.smoothing);
+  attention(problem, test.smoothing);
   test.check(out);
+}
+
+class CudaSage3Fp4 : public CudaSage3Arithmetic {};
+TEST_P(CudaSage3Fp4, IsThatOfTheReference) {
+  const auto [size, dtype, kind] = GetParam();
+  check_emulated({size, dtype, kind}, kernels::cuda::sage3_sm120_emulated);
+}
+
+class CudaSage3Tcgen05 : public CudaSage3Arithmetic {};
+TEST_P(CudaSage3Tcgen05, IsThatOfTheReference) {
+  const std::int64_t capability = cuda_info().devices.front().compute_capability;
+  if (capability != 90) GTEST_SKIP() << "skipped: this is compiled for compute capability 90, not " << capability;
+  const auto [size, dtype, kind] = GetParam();
+  check_emulated({size, dtype, kind}, kernels::cuda::sage3_sm100_emulated);
+}
+
+// Needs no GPU.
+TEST(CudaSage3Kernels, AreThoseOfTheComputeCapability) {
+  const std::string built = kernels::cuda::sage3_kernels_built();
+  const auto name_of = [](std::int64_t head_size, int capability) {
+    return kernels::cuda::sage3_kernel_name(head_size, kernels::ElementType::bfloat16, capability);
+  };
+  const auto expect = [&](int capability, const std::string& name, const std::string& architecture) {
+    if (built.find(architecture) == std::string::npos) return;
+    EXPECT_EQ(name_of(72, capability), name + ", NVFP4 (compiled, never run here)");
+    EXPECT_EQ(name_of(128, capability), name_of(72, capability));
+    for (const auto& [head_size, usable] : {std::pair{256, capability}, std::pair{128, 89}}) {
+      EXPECT_EQ(name_of(head_size, usable), name_of(head_size, 80)) << "the emulation's";
+    }
+  };
+  expect(100, "sage3_sm100", "sm_100a");
+  expect(120, "sage3_sm120", "sm_120");
+  EXPECT_EQ(name_of(128, 110), name_of(128, 80)) << "neither's instructions";
+  EXPECT_EQ(kernels::cuda::usable_capability(100, 89), 89);
 }
 
 std::string arithmetic_name(const ::testing::TestParamInfo<CudaSage3Arithmetic::ParamType>& info) {
@@ -187,8 +220,9 @@ const auto kDtypes = ::testing::Values(kFloat16, kBFloat16);
 INSTANTIATE_TEST_SUITE_P(, CudaSage3Arithmetic,
                          ::testing::Combine(::testing::Values(40, 64, 72, 96, 128, 160, 256), kDtypes, kKinds),
                          arithmetic_name);
-INSTANTIATE_TEST_SUITE_P(, CudaSage3Fp4, ::testing::Combine(::testing::Values(40, 64, 72, 96, 128), kDtypes, kKinds),
-                         arithmetic_name);
+const auto kFp4HeadSizes = ::testing::Values(40, 64, 72, 96, 128);
+INSTANTIATE_TEST_SUITE_P(, CudaSage3Fp4, ::testing::Combine(kFp4HeadSizes, kDtypes, kKinds), arithmetic_name);
+INSTANTIATE_TEST_SUITE_P(, CudaSage3Tcgen05, ::testing::Combine(kFp4HeadSizes, kDtypes, kKinds), arithmetic_name);
 
 Tensor forward(Enum member, const Tensor& query, const Tensor& key, const Tensor& value,
                const BackendKwargs& kwargs = {}) {

@@ -11,6 +11,7 @@
 
 #include "kernels/nvfp4.hpp"
 #include "kernels/sage3_fp4_layout.hpp"
+#include "tests/kernels/fp4_numbers.hpp"
 #include "tests/kernels/options.hpp"
 
 namespace ditattn::kernels::cpu::testing {
@@ -71,45 +72,27 @@ void multiply(std::array<std::array<double, 4>, kWarp>& sums, const Registers<4>
   }
 }
 
-// Rows of numbers with scales of 16, as random codes.
-struct Numbers {
-  int rows;
-  int count;  // of a row
-  Bytes codes, scales;
-
-  Numbers(int rows_, int count_, std::mt19937_64& random)
-      : rows(rows_), count(count_), codes(static_cast<std::size_t>(rows * count)), scales(codes.size() / 16) {
-    for (auto& code : codes) code = static_cast<std::uint8_t>(random() % 16);
-    for (auto& scale : scales) scale = static_cast<std::uint8_t>(random() % 127);  // positive, not NaN
-  }
-  [[nodiscard]] double at(int row, int i) const {
-    const auto index = static_cast<std::size_t>(row * count + i);
-    return static_cast<double>(E2m1::decode(codes[index])) * E4m3::decode(scales[index / 16]);
-  }
-  // Row `order(i)` as the i-th of a tile in shared memory.
-  template <class Order>
-  [[nodiscard]] Bytes tile(const Order& order) const {
-    const int pitch = fp4::pitch(count / 2);
-    Bytes memory(static_cast<std::size_t>(rows * pitch));
-    for (int row = 0; row < rows; ++row) {
-      for (int i = 0; i < count; ++i) {
-        const std::uint8_t code = codes[static_cast<std::size_t>(order(row) * count + i)];
-        memory[static_cast<std::size_t>(row * pitch + fp4::byte_of(i))] |=
-            static_cast<std::uint8_t>(code << fp4::shift_of(i));
-      }
+// Row `order(i)` as the i-th of a tile in shared memory.
+template <class Order>
+Bytes tile_of(const Fp4Numbers& numbers, const Order& order) {
+  const int pitch = fp4::pitch(numbers.count / 2);
+  Bytes memory(static_cast<std::size_t>(numbers.rows * pitch));
+  for (int row = 0; row < numbers.rows; ++row) {
+    for (int i = 0; i < numbers.count; ++i) {
+      memory[static_cast<std::size_t>(row * pitch + fp4::byte_of(i))] |=
+          static_cast<std::uint8_t>(numbers.code(order(row), i) << fp4::shift_of(i));
     }
-    return memory;
   }
-  template <class Order>
-  [[nodiscard]] Bytes scale_tile(const Order& order) const {
-    Bytes memory;
-    for (int row = 0; row < rows; ++row) {
-      const auto first = scales.begin() + order(row) * (count / 16);
-      memory.insert(memory.end(), first, first + count / 16);
-    }
-    return memory;
+  return memory;
+}
+template <class Order>
+Bytes scale_tile_of(const Fp4Numbers& numbers, const Order& order) {
+  Bytes memory;
+  for (int row = 0; row < numbers.rows; ++row) {
+    for (int group = 0; group < numbers.count / 16; ++group) memory.push_back(numbers.scale(order(row), group));
   }
-};
+  return memory;
+}
 
 // What multiply_all of the kernel does: rows · all columns, over all steps. Sums of each eight columns.
 using Sums = std::array<std::array<double, 4>, kWarp>;
@@ -146,22 +129,22 @@ TEST(Sage3Fp4, KeysHaveOneColumnEach) {
 TEST(Sage3Fp4, LogitsAreThoseOfTheirKeys) {
   std::mt19937_64 random(options().seed);
   for (const int channels : {64, 128}) {
-    const Numbers query(16, channels, random);
-    const Numbers key(fp4::kBlockKeys, channels, random);
-    const Bytes query_tile = query.tile(kAsTheyAre);
+    const Fp4Numbers query(16, channels, random);
+    const Fp4Numbers key(fp4::kBlockKeys, channels, random);
+    const Bytes query_tile = tile_of(query, kAsTheyAre);
     std::vector<Registers<4>> rows;
     for (int step = 0; step < channels / fp4::kStep; ++step) {
       rows.push_back(load_matrices(
           query_tile, [&](int lane) { return fp4::first_operand_at(lane, step, fp4::pitch(channels / 2)); }));
     }
-    const Bytes query_scales = query.scale_tile(kAsTheyAre);
+    const Bytes query_scales = scale_tile_of(query, kAsTheyAre);
     Registers<1> scales{};
     for (int lane = 0; lane < kWarp; ++lane) {
       if (fp4::scale_step_of(lane) >= channels / fp4::kStep) continue;
       scales[lane][0] = word_at(query_scales, fp4::scale_row_of(lane) * (channels / 16) + 4 * fp4::scale_step_of(lane));
     }
-    const auto sums =
-        multiply_all(fp4::kBlockKeys, rows, scales, key.tile(fp4::key_at), key.scale_tile(fp4::key_at), channels);
+    const auto sums = multiply_all(fp4::kBlockKeys, rows, scales, tile_of(key, fp4::key_at),
+                                   scale_tile_of(key, fp4::key_at), channels);
     for (int lane = 0; lane < kWarp; ++lane) {
       for (int i = 0; i < 32; ++i) {  // of a row: step, half, number
         const int step = i / 16;
@@ -183,8 +166,8 @@ TEST(Sage3Fp4, LogitsAreThoseOfTheirKeys) {
 TEST(Sage3Fp4, OutputsAreSumsOverTheirKeys) {
   std::mt19937_64 random(options().seed);
   for (const int channels : {64, 128}) {
-    const Numbers probability(16, fp4::kBlockKeys, random);
-    const Numbers value(channels, fp4::kBlockKeys, random);  // by channel
+    const Fp4Numbers probability(16, fp4::kBlockKeys, random);
+    const Fp4Numbers value(channels, fp4::kBlockKeys, random);  // by channel
     std::vector<Registers<4>> rows(2);
     Registers<1> scales{};
     for (int lane = 0; lane < kWarp; ++lane) {
@@ -193,7 +176,7 @@ TEST(Sage3Fp4, OutputsAreSumsOverTheirKeys) {
           for (int i = 0; i < fp4::kRegisterCodes; ++i) {
             const int row = lane / 4 + 8 * (r % 2);
             const int key = fp4::probability_key(lane, step, r / 2, i);
-            const std::uint32_t code = probability.codes[static_cast<std::size_t>(row * fp4::kBlockKeys + key)];
+            const std::uint32_t code = probability.code(row, key);
             rows[static_cast<std::size_t>(step)][lane][r] |= code << 4 * i;
           }
         }
@@ -204,13 +187,13 @@ TEST(Sage3Fp4, OutputsAreSumsOverTheirKeys) {
       for (const int from : {lane, lane ^ 2}) {
         for (int half = 0; half < 2; ++half) {
           const int group = fp4::probability_key(from, step, half, 0) / fp4::kGroup;
-          const std::uint32_t scale = probability.scales[static_cast<std::size_t>(row * 8 + group)];
+          const std::uint32_t scale = probability.scale(row, group);
           scales[lane][0] |= scale << 8 * fp4::probability_scale_byte(from, half);
         }
       }
     }
-    const Bytes tile = value.tile(kAsTheyAre);
-    const Bytes value_scales = value.scale_tile(kAsTheyAre);
+    const Bytes tile = tile_of(value, kAsTheyAre);
+    const Bytes value_scales = scale_tile_of(value, kAsTheyAre);
     const auto sums = multiply_all(channels, rows, scales, tile, value_scales, fp4::kBlockKeys);
     for (int lane = 0; lane < kWarp; ++lane) {
       for (int j = 0; j < channels / 8; ++j) {

@@ -12,4 +12,8 @@ namespace ditattn::kernels::cuda {
 /// std::runtime_error with CUDA's reason.
 void sage3_sm120_emulated(const AttentionProblem& problem, Sage3Smoothing smoothing);
 
+/// The same with those of 10.x, on compute capability 9.0, at most 64 tiles of 128 rows. What no instruction could be
+/// given ends in an error of the launch.
+void sage3_sm100_emulated(const AttentionProblem& problem, Sage3Smoothing smoothing);
+
 }  // namespace ditattn::kernels::cuda
