@@ -51,6 +51,9 @@ def ulysses_by_hand(query, key, value):
 def ring_of_torch(mesh):
     """A function over local tensors, or the reason why there is none."""
     from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import _cp_options
+
+    _cp_options.enable_load_balance = False  # which is for causal attention
 
     def call(whole):
         turned = [t.transpose(1, 2).contiguous() for t in whole]

@@ -42,6 +42,7 @@ int run_rank(int rank, int size, const std::filesystem::path& file) {
   ranks().sizes = {size};
   ranks().is_first = rank == 0;
   ranks().are_over_nccl = true;
+  ranks().fraction = 2;
   auto& listeners = ::testing::UnitTest::GetInstance()->listeners();
   if (rank != 0) delete listeners.Release(listeners.default_result_printer());
   const int status = RUN_ALL_TESTS();
