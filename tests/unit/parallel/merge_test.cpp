@@ -121,6 +121,32 @@ TEST_P(MergeOf, RandomPartsIsTheSoftmaxOverAllKeys) {
   EXPECT_LE(worst_lse, 0x1p-21);
 }
 
+// Without sums in float32 between: the same bits.
+TEST_P(MergeOf, TwoPartsAreRoundedOnce) {
+  const auto seed = std::random_device()();
+  SCOPED_TRACE(fmt::format("seed {}", seed));
+  std::mt19937_64 generator(seed);
+  std::normal_distribution<double> normal;
+  const std::array<Rows, 2> parts = {make_rows(GetParam()), make_rows(GetParam())};
+  for (const Rows& part : parts) {
+    for (std::int64_t i = 0; i < part.out.numel(); ++i) set(part.out, i, normal(generator));
+    for (std::int64_t i = 0; i < part.lse.numel(); ++i) {
+      set(part.lse, i, generator() % 5 == 0 ? -kInfinity : 3 * normal(generator));
+    }
+  }
+  const Rows sums = cleared();
+  for (const Rows& part : parts) merge(sums, sums, part);
+  const Rows expected = make_rows(GetParam());
+  convert(expected.out, sums.out);
+  const Rows merged = make_rows(GetParam());
+  merge(merged, parts[0], parts[1]);
+  merge(parts[0], parts[0], parts[1]);  // where one of them stands
+  for (const Rows* result : {&merged, &parts[0]}) {
+    for (std::int64_t i = 0; i < merged.out.numel(); ++i) ASSERT_EQ(at(result->out, i), at(expected.out, i)) << i;
+    for (std::int64_t i = 0; i < merged.lse.numel(); ++i) ASSERT_EQ(at(result->lse, i), at(sums.lse, i)) << i;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(, MergeOf, ::testing::Values(kFloat32, kFloat16, kBFloat16),
                          [](const auto& instance) { return dtype_name(instance.param); });
 

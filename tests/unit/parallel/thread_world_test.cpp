@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <numeric>
@@ -48,6 +49,19 @@ TEST_P(Sizes, AllToAllOfUnevenCounts) {
         }
       }
     }
+  });
+}
+
+TEST_P(Sizes, BlocksOfAPairAreMatchedInTheirOrder) {
+  run_ranks(GetParam(), [](const Ends& ranks) {
+    const int next = (ranks->rank() + 1) % ranks->size();
+    const int last = (ranks->rank() + ranks->size() - 1) % ranks->size();
+    const std::array<char, 3> sent = {value(ranks->rank(), 0), value(ranks->rank(), 1), value(ranks->rank(), 2)};
+    std::array<char, 3> came{};
+    const std::array sends = {SendBlock{next, sent.data(), 1}, SendBlock{next, sent.data() + 1, 2}};
+    const std::array receives = {ReceiveBlock{last, came.data() + 2, 1}, ReceiveBlock{last, came.data(), 2}};
+    ranks->start(Operation::exchange, sends, receives, kCpu)->wait();
+    EXPECT_EQ(came, (std::array{value(last, 1), value(last, 2), value(last, 0)}));
   });
 }
 
