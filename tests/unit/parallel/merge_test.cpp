@@ -129,9 +129,10 @@ TEST_P(MergeOf, TwoPartsAreRoundedOnce) {
   std::normal_distribution<double> normal;
   const std::array<Rows, 2> parts = {make_rows(GetParam()), make_rows(GetParam())};
   for (const Rows& part : parts) {
-    for (std::int64_t i = 0; i < part.out.numel(); ++i) set(part.out, i, normal(generator));
-    for (std::int64_t i = 0; i < part.lse.numel(); ++i) {
-      set(part.lse, i, generator() % 5 == 0 ? -kInfinity : 3 * normal(generator));
+    for (std::int64_t row = 0; row < part.lse.numel(); ++row) {
+      const bool sees_none = generator() % 5 == 0;
+      set(part.lse, row, sees_none ? -kInfinity : 3 * normal(generator));
+      for (std::int64_t d = 0; d < kSize; ++d) set(part.out, row * kSize + d, sees_none ? 0 : normal(generator));
     }
   }
   const Rows sums = cleared();
