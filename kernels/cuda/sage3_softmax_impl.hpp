@@ -157,8 +157,11 @@ __device__ __forceinline__ void hide_sage3_keys(const AttentionProblem& p, const
   }
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int2 keys = limits.keys[row];
-    const std::uint32_t bits = bits_between(keys.x - first_key - 32 * own, keys.y - first_key - 32 * own) & seen;
+    const int begin = min(max(limits.keys[row].x - first_key - 32 * own, 0), 32);
+    const int end = min(max(limits.keys[row].y - first_key - 32 * own, begin), 32);
+    std::uint32_t bits;
+    asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(bits) : "r"(begin), "r"(end - begin));
+    bits &= seen;
 #pragma unroll
     for (int k = 0; k < 32; ++k) {
       float& logit = x[k / 2 * 4 + 2 * row + k % 2];

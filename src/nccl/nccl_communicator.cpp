@@ -116,7 +116,7 @@ class NcclCommunicator final : public Communicator {
     check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest), "cudaStreamCreate");
   }
   ~NcclCommunicator() override {
-    state_->release(handle_, ours_);
+    state_->release(handle_, ours_ && !of_graphs_);
     cudaStreamDestroy(stream_);
   }
   NcclCommunicator(const NcclCommunicator&) = delete;
@@ -142,7 +142,9 @@ class NcclCommunicator final : public Communicator {
     before->follow(stream_);
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(caller, &capture), "cudaStreamIsCapturing");
-    auto ended = queue(operation, sends, receives, before, capture == cudaStreamCaptureStatusNone);
+    const bool is_recorded = capture != cudaStreamCaptureStatusNone;
+    of_graphs_ = of_graphs_ || is_recorded;
+    auto ended = queue(operation, sends, receives, before, !is_recorded);
     return std::make_unique<DevicePending>(state_, std::move(ended));
   }
 
@@ -235,12 +237,14 @@ class NcclCommunicator final : public Communicator {
     for (const SendBlock& block : sends) peers.insert(block.rank);
     for (const ReceiveBlock& block : receives) peers.insert(block.rank);
     peers.erase(rank());
-    return fmt::format("rank {} waits in {} for rank {}", rank(), operation_name(operation), fmt::join(peers, " or "));
+    const std::string text = fmt::format("rank {} waits in {}", rank(), operation_name(operation));
+    return peers.empty() ? text : fmt::format("{} for rank {}", text, fmt::join(peers, " or "));
   }
 
   State state_;
   ncclComm_t handle_;
   bool ours_;
+  bool of_graphs_ = false;  // whose replays need the handle: NCCL would wait for their end to end it
   cudaStream_t stream_ = nullptr;
 };
 
@@ -272,7 +276,8 @@ class IdFile {
       throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}", draft, std::strerror(errno)));
     }
     std::filesystem::create_hard_link(draft, file_, error);
-    std::filesystem::remove(draft);
+    std::error_code ignored;
+    std::filesystem::remove(draft, ignored);
     if (error) {
       throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}. Name a file that is not there.",
                                   file_.string(), error.message()));

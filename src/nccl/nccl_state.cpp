@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <future>
 
 #include "kernels/cuda/launch_impl.hpp"
 #include "nccl/nccl_library.hpp"
@@ -53,11 +54,13 @@ void NcclState::call(const char* what, const ncclComm_t& handle, const std::stri
     ++calls_;
   }
   result = function();
+  bool failed = false;
   {
     const std::lock_guard lock(mutex_);
     --calls_;
+    failed = failure_.has_value();
   }
-  changed_.notify_all();
+  if (failed) changed_.notify_all();
   while (result == ncclInProgress) {
     {
       const std::lock_guard lock(mutex_);
@@ -137,9 +140,12 @@ void NcclState::fail_locked(std::unique_lock<std::mutex>& lock, bool late, const
   failure_ = text;
   late_ = late;
   changed_.wait_for(lock, std::chrono::seconds(1), [&] { return calls_ == 0; });
-  std::vector<std::thread> aborts;  // at once: each waits for the GPU, where the others' operations wait for ever
-  for (ncclComm_t handle : handles_) aborts.emplace_back([handle] { nccl().comm_abort(handle); });
-  for (std::thread& abort : aborts) abort.join();
+  // At once: each waits for the GPU, where the others' operations wait for ever.
+  std::vector<std::future<ncclResult_t>> aborts;
+  for (ncclComm_t handle : handles_) {
+    aborts.push_back(std::async([handle] { return nccl().comm_abort(handle); }));
+  }
+  for (auto& abort : aborts) abort.wait();
   handles_.clear();
 }
 
