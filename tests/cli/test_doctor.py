@@ -16,7 +16,7 @@ KEYS = {
     "libraries": ["name", "sonames", "found", "file", "reason", "purpose", "used_by", "install"],
     "devices": ["name", "present", "usable", "reason", "evidence"],
     "backends": ["name", "class_path", "overridden", "available", "engine", "reason", "remedy"],
-    "defaults": ["device", "candidates", "platform_default", "explicit", "in_effect"],
+    "defaults": ["device", "candidates", "platform_default", "explicit", "in_effect", "tuned"],
     "launches": ["role", "backend", "calls"],
 }
 FEATURES = "sse2 avx2 fma avx512f avx512bw avx512vl avx512_bf16 avx512_vnni amx_tile amx_bf16 amx_int8".split()
@@ -285,6 +285,16 @@ def test_libraries_of_all_kinds(ditattn, tmp_path, kind):
         says = {"crashes": "it crashed while", "exits": "ended the process", "garbage": "invalid ELF header"}[kind]
         assert not nccl["found"] and says in nccl["reason"]
         assert "pip install nvidia-nccl" in nccl["install"]
+
+
+def test_what_was_tuned(ditattn, tmp_path):
+    env = {"DITATTN_TUNE": "use", "DITATTN_TUNE_CACHE": str(tmp_path)}
+    before = ditattn.json("doctor", env=env)["defaults"][0]["tuned"]
+    file = Path(before["file"])
+    assert before["problems"] == 0 and file.parent == tmp_path and not file.exists()
+    ditattn("tune", "--shape", "1,2,64,64,32", "--budget", "50", env=env)
+    assert ditattn.json("doctor", env=env)["defaults"][0]["tuned"] == {"problems": 1, "file": str(file)} and file.exists()
+    assert f"problems: 1, in {file}" in ditattn("doctor", env=env).stdout
 
 
 def test_devices(ditattn):

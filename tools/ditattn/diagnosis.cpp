@@ -280,7 +280,17 @@ Json backends_part(const std::vector<BackendInfo>& backends) {
   return entries;
 }
 
-Json default_on(const std::string& device, const std::vector<BackendInfo>& backends) {
+// What `tune` knows; null where a variable is wrong, which the environment's part tells.
+Json tuned_on(DLDevice device) {
+  try {
+    return {{"problems", tuned_problems(device).size()}, {"file", null_if_empty(tune_cache_file(device))}};
+  } catch (const ValueError&) {
+    return nullptr;
+  }
+}
+
+Json default_on(DLDevice on, const std::vector<BackendInfo>& backends) {
+  const std::string device(device_type_name(on));
   Json candidates = Json::array();
   Json platform_default = nullptr;
   for (const DiffusionAttentionBackendEnum member : platform_candidates(device)) {
@@ -301,7 +311,14 @@ Json default_on(const std::string& device, const std::vector<BackendInfo>& backe
           {"candidates", std::move(candidates)},
           {"platform_default", std::move(platform_default)},
           {"explicit", std::move(explicit_setting)},
-          {"in_effect", std::move(in_effect)}};
+          {"in_effect", std::move(in_effect)},
+          {"tuned", tuned_on(on)}};
+}
+
+Json defaults_part(const std::vector<BackendInfo>& backends) {
+  Json defaults = Json::array({default_on(kCpu, backends)});
+  if (!cuda_info().devices.empty()) defaults.push_back(default_on({kDLCUDA, 0}, backends));
+  return defaults;
 }
 
 Json launches_part() {
@@ -325,7 +342,7 @@ Json diagnose() {
           {"libraries", libraries_part()},
           {"devices", devices_part(backends)},
           {"backends", backends_part(backends)},
-          {"defaults", Json::array({default_on("cpu", backends)})},
+          {"defaults", defaults_part(backends)},
           {"launches", launches_part()}};
 }
 

@@ -13,7 +13,8 @@
 //   backends     list of {"name", "class_path", "overridden", "available", "engine", "reason", "remedy"}
 //   defaults     list of {"device", "candidates" (list of {"backend", "accepted", "reason"}), "platform_default",
 //                "explicit" (null, or {"source", "value", "reason" (why it cannot be followed)}), "in_effect" (null
-//                where nothing can be used)}
+//                where nothing can be used), "tuned" (null where a variable is wrong, or {"problems" (number), "file"
+//                (theirs, there or not)})}
 //   launches     list of {"role", "backend", "calls"}: what computed in this process so far, which is of interest where
 //                the command is called in a process of Python
 
@@ -176,6 +177,10 @@ std::string default_text(const Json& entry) {
                                                        : "none: an explicit choice is never replaced",
                                       Emphasis::bad}
                                : Cell{fmt::format("{} ({})", text_of(entry["in_effect"]), source), Emphasis::good});
+  const Json& tuned = entry["tuned"];
+  if (!tuned.is_null() && tuned["problems"] > 0) {
+    section.add("tuned", {fmt::format("problems: {}, in {}", tuned["problems"].dump(), line_of(tuned["file"]))});
+  }
   return section.text();
 }
 
