@@ -49,7 +49,7 @@ def ulysses_by_hand(query, key, value):
 
 
 def ring_of_torch(mesh):
-    """A function over local tensors, or the reason why there is none."""
+    """Takes whole tensors, enters the context over this process's part of them, and returns it and the call."""
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import _cp_options
 

@@ -36,7 +36,7 @@ struct ReceiveBlock {
   std::int64_t bytes;
 };
 
-/// An operation under way. Its memory belongs to it until `wait` has returned.
+/// An operation under way. Its memory belongs to it until `wait` has returned, and its communicator must be there.
 class DITATTN_API Pending {
  public:
   virtual ~Pending();

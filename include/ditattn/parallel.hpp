@@ -82,15 +82,19 @@ class DITATTN_API ParallelAttention {
   /// Later errors (memory, a lost rank) end the group. NotImplementedError for tensors on a device that the
   /// communicator does not take.
   ///
-  /// On a GPU work is queued in this thread's current stream, calls of a group one after the other, and the host waits
-  /// for nothing, but for the first call of each kind: in it ranks agree, and memory is allocated. A rank that makes
-  /// such a call again takes it that all do. After that a call with `outputs.out` may be captured into a CUDA graph.
+  /// On a GPU work is queued in this thread's current stream. Calls of a group share memory: they are made in one
+  /// stream, or in streams that the caller orders. The host waits for nothing but for the first call of each kind, in
+  /// which ranks agree and memory is allocated, and for masks that it has not seen. A rank that makes such a call again
+  /// takes it that all do: calls that are alike on one rank must be alike on all (two totals of which one rank has the
+  /// same share are not; pad them, or give each a group). After that a call with `outputs.out` may be captured into a
+  /// CUDA graph, which the group must outlive.
   Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionMetadata& metadata = {},
                  const ForwardOutputs& outputs = {});
 
-  /// In the place of `forward`, for a rank that cannot make its call: the others' is a CommunicationError with
-  /// `reason`.
-  void refuse(const std::string& reason);
+  /// In the place of `forward`, for a rank that cannot make its call with tensors on `device`: the others' is a
+  /// CommunicationError with `reason`, and the group goes on. On a GPU, where the others may not ask this rank, the
+  /// group ends. Throws nothing: the rank has an error of its own.
+  void refuse(const std::string& reason, DLDevice device) noexcept;
 
  private:
   struct Layer;

@@ -17,7 +17,7 @@ struct TokenShape {
   std::int64_t head_size = 0;
 };
 
-/// Distances in elements of `element_bytes`: 1, 2 or 4.
+/// Distances in elements of `element_bytes`: 2 or 4.
 struct RowCopy {
   void* to = nullptr;
   const void* from = nullptr;
@@ -45,7 +45,7 @@ void merge_rows(const TokenShape& shape, const PartRows& to, const PartRows& a, 
 /// Zeros and −∞; in float32.
 void clear_rows(const TokenShape& shape, const PartRows& whole, const Launch& launch);
 
-/// Rounds float32 rows to 16 bits, to nearest even.
+/// Rounds float32 rows to `to`'s type, to nearest even.
 void round_rows(const TokenShape& shape, const PartRows& to, const PartRows& from, const Launch& launch);
 
 }  // namespace ditattn::kernels::cuda

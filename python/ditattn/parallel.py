@@ -233,7 +233,7 @@ class ParallelAttention:
             return call_native(call, query, key, value, out, lse, return_lse)
         except Exception as error:
             if not entered:  # the others wait for this rank's word
-                _refuse(self._native, f"{type(error).__name__}: {error}")
+                _refuse(self._native, f"{type(error).__name__}: {error}", self.group.device == "cpu")
             raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -65,8 +65,8 @@ def _nccl(store: Any, rank: int, size: int, device: torch.device, timeout: float
     join = _native.function_of("nccl", "nccl_communicator")
     if rank == 0:
         store.set("id", bytes(_native.function_of("nccl", "nccl_id")()))
-    store.set_timeout(datetime.timedelta(seconds=timeout))
     try:
+        store.wait(["id"], datetime.timedelta(seconds=timeout))  # not set_timeout, which is the program's store's too
         found = store.get("id")
     except RuntimeError as error:
         raise TimeoutError(f"parallel: rank 0 did not give NCCL's id within {timeout:g} s: {error}") from error

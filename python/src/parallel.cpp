@@ -157,7 +157,13 @@ ParallelLayerRef make_layer(const BackendRef& backend, const Dict& config, const
 Any forward(const ParallelLayerRef& layer, const Tensor& query, const Tensor& key, const Tensor& value,
             const AttentionMetadata& metadata, const Optional<Tensor>& out, const Optional<Tensor>& lse,
             bool return_lse) {
-  const ForwardOutputs outputs = outputs_for(query, metadata, out, lse, return_lse);
+  ForwardOutputs outputs;
+  try {
+    outputs = outputs_for(query, metadata, out, lse, return_lse);
+  } catch (const std::exception& error) {  // the others wait for this rank's word
+    layer->layer->refuse(error.what(), query.device());
+    throw;
+  }
   return results_of(layer->layer->forward(query, key, value, metadata, outputs), outputs, return_lse);
 }
 
@@ -196,7 +202,9 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("ditattn.parallel_layer", make_layer)
       .def("ditattn.parallel_forward", forward)
       .def("ditattn.parallel_refuse",
-           [](const ParallelLayerRef& layer, const std::string& reason) { layer->layer->refuse(reason); })
+           [](const ParallelLayerRef& layer, const std::string& reason, bool on_host) {
+             layer->layer->refuse(reason, on_host ? kCpu : DLDevice{kDLCUDA, 0});
+           })
       .def("ditattn.mesh_name",
            [](int ulysses, int ring, int allgather) {
              return String(parallel::mesh_name({.ulysses = ulysses, .ring = ring, .allgather = allgather}));

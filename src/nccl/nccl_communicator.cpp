@@ -15,6 +15,7 @@
 #include "kernels/cuda/launch_impl.hpp"
 #include "nccl/nccl_library.hpp"
 #include "nccl/nccl_state.hpp"
+#include "parallel/timeout.hpp"
 
 namespace ditattn::parallel {
 namespace {
@@ -140,11 +141,13 @@ class NcclCommunicator final : public Communicator {
     const auto before = std::make_shared<Event>();
     before->record(caller);
     before->follow(stream_);
+    const auto began = std::make_shared<Event>();
+    began->record(stream_);
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(caller, &capture), "cudaStreamIsCapturing");
     const bool is_recorded = capture != cudaStreamCaptureStatusNone;
     of_graphs_ = of_graphs_ || is_recorded;
-    auto ended = queue(operation, sends, receives, before, !is_recorded);
+    auto ended = queue(operation, sends, receives, began, !is_recorded);
     return std::make_unique<DevicePending>(state_, std::move(ended));
   }
 
@@ -156,7 +159,8 @@ class NcclCommunicator final : public Communicator {
     barrier();
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 1;
-    const ncclComm_t part = make_handle(*state_, "ncclCommSplit", "", handle_, [&](ncclComm_t* made) {
+    const std::string text = fmt::format("rank {} of {} waits in ncclCommSplit for another", rank(), size());
+    const ncclComm_t part = make_handle(*state_, "ncclCommSplit", text, handle_, [&](ncclComm_t* made) {
       return nccl().comm_split(handle_, colour, key, made, &config);
     });
     auto made = of(state_, part, true);
@@ -257,9 +261,7 @@ void check_ranks(int rank, int size, int device, Seconds timeout) {
   if (size < 1 || rank < 0 || rank >= size) {
     throw ValueError(fmt::format("There is no rank {} among {}.", rank, size));
   }
-  if (!(timeout.count() > 0 && timeout < std::chrono::hours(24 * 365))) {
-    throw ValueError(fmt::format("A timeout of {} s: it must be more than 0 s and less than a year.", timeout.count()));
-  }
+  check_timeout(timeout);
 }
 
 // A file that others find an id in, for as long as this object lives. It is written elsewhere and linked, so that

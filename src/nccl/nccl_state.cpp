@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <future>
+#include <atomic>
 
 #include "kernels/cuda/launch_impl.hpp"
 #include "nccl/nccl_library.hpp"
@@ -140,13 +140,28 @@ void NcclState::fail_locked(std::unique_lock<std::mutex>& lock, bool late, const
   failure_ = text;
   late_ = late;
   changed_.wait_for(lock, std::chrono::seconds(1), [&] { return calls_ == 0; });
-  // At once: each waits for the GPU, where the others' operations wait for ever.
-  std::vector<std::future<ncclResult_t>> aborts;
-  for (ncclComm_t handle : handles_) {
-    aborts.push_back(std::async([handle] { return nccl().comm_abort(handle); }));
-  }
-  for (auto& abort : aborts) abort.wait();
+  abort_all(lock);
   handles_.clear();
+}
+
+// At once: each waits for the GPU, where the others' operations wait for ever. And NCCL waits for the end of graphs
+// that have recorded a handle, which may not come: those that do not return soon are left to themselves.
+void NcclState::abort_all(std::unique_lock<std::mutex>& lock) noexcept {
+  const auto left = std::make_shared<std::atomic<std::size_t>>(handles_.size());
+  for (ncclComm_t handle : handles_) {
+    const auto abort = [handle, left] {
+      nccl().comm_abort(handle);
+      --*left;
+    };
+    try {
+      std::thread(abort).detach();
+    } catch (const std::exception&) {  // no more threads
+      abort();
+    }
+  }
+  for (const auto start = Clock::now(); *left > 0 && Clock::now() - start < std::chrono::seconds(5);) {
+    changed_.wait_for(lock, kLookInterval);
+  }
 }
 
 std::string NcclState::late_text(const std::string& text) const {

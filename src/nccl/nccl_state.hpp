@@ -80,6 +80,7 @@ class NcclState {
 
   void check_locked() const;
   void fail_locked(std::unique_lock<std::mutex>& lock, bool late, const std::string& text) noexcept;
+  void abort_all(std::unique_lock<std::mutex>& lock) noexcept;
   [[nodiscard]] std::string late_text(const std::string& text) const;
   void run();
   void look_locked(std::unique_lock<std::mutex>& lock);

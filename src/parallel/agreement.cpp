@@ -8,6 +8,7 @@
 #include <numeric>
 #include <string_view>
 
+#include "core/cuda_driver.hpp"
 #include "parallel/error_text.hpp"
 #include "registry/check_call.hpp"
 
@@ -245,16 +246,14 @@ Agreement conclude(const std::vector<Header>& all, const AttentionImpl& layer, c
 
 }  // namespace
 
-const Agreement* AgreementCache::find(const CallNumbers& numbers, bool needs_lse) const {
-  const auto found = std::ranges::find_if(
-      entries_, [&](const Entry& entry) { return entry.numbers == numbers && entry.needs_lse == needs_lse; });
+const Agreement* AgreementCache::find(const CallNumbers& numbers) const {
+  const auto found = std::ranges::find(entries_, numbers, &Entry::numbers);
   return found == entries_.end() ? nullptr : &found->agreement;
 }
 
-void AgreementCache::add(const CallNumbers& numbers, bool needs_lse, const Agreement& agreement) {
-  constexpr std::size_t kKept = 16;  // a model's kinds of attention, at a few resolutions
-  if (entries_.size() == kKept) entries_.erase(entries_.begin());
-  entries_.push_back({numbers, needs_lse, agreement});
+void AgreementCache::add(const CallNumbers& numbers, const Agreement& agreement) {
+  if (entries_.size() == kKeptKinds) entries_.erase(entries_.begin());
+  entries_.push_back({numbers, agreement});
 }
 
 Agreement agree(Communicator& communicator, AgreementCache& cache, const AttentionImpl& layer, const Tensor& query,
@@ -270,15 +269,27 @@ Agreement agree(Communicator& communicator, AgreementCache& cache, const Attenti
     text = error_text(error);
     mine[text_bytes] = static_cast<std::int64_t>(text.size());
   }
-  const bool on_host = query.device().device_type == kDLCPU;
+  const bool on_host = !query.defined() || query.device().device_type == kDLCPU;
+  const bool is_captured = !on_host && cuda::is_captured(query.device());
   if (!on_host && !error) {
-    if (const Agreement* before = cache.find(mine, needs_lse)) return *before;
+    if (const Agreement* before = cache.find(mine)) return *before;
+  }
+  if (is_captured) {  // only recorded: nobody waits, and nothing can be asked
+    if (error) std::rethrow_exception(error);
+    throw NotImplementedError(
+        "A call over several ranks cannot be captured into a graph before the same one was made outside: in it the "
+        "ranks "
+        "agree. Make it once before, with the same AttentionMetadata.");
+  }
+  if (!on_host && error && !cache.empty()) {  // the others may not ask
+    communicator.abort(text);
+    std::rethrow_exception(error);
   }
   const std::vector<Header> all = gather_headers(communicator, mine);
   refuse_together(communicator, all, error, text);
   check_same(all);
   const Agreement agreement = conclude(all, layer, query, key, value, metadata, outputs.lse.defined() || needs_lse);
-  if (!on_host) cache.add(mine, needs_lse, agreement);
+  if (!on_host) cache.add(mine, agreement);
   return agreement;
 }
 

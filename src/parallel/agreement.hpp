@@ -24,17 +24,20 @@ struct Agreement {
 /// What a rank was called with, as numbers: what it tells the others.
 using CallNumbers = std::array<std::int64_t, 17>;
 
+/// How many kinds of call are kept.
+inline constexpr std::size_t kKeptKinds = 16;  // of a model's attention, at a few resolutions
+
 /// The last few agreements of a group on a GPU. Ranks that made such a call before take it that all make it again:
 /// asking each time would make the host wait for the GPU, and cannot be captured into a graph.
 class AgreementCache {
  public:
-  [[nodiscard]] const Agreement* find(const CallNumbers& numbers, bool needs_lse) const;
-  void add(const CallNumbers& numbers, bool needs_lse, const Agreement& agreement);
+  [[nodiscard]] const Agreement* find(const CallNumbers& numbers) const;
+  [[nodiscard]] bool empty() const { return entries_.empty(); }
+  void add(const CallNumbers& numbers, const Agreement& agreement);
 
  private:
   struct Entry {
     CallNumbers numbers;
-    bool needs_lse;
     Agreement agreement;
   };
   std::vector<Entry> entries_;

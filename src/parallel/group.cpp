@@ -74,6 +74,7 @@ std::string mesh_name(const Mesh& mesh) {
 
 Mesh parse_mesh(std::string_view text) {
   Mesh mesh;
+  if (text == mesh_name(mesh)) return mesh;
   for (std::string_view rest = text; !rest.empty();) {
     const auto comma = rest.find(',');
     const std::string_view part = trimmed(rest.substr(0, comma));
@@ -85,9 +86,11 @@ Mesh parse_mesh(std::string_view text) {
     if (name == "allgather") degree = &mesh.allgather;
     int value = 0;
     const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), value);
-    if (degree == nullptr || error != std::errc() || end != number.data() + number.size() || value < 1) {
+    if (degree == nullptr || error != std::errc() || end != number.data() + number.size() || value < 1 ||
+        *degree != 1) {
       throw ValueError(fmt::format(
-          "'{}' in '{}' is no degree. Give ulysses=N, ring=N, allgather=N, commas between, N from 1.", part, text));
+          "'{}' in '{}' is no degree. Give ulysses=N, ring=N, allgather=N, each once, commas between, N from 1.", part,
+          text));
     }
     *degree = value;
   }

@@ -4,7 +4,8 @@
 
 namespace ditattn::parallel {
 
-/// Results for some keys: `out` (B, S, H, D) and `lse` (B, S, H, 1), float32. Any strides with a unit last one.
+/// Results for some keys: `out` (B, S, H, D) in any float type and `lse` (B, S, H, 1) in float32. Any strides with a
+/// unit last one.
 struct Part {
   Tensor out;
   Tensor lse;

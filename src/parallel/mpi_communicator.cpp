@@ -13,6 +13,7 @@
 #include "ditattn/log.hpp"
 #include "ditattn/mpi.hpp"
 #include "parallel/mpi_job.hpp"
+#include "parallel/timeout.hpp"
 
 namespace ditattn::parallel {
 namespace {
@@ -110,6 +111,15 @@ class MpiPending final : public Pending {
   std::vector<Transfer> transfers_;
 };
 
+// MPI aborts the program where something is asked of it after its end.
+void check_running() {
+  int ended = 0;
+  MPI_Finalized(&ended);
+  if (ended == 0) return;
+  throw CommunicationError(
+      "parallel: MPI has ended in this process, and does not begin again. Keep one session around all that uses it.");
+}
+
 class MpiCommunicator final : public Communicator {
  public:
   // Takes `handle` over.
@@ -128,6 +138,7 @@ class MpiCommunicator final : public Communicator {
   std::unique_ptr<Pending> start(Operation operation, std::span<const SendBlock> sends,
                                  std::span<const ReceiveBlock> receives, DLDevice device) override {
     if (!takes(device)) throw NotImplementedError("Ranks that are MPI processes exchange host memory only.");
+    check_running();
     const int tag = static_cast<int>(operation);
     std::vector<Transfer> transfers;
     for (const ReceiveBlock& block : receives) {
@@ -177,6 +188,7 @@ class MpiCommunicator final : public Communicator {
 };
 
 std::shared_ptr<Communicator> duplicate(MPI_Comm original, Seconds timeout) {
+  check_timeout(timeout);
   MPI_Comm copy = MPI_COMM_NULL;
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Comm_idup(original, &copy, &request), "MPI_Comm_idup");
@@ -193,6 +205,7 @@ std::shared_ptr<Communicator> duplicate(MPI_Comm original, Seconds timeout) {
 }  // namespace
 
 MpiSession::MpiSession(Seconds timeout) : exceptions_(std::uncaught_exceptions()) {
+  check_running();
   int begun = 0;
   MPI_Initialized(&begun);
   if (begun == 0) {
@@ -214,6 +227,7 @@ MpiSession::~MpiSession() {
 }
 
 std::shared_ptr<Communicator> mpi_communicator(int fortran_handle, Seconds timeout) {
+  check_running();
   return duplicate(MPI_Comm_f2c(fortran_handle), timeout);
 }
 

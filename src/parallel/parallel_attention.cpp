@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 
+#include "core/cuda_driver.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/parallel.hpp"
 #include "parallel/error_text.hpp"
@@ -56,9 +57,13 @@ ParallelAttention::~ParallelAttention() = default;
 Tensor ParallelAttention::forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                   const AttentionMetadata& metadata, const ForwardOutputs& outputs) {
   GroupState& group = *layer_->group->state_;
+  const bool is_captured = query.defined() && cuda::is_captured(query.device());
   if (group.all->size() == 1) return layer_->whole->forward(query, key, value, metadata, outputs);
   const Agreement agreement = agree(*group.all, group.agreements, *layer_->whole, query, key, value, metadata, outputs,
                                     group.mesh.second() > 1);
+  if (is_captured && !outputs.out.defined()) {
+    throw NotImplementedError("A call over several ranks that is captured into a graph needs `out`.");
+  }
   try {
     ForwardOutputs results = outputs;
     if (!results.out.defined()) {
@@ -67,15 +72,21 @@ Tensor ParallelAttention::forward(const Tensor& query, const Tensor& key, const 
     }
     ParallelCall(*layer_, group, agreement, metadata).run(query, key, value, results);
     return results.out;
-  } catch (...) {  // the others wait for this rank
-    group.all->abort(error_text(std::current_exception()));
+  } catch (...) {                                                              // the others wait for this rank
+    if (!is_captured) group.all->abort(error_text(std::current_exception()));  // else nothing was begun
     throw;
   }
 }
 
-void ParallelAttention::refuse(const std::string& reason) {
+void ParallelAttention::refuse(const std::string& reason, DLDevice device) noexcept {
   Communicator& all = *layer_->group->state_->all;
-  if (all.size() > 1) parallel::refuse(all, reason.empty() ? "no reason was given" : reason);
+  if (all.size() == 1) return;
+  if (device.device_type != kDLCPU) return all.abort(reason);
+  try {
+    parallel::refuse(all, reason.empty() ? "no reason was given" : reason);
+  } catch (const std::exception& error) {
+    log(LogLevel::warning, fmt::format("parallel: the other ranks could not be told of an error: {}", error.what()));
+  }
 }
 
 }  // namespace ditattn::parallel

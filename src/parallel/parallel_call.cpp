@@ -21,6 +21,11 @@ std::vector<Range> chunks(const std::vector<std::int64_t>& lengths, int ranks_ea
   return result;
 }
 
+// Ranks agree without looking at alignment, of which engines on GPUs demand 16 bytes.
+bool lies_well(const Tensor& tensor) {
+  return tensor.device().device_type == kDLCPU || tensor.numel() == 0 || alignment_of(tensor) == 16;
+}
+
 Tensor cut(const Tensor& tensor, Range batch, Range tokens, Range heads) {
   return slice(slice(slice(tensor, 0, batch), 1, tokens), 2, heads);
 }
@@ -65,10 +70,9 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
       queries_[0] = slice(slice(metadata_->fields.joint_query.value(), 1, text), 2, layer_.heads.query);
     }
     prepare(0, like_query(Slot::text_rounded, text.size()), Slot::text_lse);
-    prepare(1,
-            group_.mesh.ulysses == 1 ? slice(outputs.out, 1, my_image(outputs.out))
-                                     : like_query(Slot::image_rounded, my_rows.size()),
-            Slot::image_lse);
+    const Tensor mine = slice(outputs.out, 1, my_image(outputs.out));
+    const bool in_place = group_.mesh.ulysses == 1 && lies_well(mine);
+    prepare(1, in_place ? mine : like_query(Slot::image_rounded, my_rows.size()), Slot::image_lse);
     group_.mesh.ring > 1 ? compute_ring(own) : compute_gathered(own);
     for (const Rows& rows : rows_) finish(rows);
   }
@@ -95,7 +99,14 @@ ParallelCall::KeysAndValues ParallelCall::scatter(const Tensor& query, const Ten
 // They have these heads and tokens already; keys are sent on, token after token.
 ParallelCall::KeysAndValues ParallelCall::keep(const Tensor& query, const Tensor& key, const Tensor& value) {
   queries_[1] = query;
-  if (is_token_major(key) && is_token_major(value)) return {.key = key, .value = value};
+  if (!lies_well(query)) {
+    char* const memory = group_.workspace.get(Slot::query, bytes_of(query, query.size(1), query.size(2)));
+    queries_[1] = token_major(memory, batch_, query.size(1), query.size(2), size_, dtype_, device_);
+    copy(queries_[1], query);
+  }
+  if (is_token_major(key) && is_token_major(value) && lies_well(key) && lies_well(value)) {
+    return {.key = key, .value = value};
+  }
   char* const memory =
       group_.workspace.get(Slot::keys_and_values, 2 * bytes_of(key, key.size(1), layer_.heads.kv.size()));
   KeysAndValues own = keys_in(memory, key.size(1));
@@ -269,8 +280,9 @@ const AttentionImpl& ParallelCall::impl_for(const PlannedCall& planned) {
     const Problem one_key{.seq_kv = 1, .head_size = size_, .dtype = dtype_, .device = device_, .lse = true};
     for (const auto& run : layer_.runs) {
       if (own.explain(one_key)) break;
-      layer_.of_one_key.push_back(
-          BackendAccess::create(DiffusionAttentionBackendEnum::TORCH_SDPA.get_class(), run[0]->config()));
+      ImplConfig config = run[0]->config();
+      config.backend_kwargs = {};  // the other's
+      layer_.of_one_key.push_back(BackendAccess::create(DiffusionAttentionBackendEnum::TORCH_SDPA.get_class(), config));
     }
     layer_.asked_of_one_key = true;
   }

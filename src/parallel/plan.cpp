@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
+#include "parallel/agreement.hpp"
+
 namespace ditattn::parallel {
 namespace {
-
-constexpr std::size_t kKeptPlans = 8;  // a model's kinds of attention: self, cross, …
 
 std::vector<PlannedCall> calls_of(const PlanRequest& request, const std::vector<Piece>& pieces, const Segment& rows,
                                   const Segment& keys) {
@@ -69,7 +69,7 @@ Plan make_plan(const PlanRequest& request) {
 std::shared_ptr<const Plan> PlanCache::get(const PlanRequest& request) {
   const auto found = std::ranges::find_if(entries_, [&](const Entry& entry) { return same(entry.request, request); });
   if (found != entries_.end()) return found->plan;
-  if (entries_.size() == kKeptPlans) entries_.erase(entries_.begin());
+  if (entries_.size() == kKeptKinds) entries_.erase(entries_.begin());
   entries_.push_back({request, std::make_shared<const Plan>(make_plan(request))});
   return entries_.back().plan;
 }

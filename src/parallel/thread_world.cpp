@@ -21,6 +21,7 @@
 #include "ditattn/communicator.hpp"
 #include "ditattn/cuda.hpp"
 #include "parallel/error_text.hpp"
+#include "parallel/timeout.hpp"
 
 namespace ditattn::parallel {
 namespace {
@@ -211,9 +212,7 @@ bool is_consequence(const std::exception_ptr& error) {
 
 ThreadWorld::ThreadWorld(int size, Seconds timeout) {
   if (size < 1) throw ValueError(fmt::format("A world of {} ranks: it must have at least 1.", size));
-  if (!(timeout.count() > 0 && timeout < std::chrono::hours(24 * 365))) {
-    throw ValueError(fmt::format("A timeout of {} s: it must be more than 0 s and less than a year.", timeout.count()));
-  }
+  check_timeout(timeout);
   state_ = std::make_shared<ThreadWorldState>(size, timeout);
 }
 

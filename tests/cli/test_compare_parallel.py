@@ -159,7 +159,7 @@ def test_bad_degrees(ditattn, degrees, words):
 def test_other_refusals(ditattn):
     arguments = ["compare", "--shape", "1,1,8,8,8", "--parallel", "ring=2"]
     assert "--timeout" in ditattn.fails(2, *arguments, "--timeout", "0")
-    # Without a GPU there is none to compute on, with one there is no transport to it.
+    # Without a GPU there is none to compute on, with one it is not used yet.
     done = ditattn(*arguments, "--device", "cuda")
     assert done.returncode in (3, 4) and "--device cpu" in done.stderr
     missing = ditattn.fails(4, "compare", "--input", "/does/not/exist", "--parallel", "ring=2")
@@ -270,7 +270,7 @@ def test_mpi_a_lost_rank_ends_all(ditattn, how):
     marker = f"job-{uuid.uuid4()}"
     extra = {"DITATTN_NUM_THREADS": "1", "DITATTN_TEST_MARKER": marker}
     command = [*MPIRUN, "3", str(ditattn.program), "compare", "--shape", "1,4,600,600,64", "--repeats", "100000",
-               "--parallel", "ring=3", "--timeout", "5"]  # fmt: skip
+               "--parallel", "ring=3", "--timeout", "15"]  # fmt: skip
     job = subprocess.Popen(
         command, env=ditattn.environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -283,10 +283,13 @@ def test_mpi_a_lost_rank_ends_all(ditattn, how):
     (victim,) = victims
     start = time.monotonic()
     os.kill(victim, how)
-    _, errors = job.communicate(timeout=60)
-    assert job.returncode != 0 and time.monotonic() - start < 30
+    try:
+        _, errors = job.communicate(timeout=120)
+    finally:
+        job.kill()
+    assert job.returncode != 0 and time.monotonic() - start < 60
     if how == signal.SIGSTOP:
-        assert "rank 1 did not come within 5 s" in errors
+        assert "rank 1 did not come within 15 s" in errors
     deadline = time.monotonic() + 10
     while processes_with(marker) and time.monotonic() < deadline:
         time.sleep(0.05)

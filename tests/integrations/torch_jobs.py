@@ -77,7 +77,7 @@ def run_job(program, name, size, folder, timeout=200):
         for rank in ranks:
             rank.kill()
             rank.wait()
+        print(*(f"rank {rank}: {log.read_text()}" for rank, log in enumerate(logs) if log.stat().st_size), sep="\n")
     assert processes_with(marker) == []
-    print(*(f"rank {rank}: {log.read_text()}" for rank, log in enumerate(logs) if log.stat().st_size), sep="\n")
     files = [folder / f"result{rank}" for rank in range(size)]
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files], statuses

@@ -1,7 +1,8 @@
 #pragma once
 
 /// What the ranks of `compare --parallel` do together. Rank 0 measures; the others do what it tells them, step by step,
-/// so that each waits no longer than one step of another takes.
+/// so that each waits for another no longer than for one step, or for what rank 0 does alone: the first calls of a case
+/// and the oracle, rounds on one rank.
 
 #include <cstdint>
 #include <functional>

@@ -100,7 +100,8 @@ parallel::Mesh parse_degrees(const std::string& text) {
 World device_communicator(const World& over, DLDevice device) {
   if (device.device_type == kDLCPU) return over;
   throw NotImplementedError(
-      fmt::format("--parallel computes on CPUs only, got {}: there is no transport between GPUs yet. Use --device cpu.",
+      fmt::format("--parallel computes on CPUs only, got {}. Use --device cpu; for GPUs there is the program "
+                  "ditattn_gpu_parallel (docs/parallel.md).",
                   device_name(device)));
 }
 

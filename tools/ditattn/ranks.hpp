@@ -19,7 +19,7 @@ parallel::Mesh parse_degrees(const std::string& text);
 
 /// The seat of the transports of devices: the communicator over which ranks exchange tensors of `device`, made from the
 /// one that brings them together. For the CPU that one itself. For GPUs, a process for each: `nccl_communicator(over,
-/// device.device_id)` of ditattn/nccl.hpp, from libditattn_nccl.so, with each process' own GPU; not there yet,
+/// device.device_id)` of ditattn/nccl.hpp, from libditattn_nccl.so, with each process' own GPU; not used here yet:
 /// NotImplementedError.
 std::shared_ptr<parallel::Communicator> device_communicator(const std::shared_ptr<parallel::Communicator>& over,
                                                             DLDevice device);

@@ -172,7 +172,7 @@ def _function(backend: str, options: str) -> Callable[..., Any]:
         _parallel_config: Any = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         _refuse(query, key, dropout_p, is_causal, enable_gqa)
-        if _parallel_config is not None:
+        if _parallel_config is not None and _parallel_config.context_parallel_config is not None:
             return parallel_attention(
                 query, key, value, attn_mask, is_causal, scale, return_lse, _parallel_config, backend, options
             )

@@ -15,7 +15,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 import ditattn
 from ditattn.integrations.parallel_layers import layer_for
 
-_before: list[Any] = []  # vLLM-Omni's own constructor of layers, where ours is in its place
+_before: list[Any] = []  # vLLM-Omni's own constructor of layers, and ours, where it is in its place
 
 
 class RingRunner:
@@ -77,10 +77,10 @@ def install(impl_cls: type) -> None:
     @functools.wraps(own_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         own_init(self, *args, **kwargs)
-        if self.use_ring and isinstance(self.attention, impl_cls):
+        if _before and self.use_ring and isinstance(self.attention, impl_cls):
             self.ring_runner = RingRunner(self.attention, self.ring_pg)
 
-    _before.append(own_init)
+    _before.append((own_init, init))
     Attention.__init__ = init
 
 
@@ -89,4 +89,6 @@ def uninstall() -> None:
     from vllm_omni.diffusion.attention.layer import Attention
 
     if _before:
-        Attention.__init__ = _before.pop()
+        own_init, ours = _before.pop()
+        if Attention.__init__ is ours:  # else somebody has wrapped it since: ours does nothing any more
+            Attention.__init__ = own_init

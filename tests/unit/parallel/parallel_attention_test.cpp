@@ -157,13 +157,24 @@ TEST_P(RefusedTogether, WhatOneRankCannotDo) {
   }
 }
 
+TEST_P(RefusedTogether, ATensorThatIsMissing) {
+  const auto texts = errors_of(GetParam(), [&](int rank, Call& call) {
+    if (rank == 1) call.query = Tensor();
+  });
+  for (std::size_t rank = 0; rank < texts.size(); ++rank) {
+    expect_contains(texts[rank], {"query is missing"});
+    expect_contains(texts[rank],
+                    {rank == 1 ? "ValueError: query" : "RuntimeError: Rank 1 refused the call: ValueError"});
+  }
+}
+
 TEST_P(RefusedTogether, WhatOneRankDoesNotEvenCall) {
   run_ranks(GetParam().ulysses * GetParam().second(), [&](const Ends& ranks) {
     const Call call;
     ParallelAttention layer(call.backend, call.config, std::make_shared<ParallelGroup>(ranks, GetParam()));
     const auto forward = [&] { layer.forward(call.query, call.key, call.value); };
     if (ranks->rank() == 1) {
-      layer.refuse("it has no tensors");
+      layer.refuse("it has no tensors", kCpu);
     } else {
       expect_contains(error_text<CommunicationError>(forward), {"Rank 1 refused the call: it has no tensors"});
     }

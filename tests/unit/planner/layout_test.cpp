@@ -164,7 +164,7 @@ TEST(PlannerLayout, SendsAndKeepsWhatParallelAttentionDoes) {
   fmt::print("{} problems: bytes sent and workspace of every rank to the byte\n", problems);
 }
 
-// What the brief of a mesh says in words: a ring of two sends half of K and V, once.
+// What the table of meshes in docs/parallel.md says in words: a ring of two sends half of K and V, once.
 TEST(PlannerLayout, ByHand) {
   const planner::Work work{.batch = 1, .heads = 8, .kv_heads = 2, .rows = 100, .keys = 60, .head_size = 16};
   const planner::Layout ring(work, {.ring = 2});
