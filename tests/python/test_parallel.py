@@ -176,6 +176,10 @@ def test_what_one_rank_cannot_ask_is_told_to_the_others_and_ends_nothing():
     read_only.flags.writeable = False
     outputs = failing(lambda layer, mine, rank: layer.forward(*mine, out=None if rank else read_only))
     assert isinstance(outputs[0], ValueError) and "Rank 0 refused the call: ValueError: out is read-only" in str(outputs[1])
+    huge = np.lib.stride_tricks.as_strided(np.zeros(SIZE, "float32"), (2, 10**12, HEADS, SIZE), (0, 0, 0, 4))
+    text = AttentionMetadata(joint_query=huge, joint_key=huge[:, :1], joint_value=huge[:, :1])
+    memory = failing(lambda layer, mine, rank: layer.forward(*mine, text if rank else None))
+    assert isinstance(memory[1], MemoryError) and "Rank 1 refused the call" in str(memory[0]), memory
 
 
 def test_calls_that_differ_are_errors_everywhere():
