@@ -9,7 +9,7 @@ echo "lint: formatting is clean"
 
 # clang 14 reads the compilation database; sources of tests are linted as the library's are.
 arm=('kernels/cpu/arm_*.cpp' 'kernels/cpu/neon_*.cpp')
-gpu=('backends/cudnn_attn/*.cpp' 'backends/flashinfer_attn/*.cpp' 'bench/gpu/*.cpp')
+gpu=('src/nccl/*.cpp' 'backends/cudnn_attn/*.cpp' 'backends/flashinfer_attn/*.cpp' 'bench/gpu/*.cpp')
 git ls-files 'src/*.cpp' 'kernels/*.cpp' 'backends/*.cpp' "${arm[@]/#/:!}" "${gpu[@]/#/:!}" 'tools/*.cpp' 'examples/*.cpp' 'bench/*.cpp' |
   xargs -P "$(nproc)" -n 4 clang-tidy-14 --quiet -p "$build" 2>/dev/null
 if [ -f build/neon/compile_commands.json ]; then  # after `make neon`

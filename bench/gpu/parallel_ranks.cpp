@@ -15,6 +15,7 @@
 #include <filesystem>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bench/gpu/device_clock.hpp"
@@ -52,8 +53,8 @@ std::vector<Mesh> meshes_of(int gpus) {
 
 class Rank {
  public:
-  Rank(int rank, const std::shared_ptr<Communicator>& communicator)
-      : device_{kDLCUDA, rank}, communicator_(communicator) {
+  Rank(int rank, std::shared_ptr<Communicator> communicator)
+      : device_{kDLCUDA, rank}, communicator_(std::move(communicator)) {
     check(cudaSetDevice(rank), "cudaSetDevice");
     clock_ = std::make_unique<ditattn::bench::Clock>();
     TVMFFIEnvSetStream(device_.device_type, device_.device_id, clock_->stream(), nullptr);
@@ -158,10 +159,10 @@ class Rank {
 
   // The same on every rank: a block of numbers, over and over.
   [[nodiscard]] Tensor random(std::initializer_list<std::int64_t> shape, std::uint64_t seed) const {
-    constexpr std::int64_t kBlock = 1 << 18;
-    const Tensor block = ditattn::empty({kBlock}, ditattn::kBFloat16);
+    constexpr std::int64_t block_size = 1 << 18;
+    const Tensor block = ditattn::empty({block_size}, ditattn::kBFloat16);
     std::uint64_t state = 0x9E3779B97F4A7C15U + seed;
-    for (std::int64_t i = 0; i < kBlock; ++i) {
+    for (std::int64_t i = 0; i < block_size; ++i) {
       double sum = -6;  // of twelve uniform numbers
       for (int j = 0; j < 12; ++j) {
         state = state * 6364136223846793005U + 1442695040888963407U;
@@ -169,9 +170,9 @@ class Rank {
       }
       ditattn::store_element(block.data_ptr(), i, ditattn::kBFloat16, sum);
     }
-    const Tensor tensor = ditattn::empty(std::vector(shape), ditattn::kBFloat16, device_);
-    for (std::int64_t at = 0; at < tensor.numel(); at += kBlock - 31) {  // no row stands twice
-      const auto bytes = static_cast<std::size_t>(2 * std::min(kBlock - 31, tensor.numel() - at));
+    Tensor tensor = ditattn::empty(std::vector(shape), ditattn::kBFloat16, device_);
+    for (std::int64_t at = 0; at < tensor.numel(); at += block_size - 31) {  // no row stands twice
+      const auto bytes = static_cast<std::size_t>(2 * std::min(block_size - 31, tensor.numel() - at));
       check(cudaMemcpy(static_cast<char*>(tensor.data_ptr()) + 2 * at,
                        static_cast<char*>(block.data_ptr()) + at % 31 * 2, bytes, cudaMemcpyHostToDevice),
             "cudaMemcpy");
@@ -202,8 +203,7 @@ class Rank {
 };
 
 int run_rank(int rank, int gpus, const std::filesystem::path& file) try {
-  const auto communicator = nccl_communicator(file, rank, gpus, rank, Seconds(60));
-  Rank mine(rank, communicator);
+  Rank mine(rank, nccl_communicator(file, rank, gpus, rank, Seconds(60)));
   mine.measure_link();
   for (const Shape& shape : kShapes) mine.measure(shape);
   return 0;

@@ -160,7 +160,7 @@ class NcclCommunicator final : public Communicator {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 1;
     const std::string text = fmt::format("rank {} of {} waits in ncclCommSplit for another", rank(), size());
-    const ncclComm_t part = make_handle(*state_, "ncclCommSplit", text, handle_, [&](ncclComm_t* made) {
+    ncclComm_t part = make_handle(*state_, "ncclCommSplit", text, handle_, [&](ncclComm_t* made) {
       return nccl().comm_split(handle_, colour, key, made, &config);
     });
     auto made = of(state_, part, true);
@@ -330,7 +330,7 @@ std::shared_ptr<Communicator> nccl_communicator(const NcclId& id, int rank, int 
   ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
   config.blocking = 0;  // so that a peer that does not come ends by the timeout
   const std::string text = fmt::format("rank {} of {} waits in ncclCommInitRank for another", rank, size);
-  const ncclComm_t handle = make_handle(*state, "ncclCommInitRank", text, nullptr, [&](ncclComm_t* made) {
+  ncclComm_t handle = make_handle(*state, "ncclCommInitRank", text, nullptr, [&](ncclComm_t* made) {
     return nccl().comm_init_rank_config(made, size, common, rank, &config);
   });
   return NcclCommunicator::of(state, handle, true)->split(0, rank);

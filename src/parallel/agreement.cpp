@@ -288,7 +288,7 @@ Agreement agree(Communicator& communicator, AgreementCache& cache, const Attenti
   const std::vector<Header> all = gather_headers(communicator, mine);
   refuse_together(communicator, all, error, text);
   check_same(all);
-  const Agreement agreement = conclude(all, layer, query, key, value, metadata, outputs.lse.defined() || needs_lse);
+  Agreement agreement = conclude(all, layer, query, key, value, metadata, outputs.lse.defined() || needs_lse);
   if (!on_host) cache.add(mine, agreement);
   return agreement;
 }
