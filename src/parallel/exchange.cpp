@@ -46,7 +46,7 @@ Tensor HeadScatter::add(Slot sent, char* memory, const Tensor& mine, std::span<c
     return token_major(at, mine.size(0), length, of.size(), mine.size(3), mine.dtype(), mine.device());
   };
   const std::vector<Range> chunks = ranges_of(tokens);
-  const Tensor collected = make(memory, chunks.back().end, heads[place]);
+  Tensor collected = make(memory, chunks.back().end, heads[place]);
   char* at = workspace_.get(sent, bytes_of(mine, mine.size(1), heads_of_others(heads, place)));
   for (std::size_t rank = 0; rank < heads.size(); ++rank) {
     const Tensor theirs = slice(mine, 2, heads[rank]);
