@@ -20,8 +20,8 @@ using NcclId = std::array<char, 128>;
 DITATTN_API NcclId nccl_id();
 
 /// Joins `size` ranks with the same `id`, this one with GPU `device`. Called by all of them; each rank is a process
-/// with a GPU of its own (in one process CUDA's own locks can make ranks wait for each other for ever). Its `takes`
-/// says yes to that GPU's memory and to host memory, which goes through the GPU, so the host waits for that. Operations
+/// with a GPU of its own (several in one process were not got to work: they have been seen to hang). Its `takes` says
+/// yes to that GPU's memory and to host memory, which goes through the GPU, so the host waits for that. Operations
 /// on the GPU's memory go on a stream of their own and may be captured into a CUDA graph.
 ///
 /// A rank that does not come within `timeout` is a TimeoutError: here, and in operations at the next use of the
@@ -30,7 +30,7 @@ DITATTN_API NcclId nccl_id();
 DITATTN_API std::shared_ptr<Communicator> nccl_communicator(const NcclId& id, int rank, int size, int device,
                                                             Seconds timeout = kDefaultTimeout);
 
-/// The same ranks as `over` (threads, MPI), which brings the id to them and its timeout.
+/// The same ranks as `over` (MPI), which brings the id to them and its timeout.
 DITATTN_API std::shared_ptr<Communicator> nccl_communicator(const std::shared_ptr<Communicator>& over, int device);
 
 /// The same by a file that all ranks see, and that is not there before: rank 0 writes the id into it, and removes it
