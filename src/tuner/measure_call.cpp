@@ -20,7 +20,7 @@ namespace ditattn {
 namespace {
 
 constexpr std::int64_t kRows = 32;     // errors are measured on: their mean varies by a few percent
-constexpr double kTooSlow = 3;         // times a rival's time: timed once, by the last call that warmed up
+constexpr double kTooSlow = 3;         // times a rival's time: timed once, by its quickest call that warmed up
 constexpr double kHopelessMs = 1000;   // a first call that is longer, and far slower than a rival's: timed by itself
 constexpr double kFinalists = 1.1;     // times a rival's time at most: timed again, to tell apart
 constexpr double kFinalsBudget = 0.5;  // of the budget

@@ -22,7 +22,8 @@ class DITATTN_API Rounds {
   /// timed.
   std::size_t add(Call call);
 
-  /// Milliseconds of the last call that warmed up.
+  /// Milliseconds of the quickest call that warmed up: it decides who is timed in rounds at all, and one stall of the
+  /// machine must not.
   [[nodiscard]] double call_ms(std::size_t index) const { return entries_[index].call_ms; }
 
   /// How many rounds of the given entries fit in `budget_ms`, 3 to 50.
