@@ -41,16 +41,6 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-std::vector<Mesh> meshes_of(int gpus) {
-  std::vector<Mesh> meshes;
-  for (int ulysses = gpus; ulysses >= 1; --ulysses) {
-    if (gpus % ulysses != 0) continue;
-    meshes.push_back({.ulysses = ulysses, .ring = gpus / ulysses});
-    if (ulysses < gpus) meshes.push_back({.ulysses = ulysses, .allgather = gpus / ulysses});
-  }
-  return meshes;
-}
-
 class Rank {
  public:
   Rank(int rank, std::shared_ptr<Communicator> communicator)

@@ -36,6 +36,9 @@ DITATTN_API std::string mesh_name(const Mesh& mesh);
 /// The inverse, spaces or not. ValueError names what is allowed.
 DITATTN_API Mesh parse_mesh(std::string_view text);
 
+/// Every mesh of so many ranks, the highest degree of `ulysses` first. None where `ranks` is below 1.
+DITATTN_API std::vector<Mesh> meshes_of(int ranks);
+
 /// Tokens for each rank, as even as can be: the first ones have one more.
 DITATTN_API std::vector<std::int64_t> balanced_lengths(std::int64_t tokens, int ranks);
 

@@ -16,11 +16,10 @@ using Degrees = std::array<int, 3>;
 
 Degrees degrees_of(const Mesh& mesh) { return {mesh.ulysses, mesh.ring, mesh.allgather}; }
 
-// All meshes of so many ranks.
-std::string meshes_of(int ranks) {
+std::string degrees_that_work(int ranks) {
   std::vector<std::string> names;
-  for (int ulysses = ranks; ulysses >= 1; --ulysses) {
-    if (ranks % ulysses == 0) names.push_back(mesh_name({.ulysses = ulysses, .ring = ranks / ulysses}));
+  for (const Mesh& mesh : meshes_of(ranks)) {
+    if (mesh.allgather == 1) names.push_back(mesh_name(mesh));
   }
   return fmt::format("{} (allgather in the place of ring)", fmt::join(names, "; "));
 }
@@ -29,16 +28,16 @@ void check_mesh(const Mesh& mesh, int ranks) {
   for (int degree : degrees_of(mesh)) {
     if (degree >= 1 && degree <= ranks) continue;
     throw ValueError(
-        fmt::format("A degree of {} among {} ranks. Degrees that work: {}.", degree, ranks, meshes_of(ranks)));
+        fmt::format("A degree of {} among {} ranks. Degrees that work: {}.", degree, ranks, degrees_that_work(ranks)));
   }
   if (mesh.ring > 1 && mesh.allgather > 1) {
     throw ValueError(fmt::format("ring={} and allgather={} exclude each other. Degrees that work: {}.", mesh.ring,
-                                 mesh.allgather, meshes_of(ranks)));
+                                 mesh.allgather, degrees_that_work(ranks)));
   }
   const std::int64_t product = std::int64_t{mesh.ulysses} * mesh.second();
   if (product != ranks) {
     throw ValueError(fmt::format("{} takes {} ranks, there are {}. Degrees that work: {}.", mesh_name(mesh), product,
-                                 ranks, meshes_of(ranks)));
+                                 ranks, degrees_that_work(ranks)));
   }
 }
 
@@ -95,6 +94,16 @@ Mesh parse_mesh(std::string_view text) {
     *degree = value;
   }
   return mesh;
+}
+
+std::vector<Mesh> meshes_of(int ranks) {
+  std::vector<Mesh> meshes;
+  for (int ulysses = ranks; ulysses >= 1; --ulysses) {
+    if (ranks % ulysses != 0) continue;
+    meshes.push_back({.ulysses = ulysses, .ring = ranks / ulysses});
+    if (ulysses < ranks) meshes.push_back({.ulysses = ulysses, .allgather = ranks / ulysses});
+  }
+  return meshes;
 }
 
 std::vector<std::int64_t> balanced_lengths(std::int64_t tokens, int ranks) {

@@ -80,16 +80,6 @@ Work work_of(const Request& request) {
           .text_first = request.joint_first};
 }
 
-std::vector<Mesh> meshes_of(int gpus) {
-  std::vector<Mesh> meshes;
-  for (int ulysses = gpus; ulysses >= 1; --ulysses) {
-    if (gpus % ulysses != 0) continue;
-    meshes.push_back({.ulysses = ulysses, .ring = gpus / ulysses});
-    if (ulysses < gpus) meshes.push_back({.ulysses = ulysses, .allgather = gpus / ulysses});
-  }
-  return meshes;
-}
-
 // Copies around the exchange of heads, each read and written: query, key and value before, the rows of the result
 // after.
 double packing_ms(const Layout& layout, const Machine& machine, int rank) {
@@ -148,7 +138,7 @@ Plan make_plan(const Request& request, const Figures& figures) {
   const Machine machine = machine_of(request, figures);
   const Work work = work_of(request);
   Plan plan{.one_gpu_ms = plan_mesh(work, {}, machine).ms, .gpus_per_node = machine.gpus_per_node, .meshes = {}};
-  for (const Mesh& mesh : meshes_of(request.gpus)) plan.meshes.push_back(plan_mesh(work, mesh, machine));
+  for (const Mesh& mesh : parallel::meshes_of(request.gpus)) plan.meshes.push_back(plan_mesh(work, mesh, machine));
   std::ranges::stable_sort(plan.meshes, {}, &MeshPlan::ms);
   return plan;
 }

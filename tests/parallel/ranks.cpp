@@ -65,16 +65,6 @@ Ranks& ranks() {
   return instance;
 }
 
-std::vector<Mesh> meshes_of(int size) {
-  std::vector<Mesh> meshes;
-  for (int ulysses = 1; ulysses <= size; ++ulysses) {
-    if (size % ulysses != 0) continue;
-    meshes.push_back({.ulysses = ulysses, .ring = size / ulysses});
-    if (ulysses < size) meshes.push_back({.ulysses = ulysses, .allgather = size / ulysses});
-  }
-  return meshes;
-}
-
 Tensor on(DLDevice device, const Tensor& tensor) {
   return tensor.device().device_type == device.device_type ? tensor : copy_to(tensor, device);
 }

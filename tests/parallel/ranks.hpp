@@ -32,9 +32,6 @@ struct Ranks {
 };
 Ranks& ranks();
 
-/// Every mesh of so many ranks.
-std::vector<Mesh> meshes_of(int size);
-
 /// The whole's results, contiguous, as rank 0 put them together.
 struct Whole {
   Tensor out;

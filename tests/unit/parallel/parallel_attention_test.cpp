@@ -87,6 +87,14 @@ TEST(Mesh, BalancedLengths) {
   EXPECT_THROW(static_cast<void>(balanced_lengths(-1, 4)), ValueError);
 }
 
+TEST(Mesh, AllOfANumberOfRanks) {
+  const std::vector<Mesh> of_four = {
+      {.ulysses = 4}, {.ulysses = 2, .ring = 2}, {.ulysses = 2, .allgather = 2}, {.ring = 4}, {.allgather = 4}};
+  EXPECT_EQ(meshes_of(4), of_four);
+  EXPECT_EQ(meshes_of(1), std::vector<Mesh>{Mesh{}});
+  EXPECT_TRUE(meshes_of(0).empty());
+}
+
 TEST(Mesh, DegreesThatDoNotFitAreRefusedOnAllRanksWithThoseThatDo) {
   const auto text_of = [](int size, const std::function<Mesh(int rank)>& mesh) {
     std::atomic<int> refused{0};

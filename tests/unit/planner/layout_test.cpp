@@ -112,16 +112,6 @@ Measured measure(const planner::Work& work, const Mesh& mesh) {
   return measured;
 }
 
-std::vector<Mesh> meshes_of(int ranks) {
-  std::vector<Mesh> meshes;
-  for (int ulysses = 1; ulysses <= ranks; ++ulysses) {
-    if (ranks % ulysses != 0) continue;
-    meshes.push_back({.ulysses = ulysses, .ring = ranks / ulysses});
-    meshes.push_back({.ulysses = ulysses, .allgather = ranks / ulysses});
-  }
-  return meshes;
-}
-
 planner::Work draw(std::mt19937_64& random) {
   const auto number = [&](std::int64_t low, std::int64_t high) {
     return std::uniform_int_distribution<std::int64_t>(low, high)(random);
