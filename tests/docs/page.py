@@ -31,6 +31,7 @@ def shown(body):
 def masked(output):
     """Numbers, level and processor names and the widths of columns are a machine's own."""
     text = re.sub(r"\b(sse2|avx2|avx512\w*|amx)\b(, products in bfloat16)?", "LEVEL", output)
+    text = re.sub(r"; GPU: .*?(?=  |$)", "", text, flags=re.MULTILINE)
     text = re.sub(r"^.* threads?, \d+ GB; .*$", "MACHINE", text, flags=re.MULTILINE)
     text = re.sub(r"\s*\brecommended\b", "", text)  # by timing
     text = re.sub(r"[-+]?(\d+(\.\d*)?(e[-+]?\d+)?|nan|inf)\b", "#", text)
