@@ -4,7 +4,7 @@ CUDA_SET ?= full
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full test-integrations sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint neon cuda install wheel clean
+.PHONY: help setup configure build programs demo test test-full test-integrations sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint docs neon cuda install wheel clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,11 @@ lint: ## Formatting and clang-tidy, no changes
 	@scripts/setup.sh lint
 	@$(MAKE) --no-print-directory build
 	@scripts/lint.sh $(BUILD)
+
+docs: ## The public headers as HTML in build/docs/html (Doxygen); what is undocumented is an error
+	@scripts/setup.sh docs
+	@mkdir -p build
+	@doxygen docs/Doxyfile
 
 neon: ## The CPU kernels and their test for 64-bit Arm, cross-built, run under QEMU
 	@scripts/setup.sh neon

@@ -17,23 +17,23 @@ struct AttentionOptions {
   /// A member's name in any case; "auto": the selector's choice for `role` in `config`: without one, the fastest that
   /// was measured (tuner.hpp), or else the platform's default.
   std::string backend = "auto";
-  BackendClass backend_class = nullptr;  ///< not null: this class, whatever `backend` says
-  std::optional<double> softmax_scale = std::nullopt;
-  bool causal = false;
+  BackendClass backend_class = nullptr;                ///< not null: this class, whatever `backend` says
+  std::optional<double> softmax_scale = std::nullopt;  ///< none: 1/√(head size)
+  bool causal = false;  ///< row i sees keys to its diagonal, aligned as the back end's capabilities say
   /// Of "auto" by measurement, where the configuration does not say: `AttentionSpec::max_error`.
   std::optional<double> max_error = std::nullopt;
   BackendKwargs backend_kwargs = {};  ///< on top of those that `config` has for the role
-  std::string role = {};
-  std::string role_category = {};
-  AttentionConfig config = {};
+  std::string role = {};              ///< "self", "cross", …; of "auto", and for observers
+  std::string role_category = {};     ///< of "auto": what is asked where `config` has no entry for `role`
+  AttentionConfig config = {};        ///< of "auto": who computes which role
 };
 
 /// The sizes of a layer, as `attention` reads them off the tensors.
 struct LayerShape {
-  std::int64_t num_heads = 1;
-  std::int64_t num_kv_heads = 1;
-  std::int64_t head_size = 1;
-  std::string device = "cpu";
+  std::int64_t num_heads = 1;     ///< of query
+  std::int64_t num_kv_heads = 1;  ///< of key and value
+  std::int64_t head_size = 1;     ///< of all three
+  std::string device = "cpu";     ///< "cpu", "cuda", or one of define_platform
 };
 
 /// The layer that `attention` would use: for a new combination it is built, then kept (512; then all are built anew),

@@ -43,13 +43,14 @@ struct AttentionSpec {
   /// Automatic: the largest measured error (`TunedResult::error`) of what is chosen; none: `exact_error`.
   std::optional<double> max_error = std::nullopt;
 
+  /// No back end is named.
   [[nodiscard]] bool is_automatic() const { return backend == kAutomatic; }
 };
 
 /// Backends by role. A value; building one touches no registry, so names are checked when they are used.
 struct AttentionConfig {
-  std::optional<AttentionSpec> default_spec = std::nullopt;
-  std::map<std::string, AttentionSpec> per_role = {};  ///< nested roles joined by dots: "ltx2.audio_to_video"
+  std::optional<AttentionSpec> default_spec = std::nullopt;  ///< of roles without an entry; none: not set
+  std::map<std::string, AttentionSpec> per_role = {};        ///< nested roles joined by dots: "ltx2.audio_to_video"
 
   /// From JSON:
   ///

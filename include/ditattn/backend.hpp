@@ -22,14 +22,15 @@
 
 namespace ditattn {
 
+/// Options by name: strings, numbers, booleans, None.
 using BackendKwargs = tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any>;
 
 /// What an implementation is built from, once per attention layer.
 struct ImplConfig {
-  std::int64_t num_heads = 1;
-  std::int64_t head_size = 1;
+  std::int64_t num_heads = 1;                          ///< of query
+  std::int64_t head_size = 1;                          ///< of query, key and value
   std::optional<double> softmax_scale = std::nullopt;  ///< none: 1/√head_size
-  bool causal = false;
+  bool causal = false;  ///< row i sees keys to its diagonal (`Capabilities::causal_alignment`)
   std::optional<std::int64_t> num_kv_heads = std::nullopt;  ///< none: num_heads
   std::string prefix = {};                                  ///< the layer's name, for messages and observers
   std::string role = {};                                    ///< "self", "cross", …, for observers
@@ -46,52 +47,52 @@ struct ForwardOutputs {
 /// [first_row, first_row + rows) see everything.
 struct MaskView {
   const void* data = nullptr;  ///< null: no mask has to be read
-  DLDataType dtype = kBool;
-  std::array<std::int64_t, 4> strides = {};
-  std::int64_t first_row = 0;
-  std::int64_t rows = 0;
+  DLDataType dtype = kBool;    ///< bool: true = attend; a floating type: added to the logits, −∞ hides
+  std::array<std::int64_t, 4> strides = {};  ///< in elements: batch, head, row, key
+  std::int64_t first_row = 0;                ///< the joined row that the mask's first is
+  std::int64_t rows = 0;                     ///< that the mask has
 };
 
 /// Query rows [first_row, …) in joined order: `tensor` is (B, rows, H, D).
 struct QuerySegment {
-  Tensor tensor;
-  std::int64_t first_row = 0;
+  Tensor tensor;               ///< read in place
+  std::int64_t first_row = 0;  ///< of `tensor`, in joined order
 };
 
 /// Keys [first_key, first_key + keys) in joined order.
 struct KeySegment {
-  Tensor key;  ///< (B, ≥ keys, Hkv, D)
-  Tensor value;
-  std::int64_t first_key = 0;
-  std::int64_t keys = 0;
+  Tensor key;                  ///< (B, ≥ keys, Hkv, D)
+  Tensor value;                ///< (B, ≥ keys, Hkv, D)
+  std::int64_t first_key = 0;  ///< of `key`, in joined order
+  std::int64_t keys = 0;       ///< in this segment
   /// Null: all keys. Else batch entry b sees the first prefix->kv_lengths[b] (kv_lengths[0] if there is one), relative
   /// to the tensor whose prefix `length_offset` belongs to others: b sees keys below kv_lengths[b] − length_offset.
   const MaskDescription* prefix = nullptr;
-  std::int64_t length_offset = 0;
-  MaskView mask;
+  std::int64_t length_offset = 0;  ///< keys that lie before these in the tensor `prefix` is about
+  MaskView mask;                   ///< of this segment's keys
 };
 
 /// A call as kernels see it: segments in joined order, and which keys each row sees.
 struct CallPlan {
-  std::array<QuerySegment, 2> queries;
-  int num_queries = 0;
-  std::array<KeySegment, 2> keys;
-  int num_keys = 0;
-  std::int64_t total_rows = 0;
-  std::int64_t total_keys = 0;
-  bool causal = false;  ///< row i sees keys j ≤ i + causal_offset
-  std::int64_t causal_offset = 0;
+  std::array<QuerySegment, 2> queries;      ///< the first `num_queries` count
+  int num_queries = 0;                      ///< 1, or 2 with joint text
+  std::array<KeySegment, 2> keys;           ///< the first `num_keys` count
+  int num_keys = 0;                         ///< 1, or 2 with joint text
+  std::int64_t total_rows = 0;              ///< of all query segments
+  std::int64_t total_keys = 0;              ///< of all key segments
+  bool causal = false;                      ///< row i sees keys j ≤ i + causal_offset
+  std::int64_t causal_offset = 0;           ///< 0 for top-left, total_keys − total_rows for bottom-right
   std::shared_ptr<const KeyRanges> ranges;  ///< null: all; causality is in them where they are
 };
 
 /// One checked forward call, as `AttentionImpl::run` gets it. Valid during the call only.
 struct AttentionCall {
-  const Tensor& query;  ///< (B, Sq, H, D)
-  const Tensor& key;    ///< (B, Skv, Hkv, D)
-  const Tensor& value;  ///< (B, Skv, Hkv, D)
-  const Tensor& out;    ///< (B, Sq, H, D); Sq counts joint tokens
-  const Tensor& lse;    ///< float32 (B, H, Sq), or null
-  const AttentionMetadata& metadata;
+  const Tensor& query;                ///< (B, Sq, H, D)
+  const Tensor& key;                  ///< (B, Skv, Hkv, D)
+  const Tensor& value;                ///< (B, Skv, Hkv, D)
+  const Tensor& out;                  ///< (B, Sq, H, D); Sq counts joint tokens
+  const Tensor& lse;                  ///< float32 (B, H, Sq), or null
+  const AttentionMetadata& metadata;  ///< may be null; `plan` reads it
 
   /// Segments, masks and ranges: all that the metadata says, worked out.
   [[nodiscard]] DITATTN_API CallPlan plan(bool causal, CausalAlignment alignment) const;
@@ -102,6 +103,7 @@ class AttentionBackend;
 /// An attention layer's implementation. Immutable: `forward` may be called by many threads at once.
 class DITATTN_API AttentionImpl {
  public:
+  /// Takes a config that `AttentionBackend::make` has checked.
   explicit AttentionImpl(ImplConfig config);
   virtual ~AttentionImpl();
   AttentionImpl(const AttentionImpl&) = delete;
@@ -121,8 +123,11 @@ class DITATTN_API AttentionImpl {
 
   /// The class that built this; set by `AttentionBackend::make`.
   [[nodiscard]] const AttentionBackend& backend() const { return *backend_; }
+  /// As it was built.
   [[nodiscard]] const ImplConfig& config() const { return config_; }
+  /// The config's, or 1/√head_size.
   [[nodiscard]] double softmax_scale() const { return scale_; }
+  /// The config's, or num_heads.
   [[nodiscard]] std::int64_t num_kv_heads() const { return config_.num_kv_heads.value_or(config_.num_heads); }
 
  protected:
@@ -138,6 +143,7 @@ class DITATTN_API AttentionImpl {
   std::atomic<std::uint64_t>* launches_ = nullptr;  // null where nothing is counted
 };
 
+/// Builds implementations of one class: `AttentionBackend::make`.
 using ImplFactory = std::function<std::unique_ptr<AttentionImpl>(const ImplConfig&)>;
 
 /// A backend class: stateless, one object per class, all methods thread-safe.
@@ -164,8 +170,11 @@ class DITATTN_API AttentionBackend : public std::enable_shared_from_this<Attenti
 
   /// Head sizes as a list; empty means any.
   [[nodiscard]] std::vector<std::int64_t> get_supported_head_sizes() const;
+  /// `capabilities().head_sizes` has it.
   [[nodiscard]] bool supports_head_size(std::int64_t head_size) const;
+  /// "padding", "bool" or "additive" is among `capabilities().masks`.
   [[nodiscard]] bool supports_attention_mask() const;
+  /// "spans" is among `capabilities().masks`.
   [[nodiscard]] bool supports_piecewise_spans() const;
 
  protected:

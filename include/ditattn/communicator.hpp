@@ -16,24 +16,28 @@
 
 namespace ditattn::parallel {
 
+/// A time in seconds.
 using Seconds = std::chrono::duration<double>;
 
 /// How long an operation waits for a peer, where nothing else is said.
 inline constexpr Seconds kDefaultTimeout{300};
 
+/// What ranks do together; errors name it.
 enum class Operation : std::uint8_t { all_to_all, exchange, all_gather, barrier };
+/// "all_to_all", "exchange", …
 DITATTN_API std::string_view operation_name(Operation operation);
 
 /// Contiguous bytes for, or from, one rank. Blocks of no bytes are not sent: both sides know the sizes.
 struct SendBlock {
-  int rank;
-  const void* data;
-  std::int64_t bytes;
+  int rank;            ///< that gets it
+  const void* data;    ///< on the operation's device
+  std::int64_t bytes;  ///< its size
 };
+/// The other side of a SendBlock.
 struct ReceiveBlock {
-  int rank;
-  void* data;
-  std::int64_t bytes;
+  int rank;            ///< that sends it
+  void* data;          ///< on the operation's device
+  std::int64_t bytes;  ///< its size
 };
 
 /// An operation under way. Its memory belongs to it until `wait` has returned, and its communicator must be there.
@@ -54,13 +58,17 @@ class DITATTN_API Pending {
 /// taken by every transport, because ranks agree on shapes first; other devices by those that say so.
 class DITATTN_API Communicator {
  public:
+  /// For transports: rank `rank` of `size`; `timeout` is how long `Pending::wait` waits for a peer.
   Communicator(int rank, int size, Seconds timeout) : rank_(rank), size_(size), timeout_(timeout) {}
   virtual ~Communicator();
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
+  /// This one, from 0.
   [[nodiscard]] int rank() const { return rank_; }
+  /// How many ranks there are.
   [[nodiscard]] int size() const { return size_; }
+  /// How long an operation waits for a peer.
   [[nodiscard]] Seconds timeout() const { return timeout_; }
   /// Whether blocks may lie in memory of this device.
   [[nodiscard]] virtual bool takes(DLDevice device) const { return device.device_type == kDLCPU; }
@@ -106,6 +114,7 @@ struct ThreadWorldState;
 /// object may go before its communicators. ValueError unless size and timeout are positive.
 class DITATTN_API ThreadWorld {
  public:
+  /// `size` ranks; `timeout` is how long their operations wait for each other.
   explicit ThreadWorld(int size, Seconds timeout = kDefaultTimeout);
   /// The end of `rank`; ask once per rank. Thread-safe.
   [[nodiscard]] std::shared_ptr<Communicator> communicator(int rank) const;

@@ -14,15 +14,17 @@
 
 namespace ditattn {
 
+/// One GPU.
 struct CudaDevice {
   std::string name;                     ///< "NVIDIA H200"
   std::int64_t compute_capability = 0;  ///< 10 · major + minor: 90 for Hopper
-  std::int64_t memory_bytes = 0;
-  std::int64_t multiprocessors = 0;
+  std::int64_t memory_bytes = 0;        ///< in all, not what is free
+  std::int64_t multiprocessors = 0;     ///< how many
 };
 
+/// The GPUs of this machine, as far as this process sees them.
 struct CudaInfo {
-  std::vector<CudaDevice> devices;
+  std::vector<CudaDevice> devices;  ///< by ordinal, as `DLDevice::device_id` counts
   std::int64_t driver_version = 0;  ///< the newest CUDA that the driver knows, 13000 for 13.0; 0: no driver
   std::string reason;               ///< why there are no devices; empty if there are
 };

@@ -41,14 +41,15 @@ struct GuardFinding {
   std::string problem = {};  ///< shapes, dtype and device
   std::uint64_t call = 0;    ///< of this layer, counted from 0
   double error = 0;  ///< of the worst row: ‖out − answer‖ / ‖answer‖; infinite where one of the two counts below does
-  double bound = 0;        ///< what `error` may be
-  std::int64_t batch = 0;  ///< of the worst row
-  std::int64_t head = 0;
-  std::int64_t query = 0;
+  double bound = 0;               ///< what `error` may be
+  std::int64_t batch = 0;         ///< of the worst row
+  std::int64_t head = 0;          ///< of the worst row
+  std::int64_t query = 0;         ///< of the worst row: its place among the query rows
   std::int64_t non_finite = 0;    ///< elements of the rows compared that are finite in one of output and answer alone
   std::int64_t without_keys = 0;  ///< elements that are not zero in rows that see no key
   std::string action = {};        ///< what was done: empty for nothing
 
+  /// Over the bound, or NaN.
   [[nodiscard]] bool failed() const { return !(error <= bound); }
   /// One line.
   [[nodiscard]] DITATTN_API std::string text() const;
@@ -56,15 +57,15 @@ struct GuardFinding {
 
 /// What is known of one layer.
 struct GuardedLayer {
-  std::string layer;
-  std::string role;
-  std::string backend;      ///< which computed the last call that was checked
-  std::uint64_t calls = 0;  ///< that have been computed
-  std::uint64_t checks = 0;
-  std::uint64_t failures = 0;
+  std::string layer;              ///< `ImplConfig::prefix`
+  std::string role;               ///< `ImplConfig::role`
+  std::string backend;            ///< which computed the last call that was checked
+  std::uint64_t calls = 0;        ///< that have been computed
+  std::uint64_t checks = 0;       ///< that were made
+  std::uint64_t failures = 0;     ///< of these
   std::uint64_t captured = 0;     ///< due, but not checked: recorded into a CUDA graph
   std::uint64_t not_checked = 0;  ///< due, but not to be checked, `reason` says why
-  std::string reason;
+  std::string reason;             ///< of the last that was not checked
   double last_error = 0;          ///< of the last check
   GuardFinding worst;             ///< the check with the largest error / bound
   std::uint64_t non_finite = 0;   ///< elements of all checks
@@ -72,9 +73,11 @@ struct GuardedLayer {
   std::uint64_t replaced_at = 0;  ///< the call from which on it computes
 };
 
+/// What is known of all layers that were watched.
 struct GuardReport {
   std::vector<GuardedLayer> layers;  ///< worst first
 
+  /// Of all layers.
   [[nodiscard]] DITATTN_API std::uint64_t failures() const;
   /// A table for people.
   [[nodiscard]] DITATTN_API std::string text() const;
@@ -82,14 +85,15 @@ struct GuardReport {
   [[nodiscard]] DITATTN_API std::string json() const;
 };
 
+/// What is checked, how often, and what follows.
 struct GuardOptions {
   std::int64_t every = 100;  ///< calls of a layer from check to check, the first call included
   std::int64_t rows = 16;    ///< of the output that are compared
   /// Of the worst row. None: what rounding allows an exact back end, 2e-5 (float32), 2e-3 (float16) or 1.2e-2
   /// (bfloat16), and 2⁻²² of the largest logit. Quantized back ends need one of their own.
   std::optional<double> max_error = std::nullopt;
-  GuardAction on_failure = GuardAction::report;
-  GuardScope scope = GuardScope::layer;
+  GuardAction on_failure = GuardAction::report;  ///< what follows a failed check
+  GuardScope scope = GuardScope::layer;          ///< of `replace`
   /// The member that replaces; empty: of the platform's candidates the first that takes the problem.
   std::string safer = {};
   std::vector<std::string> layers = {};  ///< patterns of names ("blocks.*.attn") that are watched; empty: all
@@ -115,6 +119,7 @@ class DITATTN_API Guard {
   Guard(const Guard&) = delete;
   Guard& operator=(const Guard&) = delete;
 
+  /// What is known now. At any time, by any thread.
   [[nodiscard]] GuardReport report() const;
   /// Ends the watch, and with it replacing; the report stays. By one thread.
   void end();

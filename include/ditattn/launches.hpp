@@ -12,9 +12,9 @@ namespace ditattn {
 
 /// Calls of `AttentionImpl::forward` that computed something, for one role by one back end.
 struct LaunchCount {
-  std::string role;     ///< `ImplConfig::role`; empty where none was given
-  std::string backend;  ///< its `get_name()`: of the one that ran, also behind a platform's default
-  std::uint64_t calls = 0;
+  std::string role;         ///< `ImplConfig::role`; empty where none was given
+  std::string backend;      ///< its `get_name()`: of the one that ran, also behind a platform's default
+  std::uint64_t calls = 0;  ///< above zero
 };
 
 /// Counts since the process began or `reset_launch_counts`, those above zero, in the order in which such a layer was

@@ -7,8 +7,10 @@
 
 namespace ditattn {
 
+/// How grave a message is; in Python the levels of `logging`.
 enum class LogLevel { debug, info, warning, error };
 
+/// Gets one message. It must neither log nor set a handler.
 using LogHandler = std::function<void(LogLevel, std::string_view)>;
 
 /// Sets where messages go. The library itself never prints: without a handler (the default, or an empty one)

@@ -38,12 +38,13 @@ class DITATTN_API DeviceCopies {
 
 /// What a mask hides, worked out on the host once per `AttentionMetadata`, so that no kernel scans a mask again.
 struct MaskDescription {
+  /// How far a mask is known.
   enum class Kind {
     none,        ///< hides nothing
     key_prefix,  ///< batch entry b sees its first `kv_lengths[b]` keys, in every head and row
     dense,       ///< anything else: read element by element
   };
-  Kind kind = Kind::none;
+  Kind kind = Kind::none;  ///< of this mask
   /// key_prefix only: one length per batch entry of the mask (one entry stands for all).
   std::vector<std::int64_t> kv_lengths = {};
   DeviceCopies copies = {};  ///< of `kv_lengths`
@@ -55,34 +56,35 @@ struct PackedSequences {
   /// Four for each sequence: its first row, its rows, its first key, its keys. Rows and keys are counted on from one
   /// batch entry to the next: entry b's row r is b · rows + r.
   std::vector<std::int64_t> numbers = {};
-  std::int64_t longest_rows = 0;
-  std::int64_t longest_keys = 0;
-  std::int64_t total_rows = 0;  ///< fewer than the batch has: some see no key
-  DeviceCopies copies = {};     ///< of `numbers`
+  std::int64_t longest_rows = 0;  ///< of one sequence
+  std::int64_t longest_keys = 0;  ///< of one sequence
+  std::int64_t total_rows = 0;    ///< fewer than the batch has: some see no key
+  DeviceCopies copies = {};       ///< of `numbers`
 
+  /// How many sequences.
   [[nodiscard]] std::int64_t count() const { return static_cast<std::int64_t>(numbers.size()) / 4; }
 };
 
 /// What spans and packed sequences come to: batch entry b's row r sees the keys [bounds[i], bounds[i + 1]) in joined
 /// order, i = b · batch_stride + 2 · r; masks hide more.
 struct KeyRanges {
-  std::vector<std::int64_t> bounds;
-  std::int64_t batch_stride = 0;
+  std::vector<std::int64_t> bounds;                         ///< pairs, a row after the other
+  std::int64_t batch_stride = 0;                            ///< 0: one batch entry's bounds stand for all
   DeviceCopies copies = {};                                 ///< of `bounds`
   std::optional<PackedSequences> sequences = std::nullopt;  ///< none for spans
 };
 
 /// A span of full attention [begin, end), in global token coordinates.
 struct Span {
-  std::int64_t begin = 0;
-  std::int64_t end = 0;
+  std::int64_t begin = 0;  ///< the first token in it
+  std::int64_t end = 0;    ///< the first after it
 };
 
 /// Local query rows [local_start, local_end) stand at global positions from `global_start` on.
 struct QueryRange {
-  std::int64_t local_start = 0;
-  std::int64_t local_end = 0;
-  std::int64_t global_start = 0;
+  std::int64_t local_start = 0;   ///< the first row
+  std::int64_t local_end = 0;     ///< the first after them
+  std::int64_t global_start = 0;  ///< of row `local_start`
 };
 
 /// Options by name. Known keys: `cu_seqlens_q`, `cu_seqlens_k` (int32 tensors), `max_seqlen_q`, `max_seqlen_k`,
@@ -103,8 +105,8 @@ struct AttentionMetadataFields {
   /// Text tokens, attended together with the image's: `(B, Tq, H, D)`, `(B, Tkv, Hkv, D)`. All three or none. `out`
   /// and the LSE then have Sq + Tq rows, in joined order.
   tvm::ffi::Optional<Tensor> joint_query = {};
-  tvm::ffi::Optional<Tensor> joint_key = {};
-  tvm::ffi::Optional<Tensor> joint_value = {};
+  tvm::ffi::Optional<Tensor> joint_key = {};    ///< with `joint_query`
+  tvm::ffi::Optional<Tensor> joint_value = {};  ///< with `joint_query`
   /// `(B, Tkv)`, or broadcastable to `(B, H, Sq + Tq, Tkv)`; like `attn_mask` for the text's keys.
   tvm::ffi::Optional<Tensor> joint_attn_mask = {};
   /// Text before ("front") or after ("rear") the image.
@@ -116,40 +118,45 @@ struct AttentionMetadataFields {
   /// Where a sharded query's rows stand; empty: row i stands at i.
   std::vector<QueryRange> query_ranges = {};
 
-  MetadataExtra extra = {};
+  MetadataExtra extra = {};  ///< packed sequences, a valid prefix, FP8
 };
 
 /// Sizes that turn metadata into key ranges.
 struct RangeRequest {
-  std::int64_t batch = 0;
-  std::int64_t rows = 0;  ///< joined
-  std::int64_t keys = 0;  ///< joined
-  bool causal = false;
-  CausalAlignment alignment = CausalAlignment::bottom_right;
+  std::int64_t batch = 0;                                     ///< entries
+  std::int64_t rows = 0;                                      ///< joined
+  std::int64_t keys = 0;                                      ///< joined
+  bool causal = false;                                        ///< as of the layer
+  CausalAlignment alignment = CausalAlignment::bottom_right;  ///< as of the back end
+  /// Equal sizes have equal ranges.
   friend bool operator==(const RangeRequest&, const RangeRequest&) = default;
 };
 
+/// What an `AttentionMetadata` refers to: its fields, and what has been worked out from them.
 class DITATTN_API AttentionMetadataObj : public tvm::ffi::Object {
  public:
-  AttentionMetadataFields fields;
+  AttentionMetadataFields fields;  ///< as they were given; not written to after
 
   /// What `attn_mask` and `joint_attn_mask` hide: computed by the first call, kept. Thread-safe. The masks must not be
   /// written to after. A mask on a GPU is copied to the host for it, which waits for this thread's stream, once.
   const MaskDescription& mask_description() const;
+  /// The same of `joint_attn_mask`.
   const MaskDescription& joint_mask_description() const;
 
   /// The ranges that spans or packed sequences come to for these sizes, causality included; null where there are
   /// neither. ValueError for what is malformed. The last answer is kept. Thread-safe.
   std::shared_ptr<const KeyRanges> key_ranges(const RangeRequest& request) const;
 
+  /// There is joint text.
   [[nodiscard]] bool has_joint() const { return fields.joint_key.has_value(); }
+  /// Text before the image.
   [[nodiscard]] bool joint_first() const { return fields.joint_strategy == "front"; }
   /// Whether `extra` describes packed sequences. ValueError if only some of its four keys are there.
   [[nodiscard]] bool is_packed() const;
   /// The valid prefix of the image's keys, `keys` if all are. ValueError unless in [0, keys].
   [[nodiscard]] std::int64_t valid_kv_length(std::int64_t keys) const;
 
-  static constexpr bool _type_mutable = true;
+  static constexpr bool _type_mutable = true;  ///< for tvm-ffi: references reach what is not const
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("ditattn.AttentionMetadata", AttentionMetadataObj, tvm::ffi::Object);
 
  private:
@@ -168,6 +175,7 @@ class DITATTN_API AttentionMetadataObj : public tvm::ffi::Object {
 /// it to every layer: what is worked out from a mask is then worked out once.
 class DITATTN_API AttentionMetadata : public tvm::ffi::ObjectRef {
  public:
+  /// Takes the fields unchecked: a forward call checks them against its tensors.
   explicit AttentionMetadata(AttentionMetadataFields fields);
   TVM_FFI_DEFINE_OBJECT_REF_METHODS_NULLABLE(AttentionMetadata, tvm::ffi::ObjectRef, AttentionMetadataObj);
 };

@@ -25,8 +25,8 @@ namespace ditattn {
 /// memory is the caller's.
 struct ForwardEvent {
   const AttentionImpl& impl;  ///< its config has the layer's name (`prefix`) and `role`
-  const Problem& problem;
-  const AttentionCall& call;
+  const Problem& problem;     ///< sizes, dtype, device and kind of mask
+  const AttentionCall& call;  ///< tensors and metadata
   /// After the call: what computed, also behind a platform's default or by `instead`. Null before.
   const AttentionImpl* computed = nullptr;
 };
@@ -52,6 +52,7 @@ class DITATTN_API ForwardObserver {
 /// run in other threads when it ends may still tell the observer, which they keep alive.
 class DITATTN_API ForwardObservation {
  public:
+  /// From now on.
   explicit ForwardObservation(std::shared_ptr<ForwardObserver> observer);
   ~ForwardObservation();
   ForwardObservation(const ForwardObservation&) = delete;

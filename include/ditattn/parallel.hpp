@@ -27,7 +27,9 @@ struct Mesh {
   int ring = 1;       ///< keys and values go round, step by step; results are merged by their LSE
   int allgather = 1;  ///< keys and values are gathered at once: more memory, one step
 
+  /// The degree of the second axis.
   [[nodiscard]] int second() const { return ring * allgather; }
+  /// Equal degrees.
   friend bool operator==(const Mesh&, const Mesh&) = default;
 };
 
@@ -52,7 +54,9 @@ class DITATTN_API ParallelGroup {
   ParallelGroup(const ParallelGroup&) = delete;
   ParallelGroup& operator=(const ParallelGroup&) = delete;
 
+  /// As it was given.
   [[nodiscard]] const Mesh& mesh() const;
+  /// The one of all ranks.
   [[nodiscard]] Communicator& communicator() const;
 
  private:

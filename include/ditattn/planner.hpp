@@ -21,14 +21,14 @@ namespace ditattn::planner {
 
 /// Rows of a kernel's tile, and what one of its rows costs relative to the best tile's.
 struct Tile {
-  std::int64_t rows;
-  double cost;
+  std::int64_t rows;  ///< of the query
+  double cost;        ///< 1 for the best tile
 };
 
 /// A back end's kernel, 16-bit numbers. A tile of `rows` rows takes rows · cost · 4 · (keys + extra_keys) · head_size
 /// operations of one multiprocessor; a GPU does as many tiles at a time as it has those.
 struct KernelFigures {
-  std::string backend;
+  std::string backend;                            ///< a member's name
   std::vector<std::pair<double, double>> tflops;  ///< by head size, ascending; between them interpolated
   double extra_keys;                              ///< a tile's beginning and end, as keys
   double call_us;                                 ///< of every call
@@ -37,31 +37,35 @@ struct KernelFigures {
   std::string source;                             ///< where that was measured
 };
 
+/// A kind of GPU.
 struct GpuFigures {
-  std::string name;
-  int units;             ///< multiprocessors
-  double copy_gb_per_s;  ///< bytes read and written, 10⁹ a second
-  double copy_us;        ///< of every kernel that copies or merges
-  std::string source;
-  std::vector<KernelFigures> kernels;
+  std::string name;                    ///< "H200"
+  int units;                           ///< multiprocessors
+  double copy_gb_per_s;                ///< bytes read and written, 10⁹ a second
+  double copy_us;                      ///< of every kernel that copies or merges
+  std::string source;                  ///< where that was measured
+  std::vector<KernelFigures> kernels;  ///< one per back end
 };
 
+/// What joins GPUs.
 struct LinkFigures {
-  std::string name;
-  double gb_per_s;    ///< of one GPU, in each direction at once
-  double latency_us;  ///< of a batch of sends and receives started together
-  std::string source;
+  std::string name;    ///< "nvlink"
+  double gb_per_s;     ///< of one GPU, in each direction at once
+  double latency_us;   ///< of a batch of sends and receives started together
+  std::string source;  ///< where that was measured
 };
 
+/// All that predictions rest on.
 struct Figures {
-  int gpus_per_node;
-  std::string node_link;  ///< the link inside a node
-  std::vector<GpuFigures> gpus;
-  std::vector<LinkFigures> links;
+  int gpus_per_node;               ///< of which `node_link` joins each with each
+  std::string node_link;           ///< the link inside a node
+  std::vector<GpuFigures> gpus;    ///< by name
+  std::vector<LinkFigures> links;  ///< by name
 };
 
 /// The embedded ones (src/planner/figures.json). Parsed by the first call; thread-safe.
 DITATTN_API const Figures& figures();
+/// The text that `figures` was parsed from.
 DITATTN_API std::string_view figures_json();
 /// ValueError that names the place for what is missing, unknown or of a wrong value.
 DITATTN_API Figures parse_figures(std::string_view json);
@@ -70,19 +74,19 @@ DITATTN_API Figures parse_figures(std::string_view json);
 struct Request {
   Problem problem = {};           ///< seq_q and seq_kv with the text; of dtype the size counts; masks are not looked at
   std::int64_t joint_tokens = 0;  ///< how many of seq_q and of seq_kv are joint text
-  bool joint_first = true;
-  int gpus = 1;                 ///< 1 to 1,024
-  std::string link = "nvlink";  ///< the node's own, or what joins nodes
+  bool joint_first = true;        ///< text before the image
+  int gpus = 1;                   ///< 1 to 1,024
+  std::string link = "nvlink";    ///< the node's own, or what joins nodes
   std::optional<int> gpus_per_node =
-      {};  ///< none: the figures', but 1 where another link joins GPUs that one node holds
-  std::string gpu = "H200";
-  std::string backend = "FLASH_ATTN";
+      {};                              ///< none: the figures', but 1 where another link joins GPUs that one node holds
+  std::string gpu = "H200";            ///< of the figures
+  std::string backend = "FLASH_ATTN";  ///< a member of which the GPU has figures
 };
 
 /// One mesh. Milliseconds are those of the slowest rank in each phase: what they come to is `ms`.
 struct MeshPlan {
-  parallel::Mesh mesh;
-  double ms = 0;
+  parallel::Mesh mesh;                  ///< its degrees
+  double ms = 0;                        ///< of one attention: attention, copying and exchange
   double attention_ms = 0;              ///< the back end's calls
   double copying_ms = 0;                ///< packing, merging, rounding
   double exchange_ms = 0;               ///< what of it nothing hides
@@ -92,12 +96,14 @@ struct MeshPlan {
   std::vector<std::string> notes = {};  ///< what is uneven
 };
 
+/// What is predicted.
 struct Plan {
   double one_gpu_ms = 0;         ///< the back end's own call
   int gpus_per_node = 1;         ///< as taken
   std::vector<MeshPlan> meshes;  ///< every one of so many GPUs, the fastest first
 };
 
+/// Every mesh of so many GPUs. ValueError for a request that makes no sense, or that `figures` know nothing of.
 DITATTN_API Plan make_plan(const Request& request, const Figures& figures);
 
 /// Why the first mesh of a plan is the best, beside the next one: a sentence.

@@ -19,25 +19,26 @@ enum class MaskKind : std::int32_t {
   boolean,   ///< true = attend, varies by row or head
   additive,  ///< added to the logits
 };
+/// "none", "padding", "bool" or "additive".
 DITATTN_API const char* mask_kind_name(MaskKind kind);
 
 /// One attention problem: query (B, Sq, H, D), key and value (B, Skv, Hkv, D).
 struct Problem {
-  std::int64_t batch = 1;
-  std::int64_t num_heads = 1;
-  std::int64_t num_kv_heads = 1;
-  std::int64_t seq_q = 1;
-  std::int64_t seq_kv = 1;
-  std::int64_t head_size = 1;
-  DLDataType dtype = kFloat32;
-  DLDevice device = kCpu;
-  MaskKind mask = MaskKind::none;
-  bool causal = false;
-  bool lse = false;     ///< log-sum-exp wanted too
-  bool packed = false;  ///< several sequences in one tensor
-  bool joint = false;   ///< text tokens in tensors of their own; seq_q and seq_kv count them
-  bool spans = false;   ///< full_attn_spans
-  bool fp8_kv = false;  ///< kv_cache_dtype = "fp8"
+  std::int64_t batch = 1;          ///< B
+  std::int64_t num_heads = 1;      ///< H, of query
+  std::int64_t num_kv_heads = 1;   ///< Hkv, of key and value; H is a multiple of it
+  std::int64_t seq_q = 1;          ///< Sq, tokens
+  std::int64_t seq_kv = 1;         ///< Skv, tokens
+  std::int64_t head_size = 1;      ///< D
+  DLDataType dtype = kFloat32;     ///< of query, key, value and output
+  DLDevice device = kCpu;          ///< of all tensors
+  MaskKind mask = MaskKind::none;  ///< what the metadata's masks come to
+  bool causal = false;             ///< aligned as the back end does (`Capabilities::causal_alignment`)
+  bool lse = false;                ///< log-sum-exp wanted too
+  bool packed = false;             ///< several sequences in one tensor
+  bool joint = false;              ///< text tokens in tensors of their own; seq_q and seq_kv count them
+  bool spans = false;              ///< full_attn_spans
+  bool fp8_kv = false;             ///< kv_cache_dtype = "fp8"
   /// Bytes, 16 at most, of which every tensor's first element and strides are multiples; 0: some stride is negative.
   std::int64_t alignment = 16;
 };
@@ -51,9 +52,11 @@ struct HeadSizes {
   std::vector<std::int64_t> list;  ///< if not empty: these only
   std::int64_t min = 1;            ///< otherwise min…max in steps of `multiple`
   std::int64_t max = 0;            ///< 0: no limit
-  std::int64_t multiple = 1;
+  std::int64_t multiple = 1;       ///< sizes are multiples of it
 
+  /// Nothing is excluded.
   [[nodiscard]] bool any() const { return list.empty() && min <= 1 && max == 0 && multiple == 1; }
+  /// This size is taken.
   [[nodiscard]] DITATTN_API bool contains(std::int64_t head_size) const;
   /// "any", "64, 128, 256" or "8 to 256 in multiples of 8".
   [[nodiscard]] DITATTN_API std::string describe() const;
@@ -63,27 +66,28 @@ struct HeadSizes {
 struct Capabilities {
   std::string engine;                ///< what really computes, e.g. "own kernels, AVX-512"
   std::vector<std::string> devices;  ///< "cpu", "cuda"
-  std::vector<DLDataType> dtypes;
-  HeadSizes head_sizes;
-  std::vector<std::string> masks;  ///< of "padding", "bool", "additive", "spans"
-  bool gqa = false;
-  bool causal = false;
-  CausalAlignment causal_alignment = CausalAlignment::bottom_right;
-  bool lse = false;
-  bool packed = false;                 ///< several sequences in one tensor (cu_seqlens)
-  bool joint = false;                  ///< joint text tokens
+  std::vector<DLDataType> dtypes;    ///< of query, key, value and output
+  HeadSizes head_sizes;              ///< D
+  std::vector<std::string> masks;    ///< of "padding", "bool", "additive", "spans"
+  bool gqa = false;                  ///< fewer K/V heads than query heads
+  bool causal = false;               ///< takes `ImplConfig::causal`
+  CausalAlignment causal_alignment = CausalAlignment::bottom_right;  ///< where Sq ≠ Skv
+  bool lse = false;                                                  ///< gives the log-sum-exp
+  bool packed = false;                                               ///< several sequences in one tensor (cu_seqlens)
+  bool joint = false;                                                ///< joint text tokens
   bool fp8_kv = false;                 ///< K and V computed in FP8 on request (kv_cache_dtype)
   bool graph_safe = false;             ///< may be captured in a device graph once warmed up
   bool masked_nan_propagates = false;  ///< NaN or Inf in masked positions shows in the output
   std::int64_t alignment = 1;          ///< bytes: the least `Problem::alignment`; 1: any, negative strides too
 
+  /// `name` is in `masks`.
   [[nodiscard]] DITATTN_API bool has_mask(std::string_view name) const;
 };
 
 /// Yes, or every reason against, each with its values.
 struct Verdict {
-  std::vector<std::string> reasons;
-  explicit operator bool() const { return reasons.empty(); }
+  std::vector<std::string> reasons;                           ///< against; empty: yes
+  explicit operator bool() const { return reasons.empty(); }  ///< yes
   /// Reasons joined by "; ".
   [[nodiscard]] DITATTN_API std::string text() const;
 };

@@ -20,13 +20,13 @@ namespace ditattn {
 /// overridden at run time. A small value type; all operations are thread-safe.
 class DITATTN_API DiffusionAttentionBackendEnum {
  public:
-  static const DiffusionAttentionBackendEnum FLASH_ATTN;
-  static const DiffusionAttentionBackendEnum TORCH_SDPA;
-  static const DiffusionAttentionBackendEnum SAGE_ATTN;
-  static const DiffusionAttentionBackendEnum SAGE_ATTN_3;
-  static const DiffusionAttentionBackendEnum CUDNN_ATTN;
-  static const DiffusionAttentionBackendEnum FLASHINFER_ATTN;
-  static const DiffusionAttentionBackendEnum CUSTOM;  ///< empty path: the user's own
+  static const DiffusionAttentionBackendEnum FLASH_ATTN;       ///< our own exact kernels
+  static const DiffusionAttentionBackendEnum TORCH_SDPA;       ///< PyTorch's attention, or its semantics
+  static const DiffusionAttentionBackendEnum SAGE_ATTN;        ///< quantized to 8 bits
+  static const DiffusionAttentionBackendEnum SAGE_ATTN_3;      ///< microscaled FP4
+  static const DiffusionAttentionBackendEnum CUDNN_ATTN;       ///< cuDNN's fused attention
+  static const DiffusionAttentionBackendEnum FLASHINFER_ATTN;  ///< FlashInfer's prefill kernels
+  static const DiffusionAttentionBackendEnum CUSTOM;           ///< empty path: the user's own
 
   /// Exact spelling; UnknownBackendError (a ValueError) lists all members.
   static DiffusionAttentionBackendEnum from_name(std::string_view name);
@@ -35,6 +35,7 @@ class DITATTN_API DiffusionAttentionBackendEnum {
   /// Adds a member. Defining a name again with the same path returns it; with another path is a ValueError.
   static DiffusionAttentionBackendEnum define(std::string_view name, std::string_view default_path = "");
 
+  /// "FLASH_ATTN".
   [[nodiscard]] std::string name() const;
   /// The default class path, never the override.
   [[nodiscard]] std::string value() const;
@@ -45,10 +46,12 @@ class DITATTN_API DiffusionAttentionBackendEnum {
   /// the loader's reason; NotRegisteredError and ClassPathError are ValueErrors. The outcome is remembered, failures
   /// too, until a registration changes.
   [[nodiscard]] BackendClass get_class() const;
+  /// A class has been registered in the place of the default.
   [[nodiscard]] bool is_overridden() const;
   /// Removes the override; nothing happens without one.
   void clear_override() const;
 
+  /// The same member.
   friend bool operator==(DiffusionAttentionBackendEnum, DiffusionAttentionBackendEnum) = default;
 
  private:
@@ -113,9 +116,11 @@ DITATTN_API BackendClass resolve_class_path(const std::string& class_path);
 
 }  // namespace ditattn
 
+/// @cond Doxygen has no place for a specialisation of another namespace's template.
 template <>
 struct std::hash<ditattn::DiffusionAttentionBackendEnum> {
   std::size_t operator()(ditattn::DiffusionAttentionBackendEnum member) const {
     return std::hash<std::string>{}(member.name());
   }
 };
+/// @endcond

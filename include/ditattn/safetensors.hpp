@@ -11,8 +11,8 @@ namespace ditattn {
 
 /// Tensors of a file, by name, with the file's string metadata.
 struct SafetensorsFile {
-  std::map<std::string, Tensor> tensors;
-  std::map<std::string, std::string> metadata;
+  std::map<std::string, Tensor> tensors;        ///< by name; contiguous, in host memory
+  std::map<std::string, std::string> metadata;  ///< the header's `__metadata__`
 };
 
 /// Reads a file of the safetensors format (8-byte little-endian header length, JSON header, data). The whole header is

@@ -37,13 +37,13 @@ inline constexpr std::int64_t kHeadSizeUnknown = -1;
 
 /// Which backend was chosen, and why.
 struct Selection {
-  DiffusionAttentionBackendEnum member;  ///< for a platform default: its first candidate
-  BackendClass backend;
+  DiffusionAttentionBackendEnum member;              ///< for a platform default: its first candidate
+  BackendClass backend;                              ///< the class; never null
   std::optional<AttentionSpec> spec = std::nullopt;  ///< what named it, or bounds the automatic choice; else none
   /// "attention_config.per_role['self']", "attention_config.per_role['self'] (role_category fallback)",
   /// "attention_config.default", the same with " (DIFFUSION_ATTENTION_BACKEND)", or "platform default".
   std::string source = {};
-  bool is_explicit = false;
+  bool is_explicit = false;  ///< a backend is named: nothing replaces it, unless its `on_unusable` says so
 
   /// Options for `ImplConfig::backend_kwargs`.
   [[nodiscard]] BackendKwargs backend_kwargs() const { return spec ? spec->backend_kwargs : BackendKwargs(); }
@@ -69,11 +69,11 @@ DITATTN_API Selection select_backend(const Problem& problem, const std::string& 
 
 /// One member's answer to a problem.
 struct MemberVerdict {
-  DiffusionAttentionBackendEnum member;
-  BackendClass backend;       ///< null where the class cannot be imported
-  bool is_candidate = false;  ///< would be tried; the others only tell what they would say
-  Verdict verdict;            ///< what speaks against it here, unavailability and errors that were measured included
-  std::string kernel = {};    ///< which would compute, if it takes the problem and its engine tells
+  DiffusionAttentionBackendEnum member;  ///< whose answer it is
+  BackendClass backend;                  ///< null where the class cannot be imported
+  bool is_candidate = false;             ///< would be tried; the others only tell what they would say
+  Verdict verdict;          ///< what speaks against it here, unavailability and errors that were measured included
+  std::string kernel = {};  ///< which would compute, if it takes the problem and its engine tells
   std::optional<TunedResult> tuned = std::nullopt;  ///< automatic: what was measured of it for this problem
 };
 

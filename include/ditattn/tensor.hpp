@@ -13,16 +13,17 @@
 
 namespace ditattn {
 
+/// A reference to a DLPack tensor; copies share memory.
 using Tensor = tvm::ffi::Tensor;
 
-inline constexpr DLDataType kFloat64{kDLFloat, 64, 1};
-inline constexpr DLDataType kFloat32{kDLFloat, 32, 1};
-inline constexpr DLDataType kFloat16{kDLFloat, 16, 1};
-inline constexpr DLDataType kBFloat16{kDLBfloat, 16, 1};
-inline constexpr DLDataType kInt32{kDLInt, 32, 1};
-inline constexpr DLDataType kInt64{kDLInt, 64, 1};
-inline constexpr DLDataType kBool{kDLBool, 8, 1};
-inline constexpr DLDevice kCpu{kDLCPU, 0};
+inline constexpr DLDataType kFloat64{kDLFloat, 64, 1};    ///< for references
+inline constexpr DLDataType kFloat32{kDLFloat, 32, 1};    ///< bits: 1 sign, 8 exponent, 23 fraction
+inline constexpr DLDataType kFloat16{kDLFloat, 16, 1};    ///< bits: 1 sign, 5 exponent, 10 fraction
+inline constexpr DLDataType kBFloat16{kDLBfloat, 16, 1};  ///< bits: 1 sign, 8 exponent, 7 fraction
+inline constexpr DLDataType kInt32{kDLInt, 32, 1};        ///< for cu_seqlens
+inline constexpr DLDataType kInt64{kDLInt, 64, 1};        ///< for lengths and offsets
+inline constexpr DLDataType kBool{kDLBool, 8, 1};         ///< a byte, 0 or 1; for masks
+inline constexpr DLDevice kCpu{kDLCPU, 0};                ///< host memory
 
 /// "float32", "bfloat16", "bool", …
 DITATTN_API std::string dtype_name(DLDataType dtype);
@@ -38,11 +39,13 @@ DITATTN_API std::string device_name(DLDevice device);
 
 /// "(1, 4096, 24, 128)"
 DITATTN_API std::string shape_name(std::span<const std::int64_t> shape);
+/// The same of a tensor.
 DITATTN_API std::string shape_name(const Tensor& tensor);
 
 /// A new contiguous tensor in host memory, 64-byte aligned, not initialised. ValueError for a negative or
 /// overflowing shape, MemoryError where memory cannot be had.
 DITATTN_API Tensor empty(std::span<const std::int64_t> shape, DLDataType dtype);
+/// The same for a shape in braces.
 inline Tensor empty(std::initializer_list<std::int64_t> shape, DLDataType dtype) {
   return empty(std::span(shape.begin(), shape.size()), dtype);
 }
@@ -54,6 +57,7 @@ DITATTN_API Tensor empty(std::span<const std::int64_t> shape, DLDataType dtype, 
 /// A tensor over memory that the caller keeps alive. `strides` are in elements; empty means contiguous.
 DITATTN_API Tensor wrap(void* data, std::span<const std::int64_t> shape, DLDataType dtype,
                         std::span<const std::int64_t> strides = {}, DLDevice device = kCpu);
+/// The same for a shape in braces.
 inline Tensor wrap(void* data, std::initializer_list<std::int64_t> shape, DLDataType dtype,
                    std::initializer_list<std::int64_t> strides = {}, DLDevice device = kCpu) {
   return wrap(data, std::span(shape.begin(), shape.size()), dtype, std::span(strides.begin(), strides.size()), device);

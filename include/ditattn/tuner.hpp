@@ -35,14 +35,15 @@ struct TunedResult {
 
 /// What was measured for one problem: usable results first, the fastest of them first.
 struct TunedProblem {
-  Problem problem;
-  std::vector<TunedResult> results;
+  Problem problem;                   ///< exactly this one
+  std::vector<TunedResult> results;  ///< one per back end that was asked
 };
 
 /// The largest `TunedResult::error` of a backend that counts as exact: some times what rounding inputs, probabilities
 /// and output to `dtype` costs, and some times less than what quantized products do.
 DITATTN_API double exact_error(DLDataType dtype);
 
+/// How `tune` measures.
 struct TuneOptions {
   /// Who is measured; empty: all members that can run here.
   std::vector<DiffusionAttentionBackendEnum> members = {};

@@ -262,3 +262,10 @@ def test_the_configuration_of_the_docs(tuner):
 def test_the_bounds_of_the_docs():
     numbers = re.search(r"at most ([\d.e-]+) in bfloat16, ([\d.e-]+) in float16 and ([\d.e-]+) in float32", DOCS)
     assert [float(number) for number in numbers.groups()] == [EXACT["bfloat16"], EXACT["float16"], EXACT["float32"]]
+
+
+def test_the_docs_name_every_flag_and_no_other(ditattn):
+    """Those of AttentionConfig are `explain`'s."""
+    flags = set(re.findall(r"^  (?:-h,)?(--[a-z-]+)", ditattn.ok("tune", "--help"), re.MULTILINE)) - {"--help"}
+    named = set(re.findall(r"--[a-z][a-z-]+", DOCS)) - {"--mask", "--role", "--diffusion-attention-config"}
+    assert len(flags) > 10 and named == flags

@@ -96,6 +96,25 @@ class Texts(unittest.TestCase):
         self.assertGreater(len(table), 0)
         self.assertEqual(page, table)
 
+    def test_architecture_names_every_folder_and_no_other(self):
+        page = (ROOT / "docs/architecture.md").read_text()
+        table = dict(re.findall(r"^\| (`[^|]*`) \| (.*) \|$", page, re.MULTILINE))
+        named = {name for cell in table for name in re.findall(r"`([\w/]+)/`", cell)}
+        self.assertEqual([name for name in named if not (ROOT / name).is_dir()], [])
+
+        def folders(parent):
+            return {path.name for path in (ROOT / parent).iterdir() if path.is_dir() and path.name[0] not in "._"}
+
+        self.assertEqual(folders(".") - {"build", "out", "shared"} - {name.split("/")[0] for name in named}, set())
+        for parent in ("src", "kernels"):
+            self.assertEqual({f"{parent}/{name}" for name in folders(parent)} - named, set())
+        self.assertEqual(folders("tests") - set(re.findall(r"`(\w+)/`", table["`tests/`"])), set())
+
+    def test_every_page_is_in_the_readmes_index(self):
+        index = (ROOT / "README.md").read_text().split("## Where things are")[1]
+        pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+        self.assertEqual(set(re.findall(r"\]\((docs/[^)/]+\.md)\)", index)), pages)
+
     def test_every_variable_read_by_name_is_in_the_table(self):
         """Backends cannot see src/core/environment.hpp and ask for theirs by name."""
         table = (ROOT / "src/core/env.def").read_text()
