@@ -2,7 +2,9 @@
 
 #include "registry/file_trust.hpp"
 
+#include <grp.h>
 #include <gtest/gtest.h>
+#include <pwd.h>
 #include <unistd.h>
 
 #include <filesystem>
@@ -99,6 +101,24 @@ TEST_F(FileTrust, AGroupMayWriteIfItIsTheOwnersAlone) {
                   "chmod g-w '" + folder_.string() + "'"});
   fs::permissions(folder_, fs::perms(0755));
   EXPECT_EQ(reason_not_trusted(file_), "");
+}
+
+// As umask 002 makes them where every user has a group of the same name.
+TEST_F(FileTrust, AUserPrivateGroupMayWrite) {
+  const ::passwd* user = ::getpwnam("daemon");
+  const ::group* group = ::getgrnam("daemon");
+  if (::geteuid() != 0 || user == nullptr || group == nullptr || group->gr_mem[0] != nullptr) {
+    GTEST_SKIP() << "needs root, and a user 'daemon' alone in a group of that name";
+  }
+  const uid_t owner = user->pw_uid;
+  for (const fs::path& path : {folder_, folder_ / "acme", file_}) {
+    ASSERT_EQ(::chown(path.c_str(), owner, group->gr_gid), 0);
+    fs::permissions(path, fs::perms(path == file_ ? 0664 : 0775));
+  }
+  ASSERT_EQ(::seteuid(owner), 0);
+  const std::string reason = reason_not_trusted(file_);
+  ASSERT_EQ(::seteuid(0), 0);
+  EXPECT_EQ(reason, "");
 }
 
 TEST_F(FileTrust, OthersFilesFoldersAndLinksAreRefused) {
