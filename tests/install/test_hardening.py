@@ -90,15 +90,15 @@ def test_the_check_sees_what_is_weak(tmp_path):
     for flags, words in [
         (["-no-pie"], "ET_EXEC"), (["-pie", "-Wl,-z,lazy"], "stay writable"), (["-pie", "-Wl,-z,norelro"], "stay writable"),
         (["-pie", "-Wl,-z,execstack"], "executable stack"), (["-pie", "-Wl,-rpath,/tmp/lib"], "/tmp/lib"),
-        (["-pie", "-Wl,-N", "-static-pie"], "writable and executable"),
+        (["-shared", "-nostdlib", "-Wl,-N"], "writable and executable"),
     ]:  # fmt: skip
         program = tmp_path / "weak"
-        subprocess.run([compiler, "-fPIE", source, "-o", program, *flags], check=True)
+        subprocess.run([compiler, "-fPIC", source, "-o", program, *flags], check=True)
         assert any(words in weakness for weakness in weaknesses(Elf(program))), (flags, weaknesses(Elf(program)))
 
 
 def test_no_file_names_where_it_was_built(elves):
-    """Nor any other of an installed tree: the same tree gives the same files wherever it lies."""
+    """The same tree gives the same files wherever it lies."""
     places = [str(place).encode() for place in (SOURCE, BUILD)]
     for elf in elves:
         content = elf.path.read_bytes()
