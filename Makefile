@@ -4,7 +4,7 @@ CUDA_SET ?= full
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full test-integrations sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint docs neon cuda install wheel clean
+.PHONY: $(shell sed -nE 's/^([a-z-]+):.*/\1/p' Makefile)
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,9 @@ install: build ## Install to PREFIX (default out/)
 
 wheel: setup ## A Python wheel in out/ (CUDA=AUTO: with GPU back ends where there is nvcc; ON, OFF)
 	@scripts/wheel.sh out --config-settings=cmake.define.DITATTN_CUDA=$(or $(CUDA),AUTO)
+
+reproducible: setup ## Build twice in different folders; what they install is bit for bit the same (two whole compilations)
+	@scripts/reproducible.sh
 
 clean: ## Remove build products, keep .venv
 	@rm -rf build out

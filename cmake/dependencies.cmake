@@ -49,6 +49,7 @@ execute_process(
   COMMAND ${Python_EXECUTABLE} -c "import sys; print(*sys.path[1:], sep=';')"  # where headers from PyPI are looked for
   OUTPUT_VARIABLE ditattn_python_path OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 find_package(tvm_ffi CONFIG REQUIRED PATHS ${tvm_ffi_cmake_dir} NO_DEFAULT_PATH)
+ditattn_map_folder(${tvm_ffi_INCLUDE_DIR} tvm_ffi)  # pip builds a wheel with a new copy each time
 
 # The copy beside our own libraries makes a build or install tree movable; its headers are not ours to warn about.
 configure_file(${tvm_ffi_LIB_FILES} ${PROJECT_BINARY_DIR}/lib/libtvm_ffi.so COPYONLY)

@@ -7,6 +7,8 @@ export PATH=$PWD/.venv/bin:$PATH
 directory=$1
 shift
 
+# The files' times in it: the commit's, or a constant where there is no commit.
+export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 1700000000)}
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
 pip wheel . --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation --check-build-dependencies \

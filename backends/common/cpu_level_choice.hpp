@@ -20,7 +20,7 @@ struct CpuLevelChoice {
 inline CpuLevelChoice choose_cpu_level() {
   using kernels::cpu::kCpuLevelNames;
   const kernels::cpu::CpuLevel best = kernels::cpu::detect_cpu_level();
-  const char* wanted = std::getenv("DITATTN_CPU_LEVEL");
+  const char* wanted = ::secure_getenv("DITATTN_CPU_LEVEL");
   if (wanted == nullptr || *wanted == '\0') return {.level = best};
   for (int level = 0; level <= static_cast<int>(best); ++level) {
     if (std::strcmp(wanted, kCpuLevelNames[level]) == 0) {

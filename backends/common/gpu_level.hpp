@@ -15,7 +15,7 @@ namespace ditattn {
 /// Throws ValueError for what is no level.
 inline int gpu_level() {
   static const int level = [] {
-    const char* wanted = std::getenv("DITATTN_GPU_LEVEL");
+    const char* wanted = ::secure_getenv("DITATTN_GPU_LEVEL");
     if (wanted == nullptr || *wanted == '\0') return std::numeric_limits<int>::max();
     for (const int known : {75, 80, 89, 90}) {
       if (std::to_string(known) == wanted) return known;

@@ -22,12 +22,11 @@ constexpr const char* kFooter =
 
 constexpr double kMaxGuidance = 100;  // CLI11's own range check lets NaN pass
 
-// Installed beside the program (bin/ and share/ditattn/), else in the source tree the program was built from.
+// Beside the program (bin/ and share/ditattn/), where it is installed and where it is built.
 std::filesystem::path default_weights() {
   std::error_code error;
   const std::filesystem::path program = std::filesystem::read_symlink("/proc/self/exe", error);
-  const std::filesystem::path installed = program.parent_path().parent_path() / "share/ditattn/digits.safetensors";
-  return std::filesystem::exists(installed, error) ? installed : DIGITS_SOURCE_DIR "/digits.safetensors";
+  return program.parent_path().parent_path() / "share/ditattn/digits.safetensors";
 }
 
 // Names come in any case, as everywhere in ditattn; a name given twice counts once.

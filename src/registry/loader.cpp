@@ -83,6 +83,7 @@ class Search {
       try {
         if (error) throw ImportError(fmt::format("cannot be read ({})", error.message()));
         if (!fs::is_regular_file(status)) throw ImportError("not a regular file");
+        if (const std::string reason = reason_not_loaded(directory, file); !reason.empty()) throw ImportError(reason);
         return load_plugin_class(file, path_.class_name);
       } catch (const Error& failure) {
         reason_ = failure.message();
@@ -90,8 +91,8 @@ class Search {
       tried_.push_back(fmt::format("{}: {}", file.string(), reason_));
       broken_.push_back(tried_.back());
     }
-    for (const std::string& entry : ignored_search_path_entries()) {
-      tried_.push_back(fmt::format("DITATTN_PLUGIN_PATH entry '{}': ignored, because it is not absolute", entry));
+    for (const auto& [entry, reason] : ignored_search_path_entries()) {
+      tried_.push_back(fmt::format("DITATTN_PLUGIN_PATH entry '{}': ignored, because {}", entry, reason));
     }
     return nullptr;
   }

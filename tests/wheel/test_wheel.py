@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_it_is_for_every_python_and_for_most_linuxes(wheel):
     about = metadata(wheel)
     assert (about["Name"], about["Version"]) == ("ditattn", VERSION)
     assert (about["License-Expression"], about["Requires-Python"]) == ("Apache-2.0", ">=3.10")
+
+
+def test_its_files_have_the_commits_time(wheel):
+    """The same tree gives the same file."""
+    done = run("git", "log", "-1", "--format=%ct", cwd=SOURCE)
+    epoch = int(os.environ.get("SOURCE_DATE_EPOCH") or (done.stdout if done.returncode == 0 else 1700000000))
+    zips = time.gmtime(epoch - epoch % 2)[:6]  # zip files count two seconds at a time
+    assert {entry.date_time for entry in zipfile.ZipFile(wheel).infolist()} == {zips}
 
 
 def test_it_has_the_package_and_nothing_else(wheel):

@@ -47,14 +47,15 @@ struct Plan {
   bool named = false;  // by --backends
 };
 
-// The capture of a real model that ditattn ships: installed beside this library, or in the source tree.
+// The capture of a real model that ditattn ships: where it is installed, or where the build put a link to it, both seen
+// from this library.
 fs::path shipped_capture() {
   Dl_info library{};
   ::dladdr(reinterpret_cast<const void*>(&ditattn_command), &library);
   std::error_code error;
   const fs::path file = fs::canonical(library.dli_fname, error);
   const fs::path places[] = {file.parent_path() / DITATTN_DATA_FROM_LIB / "capture.safetensors",
-                             fs::path(DITATTN_SOURCE_DIR) / "examples" / "digits" / "capture.safetensors"};
+                             file.parent_path() / "../share/ditattn/capture.safetensors"};
   for (const fs::path& place : places) {
     if (fs::exists(place, error)) return place;
   }

@@ -86,8 +86,8 @@ Json library_part() {
     search_path.push_back({{"directory", directory}, {"exists", is_directory(directory)}});
   }
   Json ignored = Json::array();
-  for (const std::string& entry : ignored_search_path_entries()) {
-    ignored.push_back({{"entry", entry}, {"reason", "DITATTN_PLUGIN_PATH takes absolute directories only"}});
+  for (const auto& [entry, reason] : ignored_search_path_entries()) {
+    ignored.push_back({{"entry", entry}, {"reason", reason}});
   }
   return {{"version", DITATTN_VERSION},
           {"interface_version", DITATTN_INTERFACE_VERSION},
@@ -126,8 +126,8 @@ std::string backend_note(const std::vector<BackendInfo>& backends) {
 
 std::string plugin_path_note() {
   std::vector<std::string> notes;
-  for (const std::string& entry : ignored_search_path_entries()) {
-    notes.push_back(fmt::format("'{}' is ignored, because it is not absolute.", entry));
+  for (const auto& [entry, reason] : ignored_search_path_entries()) {
+    notes.push_back(fmt::format("'{}' is ignored, because {}.", entry, reason));
   }
   const std::vector<std::string> directories = plugin_search_path();
   for (std::size_t i = 1; i < directories.size(); ++i) {  // the first is the installed one

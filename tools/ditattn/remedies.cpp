@@ -55,6 +55,8 @@ constexpr Rule kRules[] = {
      "Export the classes of {file} with DITATTN_EXPORT_BACKENDS (docs/plugins.md), or remove it."},
     {"has no such class",
      "Register the path of a class that the module has, or add '{class}' to it and build it again."},
+    {"Plug-ins are code: ",
+     "Change who may write there as the reason says, or copy the plug-ins to a folder of your own."},
     {"not a regular file", kReadable},
     {"cannot be read (", kReadable},
     {"module failed to load", "Correct or remove {file}: the dynamic linker refuses it."},
