@@ -4,7 +4,7 @@ CUDA_SET ?= full
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full test-integrations sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint neon cuda install wheel clean
+.PHONY: help setup configure build programs demo test test-full test-integrations sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint neon cuda install wheel deb coverage clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,12 @@ install: build ## Install to PREFIX (default out/)
 
 wheel: setup ## A Python wheel in out/ (CUDA=AUTO: with GPU back ends where there is nvcc; ON, OFF)
 	@scripts/wheel.sh out --config-settings=cmake.define.DITATTN_CUDA=$(or $(CUDA),AUTO)
+
+deb: build ## Debian packages in out/
+	@scripts/deb.sh $(BUILD) out
+
+coverage: setup ## Which lines of the CPU code the tests run, by folder; at least 85 %
+	@scripts/coverage.sh
 
 clean: ## Remove build products, keep .venv
 	@rm -rf build out
