@@ -64,18 +64,18 @@ set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
 set(CPACK_DEBIAN_RUNTIME_PACKAGE_NAME ditattn)
 set(CPACK_DEBIAN_RUNTIME_PACKAGE_SECTION science)
 set(CPACK_DEBIAN_RUNTIME_DESCRIPTION
-    "${PROJECT_DESCRIPTION}\nThe command line, the library and its back ends: one name picks the kernel that computes a model's attention, on this CPU and on NVIDIA GPUs.")
+    "The command line, the library and its back ends: one name picks the kernel\nthat computes a model's attention, on this CPU or on NVIDIA GPUs.")
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_NAME ditattn-dev)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_SECTION libdevel)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_SHLIBDEPS OFF)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_DEPENDS "ditattn (= ${PROJECT_VERSION})")
 set(CPACK_DEBIAN_DEVELOPMENT_DESCRIPTION
-    "${PROJECT_DESCRIPTION}, headers\nHeaders, with those of tvm-ffi, and the CMake and pkg-config packages, to use the library and to write back ends.")
+    "Headers, with those of tvm-ffi, and the CMake and pkg-config packages, to use\nthe library and to write back ends.")
 set(CPACK_DEBIAN_MPI_PACKAGE_NAME ditattn-mpi)
 set(CPACK_DEBIAN_MPI_PACKAGE_SECTION science)
 set(CPACK_DEBIAN_MPI_PACKAGE_DEPENDS "ditattn (= ${PROJECT_VERSION})")
 set(CPACK_DEBIAN_MPI_DESCRIPTION
-    "${PROJECT_DESCRIPTION}, over MPI\nThe library by which processes under mpirun are ranks of one attention.")
+    "The library by which processes under mpirun are ranks of one attention.")
 
 include(CPack)
 cpack_add_component(package GROUP runtime)
