@@ -13,11 +13,11 @@ cmake --build $build --target $tests abi_plugins kernels_cpu conformance ditattn
 [ -x $build/gcovr/bin/gcovr ] || { python3 -m venv $build/gcovr && $build/gcovr/bin/pip install --quiet 'gcovr==8.8'; }
 
 find $build -name '*.gcda' -delete
-ctest --test-dir $build --output-on-failure -j 2 -L 'unit|abi|cli|conformance' -E 'conformance.tiled|oracle_agrees'
-# As under sanitizers: fewer random problems, and none of the tests that only tell figures.
-$build/bin/kernels_cpu --problems=20 --gtest_brief=1 '--gtest_filter=-Sage3.ErrorAgainst*:Sage3.ArithmeticAgainst*'
+ctest --test-dir $build --output-on-failure -j 2 -L 'unit|abi|cli|conformance' -E 'conformance.tiled|oracle_agrees|Memory\.|Guard.QuantizedBackEnds'
+# Fewer random problems, and none of the tests that only tell figures.
+$build/bin/kernels_cpu --problems=1 --gtest_brief=1 '--gtest_filter=-Sage3.ErrorAgainst*:Sage3.ArithmeticAgainst*'
 
-$build/gcovr/bin/gcovr --root . --object-directory $build --gcov-ignore-parse-errors=all --exclude-throw-branches \
+$build/gcovr/bin/gcovr --root . --object-directory $build --gcov-ignore-parse-errors=all \
   --filter 'src/' --filter 'backends/' --filter 'kernels/cpu/' --filter 'tools/' --filter 'include/' \
   --merge-mode-functions=separate -j 2 --json-summary $build/summary.json --html-details $build/lines.html >$build/gcovr.log
 python3 scripts/coverage_by_folder.py $build/summary.json 85
