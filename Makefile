@@ -81,5 +81,8 @@ wheel: setup ## A Python wheel in out/ (CUDA=AUTO: with GPU back ends where ther
 reproducible: setup ## Build twice in different folders; what they install is bit for bit the same (two whole compilations)
 	@scripts/reproducible.sh
 
-clean: ## Remove build products, keep .venv
-	@rm -rf build out
+deb: build ## Debian packages in out/
+	@scripts/deb.sh $(BUILD) out
+
+coverage: setup ## Which lines of the CPU code the tests run, by folder; at least 85 %
+	@scripts/coverage.sh

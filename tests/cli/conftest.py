@@ -67,7 +67,7 @@ def stand_ins(tmp_path_factory):
     (root / "bin").mkdir()
     (root / "lib").mkdir()
     shutil.copy(program, root / "bin")
-    for library in ("libditattn.so", "libditattn_command.so", "libtvm_ffi.so"):
+    for library in ("libditattn.so.0.1", "libditattn_command.so", "libtvm_ffi.so"):
         shutil.copy(program.parent.parent / "lib" / library, root / "lib")
     modules = root / "plugins" / MODULES
     modules.mkdir(parents=True)

@@ -64,7 +64,7 @@ def test_machine(ditattn):
 def test_library(ditattn):
     library = ditattn.json("doctor")["library"]
     assert ditattn.ok("--version") == f"ditattn {library['version']}\n"
-    assert Path(library["file"]).is_file() and Path(library["file"]).name == "libditattn.so"
+    assert Path(library["file"]).is_file() and Path(library["file"]).name == "libditattn.so.0.1"
     installed = str(Path(library["file"]).parent / "ditattn/backends")
     assert library["search_path"] == [{"directory": installed, "exists": True}]
     assert library["ignored"] == []
@@ -105,7 +105,7 @@ def test_not_built(ditattn, tmp_path):
     shutil.copytree(ditattn.program.parent.parent / "bin", tmp_path / "bin")
     library = tmp_path / "lib"
     library.mkdir()
-    for name in ("libditattn.so", "libditattn_command.so", "libtvm_ffi.so"):
+    for name in ("libditattn.so.0.1", "libditattn_command.so", "libtvm_ffi.so"):
         shutil.copy(ditattn.program.parent.parent / "lib" / name, library)
     modules = library / "ditattn/backends" / MODULES
     modules.mkdir(parents=True)

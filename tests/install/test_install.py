@@ -36,10 +36,10 @@ def succeeded(done):
     return done.stdout
 
 
-def configure(source, build, prefix, python=sys.executable):
+def configure(source, build, prefix):
     return cmake(
         "-S", source, "-B", build, "-G", os.environ["DITATTN_TEST_GENERATOR"], f"-DCMAKE_PREFIX_PATH={prefix}",
-        f"-DCMAKE_CXX_COMPILER={os.environ['DITATTN_TEST_COMPILER']}", f"-DPython_EXECUTABLE={python}",
+        f"-DCMAKE_CXX_COMPILER={os.environ['DITATTN_TEST_COMPILER']}", "-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON",
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_the_python_package_works_from_there(prefix, tmp_path):
 
 
 def test_its_libraries_are_its_own(prefix):
-    files = [prefix / "bin" / "ditattn", *(prefix / LIBDIR).rglob("*.so")]
+    files = [prefix / "bin" / "ditattn", *(prefix / LIBDIR).rglob("*.so"), *(prefix / LIBDIR).glob("libditattn.so.*")]
     assert len(files) >= 6
     expect_own_libraries(files, prefix)
 
@@ -133,13 +133,71 @@ def test_the_capture_is_installed(ditattn, prefix):
     assert len(shown["cases"]) > 1 and all(case["results"][0]["status"] == "ok" for case in shown["cases"])
 
 
-def test_an_interpreter_without_tvm_ffi_is_told(prefix, tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
-    python = tmp_path / "bare" / "bin" / "python"
-    done = configure(SOURCE / "examples" / "custom_backend", tmp_path / "build", prefix, python)
-    assert done.returncode != 0
-    text = " ".join(done.stderr.split())
-    assert f"'{python}' does not have that. Install apache-tvm-ffi==" in text and "-DPython_EXECUTABLE=" in text
+def user_project(folder, version, program="int main() {}\n"):
+    (folder / "main.cpp").write_text(program)
+    (folder / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\nproject(user LANGUAGES CXX)\n"
+        f"find_package(ditattn {version} REQUIRED)\nadd_executable(user main.cpp)\n"
+        "target_link_libraries(user PRIVATE ditattn::ditattn)\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("version", ["0.2", "1.0", "0.1.0 EXACT COMPONENTS none"])
+def test_what_it_does_not_have_is_not_found(prefix, tmp_path, version):
+    done = configure(user_project(tmp_path, version), tmp_path / "build", prefix)
+    assert done.returncode != 0 and "ditattn" in done.stderr
+
+
+USES_IT = """
+#include <cstdio>
+int main() {
+  const ditattn::Tensor query = ditattn::empty({1, 8, 2, 16}, ditattn::kFloat32);
+  for (std::int64_t i = 0; i < query.numel(); ++i) static_cast<float*>(query.data_ptr())[i] = 2.F;
+  const ditattn::Tensor out = ditattn::attention(query, query, query, {.backend = "FLASH_ATTN"});
+  std::printf("%g\\n", static_cast<const float*>(out.data_ptr())[77]);
+}
+"""
+
+
+def uses_every_header(prefix):
+    """Each public header on its own line, and the door last: a program that the linker has to make whole."""
+    names = sorted(file.name for file in (prefix / "include" / "ditattn").glob("*.hpp") if file.name != "ditattn.hpp")
+    assert len(names) > 20
+    return "".join(f"#include <ditattn/{name}>\n" for name in [*names, "ditattn.hpp"]) + USES_IT
+
+
+def test_a_project_with_every_header(prefix, tmp_path):
+    source = user_project(tmp_path, "0.1", uses_every_header(prefix))
+    succeeded(configure(source, tmp_path / "build", prefix))
+    succeeded(cmake("--build", tmp_path / "build"))
+    assert succeeded(subprocess.run([tmp_path / "build" / "user"], env=clean_environment(), capture_output=True, text=True)) == "2\n"
+
+
+def test_pkg_config_alone(prefix, tmp_path):
+    if shutil.which("pkg-config") is None:
+        pytest.skip("there is no pkg-config")
+    (tmp_path / "main.cpp").write_text("#include <ditattn/ditattn.hpp>\n" + USES_IT)
+    environment = clean_environment(PKG_CONFIG_PATH=str(prefix / LIBDIR / "pkgconfig"))
+
+    def shell(command):
+        return succeeded(subprocess.run(["sh", "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True))
+
+    assert shell("pkg-config --modversion 'ditattn >= 0.1 ditattn < 0.2'").strip().startswith("0.1.")
+    compiler = os.environ["DITATTN_TEST_COMPILER"]
+    shell(f"{compiler} -std=c++20 main.cpp $(pkg-config --cflags --libs ditattn) -o main")
+    assert shell("./main") == "2\n"
+    expect_own_libraries([tmp_path / "main"], prefix)
+
+
+def test_a_destdir_is_put_before_the_prefix(tmp_path):
+    done = subprocess.run([CMAKE, "--install", BUILD, "--prefix", "/usr/lib/ditattn", "--component", "runtime"],
+                          env=clean_environment(DESTDIR=str(tmp_path)), capture_output=True, text=True)  # fmt: skip
+    succeeded(done)
+    here = tmp_path / "usr/lib/ditattn"
+    files = {file.relative_to(here).as_posix() for file in here.rglob("*") if file.is_file()}
+    docs = {f"share/doc/ditattn/{name}" for name in ("LICENSE", "THIRD_PARTY.md", "CHANGELOG.md")}
+    assert files == {"bin/ditattn", f"{LIBDIR}/libtvm_ffi.so", *docs}
 
 
 def test_the_package_may_be_looked_for_twice_and_checks_module_paths(prefix, tmp_path):

@@ -19,7 +19,7 @@ SOURCE = Path(os.environ["DITATTN_TEST_SOURCE"])
 PACKAGE = SOURCE / "python" / "ditattn"
 VERSION = re.search(r'define DITATTN_VERSION "(.*)"', (SOURCE / "include/ditattn/version.hpp").read_text()).group(1)
 PLUGINS = Path("ditattn/lib/ditattn/backends")
-OURS = {"libditattn.so", "libtvm_ffi.so"}
+OURS = {"libditattn.so.0.1", "libtvm_ffi.so"}
 SYSTEMS = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "ld-linux-x86-64.so.2"}  # of every manylinux
 HIDDEN = ("DITATTN_", "DIFFUSION_ATTENTION_", "PYTHONPATH", "LD_LIBRARY_PATH")
 
@@ -114,12 +114,16 @@ def test_it_has_the_package_and_nothing_else(wheel):
     sources = {file.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("*.py")} | {Path("ditattn/py.typed")}
     assert sources == {name for name in names if name.suffix == ".py" or name.name == "py.typed"}
     assert not [name for name in names if re.match(r"lib(tvm_ffi|fmt|spdlog)", name.name)]
+    assert [name.name for name in names if name.name.startswith("libditattn.so")] == ["libditattn.so.0.1"]
+    licences = Path(f"ditattn-{VERSION}.dist-info/licenses")
+    assert {name.name for name in names if licences in name.parents} == {"LICENSE", "THIRD_PARTY.md"}
+    assert Path("ditattn/share/ditattn/ditattn.spdx.json") in names
     assert len([name for name in names if name.suffix == ".so" and PLUGINS in name.parents]) >= 4
 
 
 def test_its_libraries_need_the_systems_and_each_other(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    libraries = list(tmp_path.rglob("*.so"))
+    libraries = [*tmp_path.rglob("*.so"), *tmp_path.rglob("*.so.*")]
     assert len(libraries) >= 7
     for library in libraries:
         dynamic = succeeded(run("readelf", "--dynamic", "--wide", library))

@@ -1,0 +1,32 @@
+# What this build holds of others, as SPDX 2.3 (scripts/sbom.py), installed in share/ditattn.
+set(linked "")
+if(DITATTN_HEADER_ONLY)
+  set(linked =STATIC_LINK)
+endif()
+set(copied "")
+if(SKBUILD)  # a wheel depends on it
+  set(copied =DYNAMIC_LINK)
+endif()
+set(held apache-tvm-ffi=${tvm_ffi_version}${copied} fmt=${fmt_VERSION}${linked} spdlog=${spdlog_VERSION}${linked}
+         nlohmann-json=${nlohmann_json_VERSION})
+if(DITATTN_BUILD_TOOLS)
+  list(APPEND held CLI11=${CLI11_VERSION})
+endif()
+if(TARGET ditattn_mpi)
+  list(APPEND held "Open MPI=NOASSERTION")  # FindMPI knows the standard's version only
+endif()
+if(DITATTN_CUDA)
+  list(APPEND held "NVIDIA CUDA runtime=${CMAKE_CUDA_COMPILER_VERSION}")
+endif()
+if(TARGET ditattn_nccl)
+  list(APPEND held NCCL=NOASSERTION)
+endif()
+if(TARGET ditattn_cudnn_attn)
+  list(APPEND held cudnn-frontend=NOASSERTION)
+endif()
+if(TARGET ditattn_flashinfer_attn)
+  list(APPEND held FlashInfer=NOASSERTION CUTLASS=NOASSERTION CCCL=NOASSERTION)
+endif()
+execute_process(COMMAND ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/scripts/sbom.py spdx ${PROJECT_VERSION}
+                        ${PROJECT_BINARY_DIR}/ditattn.spdx.json ${held} COMMAND_ERROR_IS_FATAL ANY)
+install(FILES ${PROJECT_BINARY_DIR}/ditattn.spdx.json DESTINATION ${CMAKE_INSTALL_DATADIR}/ditattn COMPONENT package)
