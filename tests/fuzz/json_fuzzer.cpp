@@ -44,8 +44,8 @@ void read_figures(const std::string& text) {
     const auto figures = ditattn::planner::parse_figures(text);
     for (const auto& link : figures.links) {
       allow_errors([&] {
-        const ditattn::Problem problem{.num_heads = 24, .num_kv_heads = 24, .seq_q = 4096, .seq_kv = 4096,
-                                       .head_size = 128};
+        const ditattn::Problem problem{
+            .num_heads = 24, .num_kv_heads = 24, .seq_q = 4096, .seq_kv = 4096, .head_size = 128};
         const auto& gpu = figures.gpus.front();
         const auto plan = ditattn::planner::make_plan(
             {.problem = problem, .gpus = 8, .link = link.name, .gpu = gpu.name, .backend = gpu.kernels.front().backend},

@@ -155,9 +155,9 @@ void try_export(FuzzedDataProvider& bytes) {
   const Any argument = draw_value(bytes, 2);
   const tvm::ffi::AnyView view = argument;
   Any result;
-  const int status = ditattn::export_backend_table(find, bytes.ConsumeIntegralInRange(0, 9),
-                                                   reinterpret_cast<const TVMFFIAny*>(&view),
-                                                   bytes.ConsumeIntegralInRange(0, 1), reinterpret_cast<TVMFFIAny*>(&result));
+  const int status =
+      ditattn::export_backend_table(find, bytes.ConsumeIntegralInRange(0, 9), reinterpret_cast<const TVMFFIAny*>(&view),
+                                    bytes.ConsumeIntegralInRange(0, 1), reinterpret_cast<TVMFFIAny*>(&result));
   if (status != 0) {
     try {
       throw tvm::ffi::detail::MoveFromSafeCallRaised();
@@ -179,7 +179,9 @@ void try_names(FuzzedDataProvider& bytes) {
     static_cast<void>(member.get_path(false));
     use(member.get_class());
   });
-  allow_errors([&] { ditattn::register_backend_class("r." + text.substr(0, 1), std::make_shared<HostileBackend>()); });
+  allow_errors([&] {
+    ditattn::register_backend_class("r." + text.substr(0, 1), std::make_shared<ditattn::testing::ToyBackend>());
+  });
   member.clear_override();
 }
 

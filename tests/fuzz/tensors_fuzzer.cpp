@@ -16,17 +16,24 @@ namespace {
 
 using ditattn::Tensor;
 
-constexpr std::int64_t kMostBytes = 1 << 16;    // of a tensor's memory
+constexpr std::int64_t kMostBytes = 1 << 16;     // of a tensor's memory
 constexpr std::int64_t kMostProducts = 1 << 20;  // of a call that is computed
 
 // Numbers near which sums and products go wrong.
 constexpr std::array<std::int64_t, 12> kOddNumbers = {
     0, 1, -1, 2, 3, 7, 64, 1 << 20, std::int64_t{1} << 32, std::int64_t{1} << 62, INT64_MAX, INT64_MIN};
-constexpr std::array kTypes = {ditattn::kFloat32, ditattn::kFloat16, ditattn::kBFloat16, ditattn::kBool,
-                               ditattn::kInt32,   ditattn::kFloat64, DLDataType{kDLFloat, 32, 4},
-                               DLDataType{kDLInt, 4, 1},  DLDataType{kDLFloat, 0, 1},   DLDataType{200, 255, 0}};
-constexpr std::array kDevices = {DLDevice{kDLCPU, 0}, DLDevice{kDLCPU, 1}, DLDevice{kDLCUDA, 0},
-                                 DLDevice{kDLCUDA, -1}, DLDevice{static_cast<DLDeviceType>(99), 7}};
+constexpr std::array kTypes = {ditattn::kFloat32,
+                               ditattn::kFloat16,
+                               ditattn::kBFloat16,
+                               ditattn::kBool,
+                               ditattn::kInt32,
+                               ditattn::kFloat64,
+                               DLDataType{kDLFloat, 32, 4},
+                               DLDataType{kDLInt, 4, 1},
+                               DLDataType{kDLFloat, 0, 1},
+                               DLDataType{200, 255, 0}};
+constexpr std::array kDevices = {DLDevice{kDLCPU, 0}, DLDevice{kDLCPU, 1}, DLDevice{kDLCUDA, 0}, DLDevice{kDLCUDA, -1},
+                                 DLDevice{static_cast<DLDeviceType>(99), 7}};
 
 struct Description {
   std::vector<std::int64_t> shape;
@@ -48,7 +55,8 @@ Description contiguous(std::vector<std::int64_t> shape, DLDataType dtype) {
 }
 
 std::int64_t draw_number(FuzzedDataProvider& bytes) {
-  return bytes.ConsumeBool() ? bytes.PickValueInArray(kOddNumbers) : bytes.ConsumeIntegralInRange<std::int64_t>(-70, 70);
+  return bytes.ConsumeBool() ? bytes.PickValueInArray(kOddNumbers)
+                             : bytes.ConsumeIntegralInRange<std::int64_t>(-70, 70);
 }
 
 void bend(FuzzedDataProvider& bytes, Description& tensor) {
@@ -145,16 +153,16 @@ Tensor produce(FuzzedDataProvider& bytes, const Description& description) {
       produced->memory[i] = content[static_cast<std::size_t>(i * 7 % 61) % content.size()];
     first = produced->memory.get() + (reach ? reach->below : 0) - description.byte_offset;
   }
-  produced->managed = {.dl_tensor = {.data = first,
-                                     .device = description.device,
-                                     .ndim = static_cast<int>(description.shape.size()),
-                                     .dtype = description.dtype,
-                                     .shape = produced->description.shape.data(),
-                                     .strides = description.strides.empty() ? nullptr
-                                                                            : produced->description.strides.data(),
-                                     .byte_offset = static_cast<std::uint64_t>(description.byte_offset)},
-                       .manager_ctx = produced,
-                       .deleter = [](DLManagedTensor* self) { delete static_cast<Produced*>(self->manager_ctx); }};
+  produced->managed = {
+      .dl_tensor = {.data = first,
+                    .device = description.device,
+                    .ndim = static_cast<int>(description.shape.size()),
+                    .dtype = description.dtype,
+                    .shape = produced->description.shape.data(),
+                    .strides = description.strides.empty() ? nullptr : produced->description.strides.data(),
+                    .byte_offset = static_cast<std::uint64_t>(description.byte_offset)},
+      .manager_ctx = produced,
+      .deleter = [](DLManagedTensor* self) { delete static_cast<Produced*>(self->manager_ctx); }};
   return Tensor::FromDLPack(&produced->managed);
 }
 
@@ -225,7 +233,8 @@ class Call {
     std::ranges::sort(cuts);
     Tensor made = ditattn::empty({parts + 1}, ditattn::kInt32);
     for (std::int64_t i = 0; i <= parts; ++i)
-      ditattn::store_element(made.data_ptr(), i, ditattn::kInt32, static_cast<double>(cuts[static_cast<std::size_t>(i)]));
+      ditattn::store_element(made.data_ptr(), i, ditattn::kInt32,
+                             static_cast<double>(cuts[static_cast<std::size_t>(i)]));
     return made;
   }
 
