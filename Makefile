@@ -4,7 +4,7 @@ CUDA_SET ?= full
 BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup configure build programs demo test test-full test-integrations sanitize bench-cpu bench-peers bench-gpu sweep-gpu format lint neon cuda install wheel clean
+.PHONY: help setup configure build programs demo test test-full test-integrations sanitize fuzz bench-cpu bench-peers bench-gpu sweep-gpu format lint neon cuda install wheel clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,10 @@ test-integrations: build ## Tests inside diffusers and others, on the CPU (2 GB 
 
 sanitize: setup ## Unit, plug-in and CPU kernel tests under the address, undefined-behaviour and thread sanitizers
 	@scripts/sanitize.sh
+
+fuzz: ## Fuzzers with Clang's libFuzzer (SECONDS_EACH=60; TARGET="safetensors json plugin tensors problems")
+	@scripts/setup.sh fuzz
+	@scripts/fuzz.sh $(or $(SECONDS_EACH),60) $(TARGET)
 
 bench-cpu: build ## Library overhead and CPU back ends on model shapes (FILTER=regular expression)
 	@$(BUILD)/bin/ditattn_bench --benchmark_min_time=0.2 --benchmark_filter='$(or $(FILTER),.)'

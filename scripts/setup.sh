@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing and nothing else: Debian packages (scripts/packages*.txt) and the Python environment.
-# A second run finds everything there and touches no network.  Usage: scripts/setup.sh [lint|neon|cuda]
+# A second run finds everything there and touches no network.  Usage: scripts/setup.sh [lint|neon|fuzz|cuda]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
