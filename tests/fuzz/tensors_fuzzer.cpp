@@ -225,7 +225,8 @@ class Call {
     }
   }
 
-  Tensor offsets(std::int64_t total) {
+  Tensor offsets(std::int64_t tokens) {
+    const std::int64_t total = std::clamp<std::int64_t>(tokens, INT32_MIN, INT32_MAX);
     const std::int64_t parts = size_of(3) + 1;
     if (one_in(8)) return tensor({parts + 1}, ditattn::kInt32);
     std::vector<std::int64_t> cuts = {0, total};
