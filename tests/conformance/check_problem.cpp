@@ -31,8 +31,6 @@ Checked check_problem(const NamedBackend& named, const Drawn& drawn, DLDevice de
   checked.bound = bound_for(drawn, out, scale) + quantized_error_bound(quantized, logits, checked.errors.result_share);
   checked.lse_bound = 1e-5 * std::max(1., logits / 32) + quantized_lse_bound(quantized, logits) +
                       own_lse_bound(named, drawn.query.dtype());
-  EXPECT_LE(checked.errors.out, checked.bound);
-  EXPECT_LE(checked.errors.lse, checked.lse_bound);
   return checked;
 }
 

@@ -19,6 +19,8 @@ constexpr int kProblems = 500;
 constexpr int kGpuProblems = 1000;
 constexpr std::uint64_t kFirstSeed = 20259;  // with --seed=1, the default, 20260
 
+using conformance::Drawn;
+
 class Metadata : public testing::TestWithParam<const char*> {};
 
 TEST_P(Metadata, RandomProblemsMatchTheOracle) {
@@ -46,13 +48,16 @@ TEST_P(Metadata, RandomProblemsMatchTheOracle) {
   const auto problems = static_cast<int>(conformance::options().problems.value_or(is_cpu ? kProblems : kGpuProblems));
   for (int i = 0; i < problems; ++i) {
     const std::uint64_t seed = kFirstSeed + conformance::options().seed + static_cast<std::uint64_t>(i);
-    const conformance::Checked checked =
-        conformance::check_problem(named, conformance::draw_problem(seed, can), device);
+    const Drawn drawn = conformance::draw_problem(seed, can);
+    SCOPED_TRACE(drawn.text);
+    const conformance::Checked checked = conformance::check_problem(named, drawn, device);
     if (!checked.refusal.empty()) {
       ASSERT_FALSE(takes_all) << checked.refusal;
       ++refused;
       continue;
     }
+    EXPECT_LE(checked.errors.out, checked.bound);
+    EXPECT_LE(checked.errors.lse, checked.lse_bound);
     worst = std::max(worst, checked.errors.out / checked.bound);
     worst_lse = std::max(worst_lse, checked.errors.lse);
     if (HasFailure()) break;

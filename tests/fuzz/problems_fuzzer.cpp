@@ -3,6 +3,7 @@
 // of the values; all further ones decide about the problem.
 
 #include <ditattn/ditattn.hpp>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <array>
@@ -29,6 +30,22 @@ struct Head {
   std::uint32_t seed;
 };
 
+// The bounds of quantized back ends are for random numbers, of which a fuzzer finds unlikely ones: twice of them, and
+// where too few numbers are summed to average out, errors must only be finite.
+void check(const conformance::NamedBackend& named, const conformance::Drawn& drawn,
+           const conformance::Checked& checked) {
+  const auto quantized = conformance::quantization(named, ditattn::kCpu);
+  const bool is_exact = quantized.bytes == 0 && !quantized.in_e2m1;
+  const bool is_large = drawn.query.numel() >= 1000;
+  const double slack = is_exact ? 1 : is_large ? 2 : 1e9;
+  const bool holds = checked.errors.out <= slack * checked.bound && checked.errors.lse <= slack * checked.lse_bound;
+  const bool rows_are_right = !testing::UnitTest::GetInstance()->ad_hoc_test_result().Failed();
+  ditattn::fuzzing::require(
+      (checked.refusal.empty() || !is_exact) && holds && rows_are_right,
+      fmt::format("{} computes within its bounds ({}): error {} of {}, LSE {} of {} {}", named.member, drawn.text,
+                  checked.errors.out, checked.bound, checked.errors.lse, checked.lse_bound, checked.refusal));
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
@@ -42,7 +59,6 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
                                 {data + sizeof head, size - sizeof head});
   if (const double scale = kScales[head.scale % std::size(kScales)]; scale != 0) drawn.config.softmax_scale = scale;
   if (head.is_poisoned % 2 == 1 && !named.backend->capabilities().masked_nan_propagates) conformance::poison(drawn);
-  conformance::check_problem(named, drawn, ditattn::kCpu);
-  ditattn::fuzzing::require(!testing::UnitTest::GetInstance()->ad_hoc_test_result().Failed(), "errors are in bounds");
+  check(named, drawn, conformance::check_problem(named, drawn, ditattn::kCpu));
   return 0;
 }
