@@ -5,6 +5,7 @@
 #include <ditattn/errors.hpp>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -12,6 +13,10 @@
 #include <string>
 
 namespace ditattn::fuzzing {
+
+/// tvm-ffi prints a trace at a fault of memory and ends the process; libFuzzer, which keeps the input, handles only
+/// what nobody else does.
+inline const auto tvm_ffi_handler = std::signal(SIGSEGV, SIG_DFL);
 
 /// Calls `body`. The library's own errors are answers; whatever else is thrown ends the process, which is a finding.
 template <class Body>
