@@ -37,6 +37,10 @@ test-integrations: build ## Tests inside diffusers and others, on the CPU (2 GB 
 sanitize: setup ## Unit, plug-in and CPU kernel tests under the address, undefined-behaviour and thread sanitizers
 	@scripts/sanitize.sh
 
+fuzz: ## Fuzzers with Clang's libFuzzer (SECONDS_EACH=60; TARGET="safetensors json plugin tensors problems")
+	@scripts/setup.sh fuzz
+	@scripts/fuzz.sh $(or $(SECONDS_EACH),60) $(TARGET)
+
 bench-cpu: build ## Library overhead and CPU back ends on model shapes (FILTER=regular expression)
 	@$(BUILD)/bin/ditattn_bench --benchmark_min_time=0.2 --benchmark_filter='$(or $(FILTER),.)'
 
@@ -86,3 +90,6 @@ deb: build ## Debian packages in out/
 
 coverage: setup ## Which lines of the CPU code the tests run, by folder; at least 85 %
 	@scripts/coverage.sh
+
+clean: ## Remove build products, keep .venv
+	@rm -rf build out

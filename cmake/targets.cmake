@@ -10,6 +10,9 @@ if(DITATTN_SANITIZE)
   if(DITATTN_SANITIZE STREQUAL thread)
     target_compile_options(ditattn_options INTERFACE -Wno-tsan)  # tvm-ffi's headers have fences, which it cannot see
   endif()
+  if(DITATTN_SANITIZE MATCHES fuzzer)  # Clang's alone, which does not know all of GCC's warnings
+    target_compile_options(ditattn_options INTERFACE -Wno-unknown-warning-option)
+  endif()
 endif()
 
 # Finds its libraries beside itself (build/lib, build/bin) and in an installed tree alike.

@@ -171,7 +171,8 @@ Context primary_context(int device) {
 class OnDevice {
  public:
   explicit OnDevice(int device) {
-    check(driver().cuCtxPushCurrent_v2(primary_context(device)), "cuCtxPushCurrent", device);
+    const Context context = primary_context(device);  // first: without a driver there is no function to look at
+    check(driver().cuCtxPushCurrent_v2(context), "cuCtxPushCurrent", device);
   }
   ~OnDevice() {
     Context context = nullptr;

@@ -87,6 +87,7 @@ class TableBackend final : public AttentionBackend {
                      to_optional(config.num_kv_heads), String(config.prefix), config.backend_kwargs)
           .cast<Function>();
     });
+    if (forward == nullptr) throw Error("RuntimeError", origin_ + ": its function 'create' returned no function");
     return std::make_unique<TableImpl>(config, std::move(forward), origin_);
   }
   [[nodiscard]] std::vector<std::string> known_kwargs() const override { return known_kwargs_; }
@@ -99,7 +100,7 @@ class TableBackend final : public AttentionBackend {
 
   static std::optional<Function> optional_function(const Table& table, const char* name) {
     const auto entry = table.Get(String(name));
-    return entry ? entry->as<Function>() : std::nullopt;
+    return entry && *entry != nullptr ? entry->as<Function>() : std::nullopt;  // None is a Function too, a null one
   }
 
   Function function(const Table& table, const char* name) const {

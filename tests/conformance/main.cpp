@@ -2,7 +2,7 @@
 //   --full[=N]     every combination of the fields marked in cases/space.txt (or N spread over them)
 //   --dump=DIR     writes inputs and the oracle's output of some pairwise cases for torch_check.py
 // --seed=N or DITATTN_TEST_SEED chooses other random inputs; --backends=A,B only these members; --device=cuda has the
-// case files run on the first GPU.
+// case files run on the first GPU; --problems=N draws so many random problems for each back end.
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -51,6 +51,8 @@ Mode parse_arguments(int argc, char** argv) {
       options().backends = value;
     } else if (flag == "--device" && (value == "cpu" || value == "cuda")) {
       options().device = value == "cpu" ? kCpu : DLDevice{kDLCUDA, 0};
+    } else if (flag == "--problems") {
+      options().problems = parse_count(flag, value);
     } else if (flag == "--dump") {
       mode.dump = value;
     } else if (flag == "--full") {
@@ -58,7 +60,8 @@ Mode parse_arguments(int argc, char** argv) {
       if (!value.empty()) mode.full_count = parse_count(flag, value);
     } else {
       throw std::runtime_error(fmt::format(
-          "unknown flag {}. Flags: --full[=N], --dump=DIR, --seed=N, --backends=A,B, --device=cpu|cuda", argument));
+          "unknown flag {}. Flags: --full[=N], --dump=DIR, --seed=N, --backends=A,B, --device=cpu|cuda, --problems=N",
+          argument));
     }
   }
   return mode;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,8 +12,9 @@ namespace ditattn::conformance {
 /// What the command line of the conformance program chose.
 struct Options {
   std::uint64_t seed = 1;
-  std::string backends;    ///< comma-separated members; empty: all
-  DLDevice device = kCpu;  ///< where cases run
+  std::string backends;                   ///< comma-separated members; empty: all
+  DLDevice device = kCpu;                 ///< where cases run
+  std::optional<std::uint64_t> problems;  ///< random ones for each back end; none: the test's own number
 };
 Options& options();
 

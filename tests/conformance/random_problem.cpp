@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace ditattn::conformance {
 namespace {
@@ -56,8 +57,9 @@ std::vector<std::int64_t> draw_cuts(Draw& draw, std::int64_t total, std::int64_t
   return cuts;
 }
 
-Drawn draw_problem(std::uint64_t seed, const Capabilities& can, const Limits& limits) {
-  Draw draw(seed);
+Drawn draw_problem(std::uint64_t seed, const Capabilities& can, const Limits& limits,
+                   std::span<const std::uint8_t> decisions) {
+  Draw draw(seed, decisions);
   Drawn drawn;
   const std::int64_t batch = draw.number(1, 3);
   const std::int64_t kv_heads = draw.number(1, 3);
@@ -137,6 +139,28 @@ Drawn draw_problem(std::uint64_t seed, const Capabilities& can, const Limits& li
   return drawn;
 }
 
+void poison(const Drawn& drawn) {
+  const AttentionMetadataFields& fields = drawn.metadata->fields;
+  const std::int64_t keys = drawn.key.size(1);
+  const std::int64_t valid = drawn.metadata->valid_kv_length(keys);
+  const auto hides = [&](std::int64_t batch, std::int64_t key) {
+    if (key >= valid) return true;
+    if (!fields.attn_mask.has_value() || fields.attn_mask.value().ndim() != 2) return false;
+    const Tensor& mask = fields.attn_mask.value();
+    if (mask.size(1) != keys) return false;
+    const double value = load_element(data_pointer(mask), batch * mask.stride(0) + key, mask.dtype());
+    return mask.dtype() == kBool ? value == 0 : std::isinf(value);
+  };
+  const std::int64_t row = drawn.key.size(2) * drawn.key.size(3);
+  for (std::int64_t i = 0; i < drawn.key.size(0) * keys; ++i) {
+    if (!hides(i / keys, i % keys)) continue;
+    for (std::int64_t d = 0; d < row; ++d) {
+      store_element(data_pointer(drawn.key), i * row + d, drawn.key.dtype(), std::numeric_limits<double>::quiet_NaN());
+      store_element(data_pointer(drawn.value), i * row + d, drawn.key.dtype(), d % 2 == 0 ? INFINITY : NAN);
+    }
+  }
+}
+
 double logit_size(const Drawn& drawn, double scale) {
   const auto longest = [](const Tensor& tensor) {
     double largest = 0;
@@ -153,7 +177,7 @@ double logit_size(const Drawn& drawn, double scale) {
     return std::max(longest(image), joint.has_value() ? longest(joint.value()) : 0.);
   };
   const AttentionMetadataFields& fields = drawn.metadata->fields;
-  return with_joint(drawn.query, fields.joint_query) * with_joint(drawn.key, fields.joint_key) * scale;
+  return with_joint(drawn.query, fields.joint_query) * with_joint(drawn.key, fields.joint_key) * std::abs(scale);
 }
 
 double bound_for(const Drawn& drawn, const Tensor& out, double scale) {

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdlib>
-#include <limits>
 #include <optional>
 #include <string_view>
 
@@ -35,29 +34,6 @@ std::optional<NamedBackend> backend_named(const std::string& member) {
     if (named.member == member) return named;
   }
   return std::nullopt;
-}
-
-// NaN and infinity where no row looks: behind the valid prefix and where a padding mask hides keys.
-void poison(const Drawn& drawn) {
-  const AttentionMetadataFields& fields = drawn.metadata->fields;
-  const std::int64_t keys = drawn.key.size(1);
-  const std::int64_t valid = drawn.metadata->valid_kv_length(keys);
-  const auto hides = [&](std::int64_t batch, std::int64_t key) {
-    if (key >= valid) return true;
-    if (!fields.attn_mask.has_value() || fields.attn_mask.value().ndim() != 2) return false;
-    const Tensor& mask = fields.attn_mask.value();
-    if (mask.size(1) != keys) return false;
-    const double value = load_element(data_pointer(mask), batch * mask.stride(0) + key, mask.dtype());
-    return mask.dtype() == kBool ? value == 0 : std::isinf(value);
-  };
-  const std::int64_t row = drawn.key.size(2) * drawn.key.size(3);
-  for (std::int64_t i = 0; i < drawn.key.size(0) * keys; ++i) {
-    if (!hides(i / keys, i % keys)) continue;
-    for (std::int64_t d = 0; d < row; ++d) {
-      store_element(data_pointer(drawn.key), i * row + d, drawn.key.dtype(), std::numeric_limits<double>::quiet_NaN());
-      store_element(data_pointer(drawn.value), i * row + d, drawn.key.dtype(), d % 2 == 0 ? INFINITY : NAN);
-    }
-  }
 }
 
 std::vector<std::int64_t> draw_lengths(Draw& draw, std::int64_t total, int size) {
@@ -89,7 +65,7 @@ class Check {
  public:
   Check(const NamedBackend& named, std::uint64_t seed, const conformance::Limits& limits)
       : named_(named), seed_(seed), drawn_(conformance::draw_problem(seed, capabilities_of(named), limits)) {
-    if (!named.backend->capabilities().masked_nan_propagates) poison(drawn_);
+    if (!named.backend->capabilities().masked_nan_propagates) conformance::poison(drawn_);
   }
 
   void run(int size, Tally& tally) {

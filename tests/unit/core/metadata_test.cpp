@@ -200,6 +200,19 @@ TEST(PackedErrors, KindOfOffsets) {
   EXPECT_EQ(text(nullptr), what + "no tensor.");
 }
 
+TEST(PackedErrors, OffsetsWithoutMemory) {
+  std::int32_t number = 0;
+  const auto error = [](const Tensor& offsets) {
+    const AttentionMetadata metadata({.extra = with(packed({0, 4}, {0, 6}), "cu_seqlens_q", offsets)});
+    return testing::error_text<ValueError>([&] { metadata->key_ranges({.batch = 1, .rows = 4, .keys = 6}); });
+  };
+  EXPECT_EQ(error(wrap(nullptr, {2}, kInt32)),
+            "cu_seqlens_q of shape (2,) and stride 1 has no data, or reaches past what can be addressed.");
+  EXPECT_EQ(
+      error(wrap(&number, {2}, kInt32, {std::int64_t{1} << 61})),
+      "cu_seqlens_q of shape (2,) and stride 2305843009213693952 has no data, or reaches past what can be addressed.");
+}
+
 TEST(PackedErrors, ValuesOfOffsets) {
   const RangeRequest one{.batch = 1, .rows = 5, .keys = 6};
   EXPECT_EQ(error(extra(packed({0, 3, 2, 5}, {0, 6})), one),
