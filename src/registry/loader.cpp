@@ -84,6 +84,8 @@ class Search {
         if (error) throw ImportError(fmt::format("cannot be read ({})", error.message()));
         if (!fs::is_regular_file(status)) throw ImportError("not a regular file");
         return load_plugin_class(file, path_.class_name);
+      } catch (const MemoryError&) {
+        throw;  // says nothing of the file, and is not remembered
       } catch (const Error& failure) {
         reason_ = failure.message();
       }
@@ -109,6 +111,8 @@ class Search {
     try {
       if (BackendClass backend = guard(importer.name, [&] { return importer.import(text_); })) return backend;
       tried_.push_back(importer.name + ": no such module");
+    } catch (const MemoryError&) {
+      throw;
     } catch (const Error& error) {
       reason_ = error.message();
       tried_.push_back(fmt::format("{}: {}", importer.name, reason_));
@@ -139,6 +143,8 @@ BackendClass find_in_linked_module(const std::string& text, const ClassPath& pat
     const tvm::ffi::Any table =
         guard(path.module, [&] { return backend_table(find, path.class_name, DITATTN_INTERFACE_VERSION); });
     if (table != nullptr) return backend_from_table(table, path.module);
+  } catch (const MemoryError&) {
+    throw;
   } catch (const Error& error) {
     throw fail(fmt::format("failed to load ({})", error.message()));
   }
