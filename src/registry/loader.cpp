@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 
+#include "core/fork_locks.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/plugin.hpp"
@@ -45,6 +46,7 @@ struct State {
 
 State& state() {
   static State& instance = *new State;  // never destroyed: plug-ins' code may run until the process ends
+  [[maybe_unused]] static const bool held = hold_over_fork(instance.mutex);
   return instance;
 }
 

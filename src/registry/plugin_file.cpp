@@ -11,6 +11,7 @@
 #include <map>
 #include <mutex>
 
+#include "core/fork_locks.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/plugin.hpp"
 #include "registry/table_backend.hpp"
@@ -32,6 +33,7 @@ struct OpenFiles {
 
 OpenFiles& open_files() {
   static OpenFiles& instance = *new OpenFiles;  // never destroyed: plug-ins' code may run until the process ends
+  [[maybe_unused]] static const bool held = hold_over_fork(instance.mutex);
   return instance;
 }
 
