@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Unit, plug-in and CPU kernel tests under sanitizers: address and undefined behaviour, then threads.
+# Unit, plug-in, fault and CPU kernel tests under sanitizers: address and undefined behaviour, then threads.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -7,6 +7,6 @@ export TSAN_OPTIONS="suppressions=$PWD/tests/tsan_suppressions.txt"
 
 for preset in asan tsan; do
   cmake --preset "$preset" >"build/$preset.configure.log" 2>&1 || { cat "build/$preset.configure.log"; exit 1; }
-  cmake --build "build/$preset" --target unit_core unit_core_rows unit_guard unit_parallel unit_planner unit_registry unit_selector unit_tuner unit_seed_examples unit_models abi_plugins kernels_cpu
-  ctest --test-dir "build/$preset" --output-on-failure -j 2 -L 'unit|abi|kernels'
+  cmake --build "build/$preset" --target unit_core unit_core_rows unit_guard unit_parallel unit_planner unit_registry unit_selector unit_tuner unit_seed_examples unit_models abi_plugins kernels_cpu faults_allocations faults_fork faults_load
+  ctest --test-dir "build/$preset" --output-on-failure -j 2 -L 'unit|abi|faults|kernels'
 done

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <fstream>
 #include <string>
+#include <utility>
 
 #include "ditattn/errors.hpp"
 
@@ -26,23 +27,34 @@ bool sync_to_disk(const fs::path& file) {
   return done;
 }
 
+// The file that is being written. Whatever is thrown meanwhile, it is gone afterwards, unless it was renamed.
+class Aside {
+ public:
+  explicit Aside(fs::path path) : path_(std::move(path)) {}
+  ~Aside() { ::unlink(path_.c_str()); }
+  Aside(const Aside&) = delete;
+  Aside& operator=(const Aside&) = delete;
+  [[nodiscard]] const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
 }  // namespace
 
 void write_atomically(const fs::path& file, const char* what, const std::function<void(std::ostream&)>& content) {
   static std::atomic<int> writes{0};  // two threads may write one file
-  const fs::path aside = file.string() + fmt::format(".{}.{}.partial", ::getpid(), writes++);
+  const Aside aside(file.string() + fmt::format(".{}.{}.partial", ::getpid(), writes++));
   const auto fail = [&](const std::string& reason) {
-    std::error_code ignored;
-    fs::remove(aside, ignored);
     throw FileError(fmt::format("Cannot write {} '{}': {}.", what, file.string(), reason));
   };
-  std::ofstream stream(aside, std::ios::binary);
+  std::ofstream stream(aside.path(), std::ios::binary);
   if (!stream) fail(std::strerror(errno));
   content(stream);
   stream.close();
-  if (!stream || !sync_to_disk(aside)) fail(std::strerror(errno));
+  if (!stream || !sync_to_disk(aside.path())) fail(std::strerror(errno));
   std::error_code error;
-  fs::rename(aside, file, error);
+  fs::rename(aside.path(), file, error);
   if (error) fail(error.message());
 }
 

@@ -21,7 +21,8 @@ void rethrow(const tvm::ffi::Error& error) {
   if (kind == "ImportError" || kind == "ModuleNotFoundError") throw ImportError(message);
   if (kind == "NotImplementedError") throw NotImplementedError(message);
   if (kind == "OSError") throw FileError(message);
-  if (kind == "MemoryError") throw MemoryError(message);
+  // What tvm-ffi makes of a std::bad_alloc that reaches a C function.
+  if (kind == "MemoryError" || message == "std::bad_alloc") throw MemoryError(message);
   if (kind == "TimeoutError") throw TimeoutError(message);
   throw Error(kind, message);
 }

@@ -3,6 +3,8 @@
 #include <mutex>
 #include <utility>
 
+#include "core/fork_locks.hpp"
+
 namespace ditattn {
 namespace {
 
@@ -14,6 +16,7 @@ struct Sink {
 // Never destroyed: a back end may log while the process ends.
 Sink& sink() {
   static Sink& instance = *new Sink;
+  [[maybe_unused]] static const bool renewed = renew_in_child(instance.mutex);
   return instance;
 }
 

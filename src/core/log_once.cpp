@@ -3,10 +3,13 @@
 #include <mutex>
 #include <set>
 
+#include "core/fork_locks.hpp"
+
 namespace ditattn {
 
 void log_once(LogLevel level, const std::string& text) {
   static std::mutex mutex;
+  [[maybe_unused]] static const bool held = hold_over_fork(mutex);
   static auto& logged = *new std::set<std::string>;
   constexpr std::size_t most_kept = 4096;  // then they come again
   {

@@ -11,6 +11,7 @@
 #include <charconv>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -60,13 +61,9 @@ struct Job {
 
 class Pool {
  public:
+  // Throws nothing: where there is no memory for helpers, the caller does it all.
   void run(Job& job) {
-    {
-      std::lock_guard lock(mutex_);
-      add_workers(job.helpers_wanted);
-      jobs_.push_back(&job);
-      ++at_work_;
-    }
+    if (!announce(job)) return job.work();
     wake_.notify_all();
     job.work();
     std::unique_lock lock(mutex_);
@@ -77,6 +74,18 @@ class Pool {
 
  private:
   void serve();
+
+  bool announce(Job& job) {
+    std::lock_guard lock(mutex_);
+    try {
+      add_workers(job.helpers_wanted);
+      jobs_.push_back(&job);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+    ++at_work_;
+    return true;
+  }
 
   // One thread less at work: another may help where one is wanted.
   void leave() {

@@ -10,6 +10,7 @@
 #include <ostream>
 #include <shared_mutex>
 
+#include "core/fork_locks.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/registry.hpp"
 #include "registry/loader.hpp"
@@ -52,6 +53,7 @@ Table& table() {
     made->members.push_back({.name = "CUSTOM", .default_path = {}, .override_path = {}, .resolved = {}});
     return made;
   }();
+  [[maybe_unused]] static const bool held = hold_over_fork(instance.mutex);
   return instance;
 }
 

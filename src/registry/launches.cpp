@@ -3,6 +3,7 @@
 #include <deque>
 #include <mutex>
 
+#include "core/fork_locks.hpp"
 #include "ditattn/launches.hpp"
 
 namespace ditattn {
@@ -22,6 +23,7 @@ struct Counters {
 // Never destroyed: a thread may call while the process ends.
 Counters& counters() {
   static Counters& instance = *new Counters;
+  [[maybe_unused]] static const bool held = hold_over_fork(instance.mutex);
   return instance;
 }
 

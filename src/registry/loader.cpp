@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 
+#include "core/fork_locks.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/plugin.hpp"
@@ -45,6 +46,7 @@ struct State {
 
 State& state() {
   static State& instance = *new State;  // never destroyed: plug-ins' code may run until the process ends
+  [[maybe_unused]] static const bool held = hold_over_fork(instance.mutex);
   return instance;
 }
 
@@ -85,6 +87,8 @@ class Search {
         if (!fs::is_regular_file(status)) throw ImportError("not a regular file");
         if (const std::string reason = reason_not_loaded(directory, file); !reason.empty()) throw ImportError(reason);
         return load_plugin_class(file, path_.class_name);
+      } catch (const MemoryError&) {
+        throw;  // says nothing of the file, and is not remembered
       } catch (const Error& failure) {
         reason_ = failure.message();
       }
@@ -110,6 +114,8 @@ class Search {
     try {
       if (BackendClass backend = guard(importer.name, [&] { return importer.import(text_); })) return backend;
       tried_.push_back(importer.name + ": no such module");
+    } catch (const MemoryError&) {
+      throw;
     } catch (const Error& error) {
       reason_ = error.message();
       tried_.push_back(fmt::format("{}: {}", importer.name, reason_));
@@ -140,6 +146,8 @@ BackendClass find_in_linked_module(const std::string& text, const ClassPath& pat
     const tvm::ffi::Any table =
         guard(path.module, [&] { return backend_table(find, path.class_name, DITATTN_INTERFACE_VERSION); });
     if (table != nullptr) return backend_from_table(table, path.module);
+  } catch (const MemoryError&) {
+    throw;
   } catch (const Error& error) {
     throw fail(fmt::format("failed to load ({})", error.message()));
   }

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <utility>
 
+#include "core/fork_locks.hpp"
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
@@ -21,6 +22,7 @@ struct Registered {
 // Never destroyed: a thread may call while the process ends.
 Registered& registered() {
   static Registered& instance = *new Registered;
+  [[maybe_unused]] static const bool held = hold_over_fork(instance.mutex);
   return instance;
 }
 

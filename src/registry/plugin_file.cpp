@@ -5,11 +5,13 @@
 #include <link.h>
 #include <tvm/ffi/extra/module.h>
 
+#include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <map>
 #include <mutex>
 
+#include "core/fork_locks.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/plugin.hpp"
 #include "registry/table_backend.hpp"
@@ -31,6 +33,7 @@ struct OpenFiles {
 
 OpenFiles& open_files() {
   static OpenFiles& instance = *new OpenFiles;  // never destroyed: plug-ins' code may run until the process ends
+  [[maybe_unused]] static const bool held = hold_over_fork(instance.mutex);
   return instance;
 }
 
@@ -64,8 +67,12 @@ Module open_module(const fs::path& file) {
   }
   if (is_cut_short(file)) throw ImportError("module failed to load (the file is cut short)");
   if (dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE) == nullptr) {
-    const char* reason = dlerror();
-    throw ImportError(fmt::format("module failed to load ({})", reason != nullptr ? reason : "no reason given"));
+    const char* said = dlerror();
+    const std::string reason = said != nullptr ? said : "no reason given";
+    if (reason.ends_with(std::strerror(ENOMEM)) || reason == "out of memory") {
+      throw MemoryError(fmt::format("{}: module failed to load ({})", file.string(), reason));
+    }
+    throw ImportError(fmt::format("module failed to load ({})", reason));
   }
   Module module = Module::LoadFromFile(file.string());
   std::lock_guard lock(open_files().mutex);

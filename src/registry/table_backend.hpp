@@ -3,6 +3,7 @@
 #include <tvm/ffi/any.h>
 #include <tvm/ffi/container/array.h>
 
+#include <new>
 #include <string>
 
 #include "ditattn/backend.hpp"
@@ -63,6 +64,8 @@ auto guard(const std::string& origin, Function&& function) {
     throw;
   } catch (const tvm::ffi::Error& error) {
     rethrow(error);
+  } catch (const std::bad_alloc&) {
+    throw MemoryError(origin + ": there is no memory for it.");
   } catch (const std::exception& error) {
     throw Error("RuntimeError", origin + " threw: " + error.what());
   } catch (...) {

@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "core/environment.hpp"
+#include "core/fork_locks.hpp"
 #include "core/text.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/selector.hpp"
@@ -67,6 +68,7 @@ struct Layers {
 
 Layers& layers() {
   static auto& instance = *new Layers;  // never destroyed: plug-ins' objects are in it
+  [[maybe_unused]] static const bool held = hold_over_fork(instance.mutex);
   return instance;
 }
 

@@ -9,6 +9,7 @@
 #include <deque>
 #include <mutex>
 
+#include "core/fork_locks.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/threads.hpp"
 #include "registry/check_call.hpp"
@@ -242,6 +243,7 @@ DispatchChoice choose(const DispatchRules& rules, const Problem& problem, const 
 BackendClass default_backend(DispatchRules rules) {
   if (rules.size() == 1) return rules.in_order.front().backend;
   static std::mutex mutex;
+  [[maybe_unused]] static const bool held = hold_over_fork(mutex);
   static auto& made = *new std::deque<std::shared_ptr<const DefaultBackend>>;
   constexpr std::size_t most_kept = 64;  // registrations that change for ever must not fill memory
   std::lock_guard lock(mutex);

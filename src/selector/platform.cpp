@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 
+#include "core/fork_locks.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/selector.hpp"
@@ -58,6 +59,7 @@ std::int64_t cudnn_version() {
 
 std::mutex& platforms_mutex() {
   static std::mutex mutex;
+  [[maybe_unused]] static const bool held = hold_over_fork(mutex);
   return mutex;
 }
 

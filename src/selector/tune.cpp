@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "core/cuda_driver.hpp"
+#include "core/fork_locks.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/selector.hpp"
@@ -116,7 +117,8 @@ void tune_at_first_call(const AttentionCall& call, const Problem& problem, const
     const auto table = tuned_table(problem.device);
     return table != nullptr && table->find(problem) != nullptr;
   };
-  static std::mutex one_at_a_time;      // timings of two at once would be worth nothing
+  static std::mutex one_at_a_time;  // timings of two at once would be worth nothing
+  [[maybe_unused]] static const bool renewed = renew_in_child(one_at_a_time);
   thread_local bool is_inside = false;  // a backend that is measured may ask for a default itself
   if (is_inside || is_known() || cuda::is_captured(problem.device)) return;
   const std::lock_guard lock(one_at_a_time);

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <new>
 
 #include "core/atomic_file.hpp"
 #include "ditattn/errors.hpp"
@@ -125,6 +126,7 @@ std::vector<TunedProblem> parse_cache(const fs::path& file, const TunedFor& envi
     throw ValueError(fmt::format("it has {} bytes, {} at most", bytes, kMostBytes));
   }
   std::ifstream stream(file, std::ios::binary);
+  if (!stream) throw FileError(fmt::format("it cannot be opened: {}", std::strerror(errno)));
   // What is nested deeply would use up the stack where it is printed or destroyed.
   Json json = Json::parse(stream, [](int depth, Json::parse_event_t, const Json&) {
     if (depth > kMostNested) throw ValueError(fmt::format("it is nested deeper than {} levels", kMostNested));
@@ -171,6 +173,24 @@ class PublishLock {
   int descriptor_;
 };
 
+// FileError where it is there and cannot be opened, which says nothing of what is in it.
+std::vector<TunedProblem> read_or_set_aside(const fs::path& file, const TunedFor& environment, bool is_frozen) {
+  std::error_code missing;
+  if (file.empty() || !fs::exists(file, missing)) return {};
+  try {
+    return parse_cache(file, environment);
+  } catch (const FileError&) {
+    throw;
+  } catch (const std::bad_alloc&) {
+    throw;
+  } catch (const Error& error) {
+    set_aside(file, error.message(), is_frozen);
+  } catch (const std::exception& error) {
+    set_aside(file, error.what(), is_frozen);
+  }
+  return {};
+}
+
 }  // namespace
 
 bool same_measurement(const Problem& a, const Problem& b) {
@@ -180,14 +200,10 @@ bool same_measurement(const Problem& a, const Problem& b) {
 }
 
 std::vector<TunedProblem> read_tune_cache(const fs::path& file, const TunedFor& environment, bool is_frozen) {
-  std::error_code missing;
-  if (file.empty() || !fs::exists(file, missing)) return {};
   try {
-    return parse_cache(file, environment);
-  } catch (const Error& error) {
-    set_aside(file, error.message(), is_frozen);
-  } catch (const std::exception& error) {
-    set_aside(file, error.what(), is_frozen);
+    return read_or_set_aside(file, environment, is_frozen);
+  } catch (const FileError& error) {
+    log(LogLevel::warning, fmt::format("Tuned choices in '{}' are not used: {}.", file.string(), error.message()));
   }
   return {};
 }
@@ -200,7 +216,12 @@ void publish_tuned(const fs::path& file, const TunedFor& environment, const std:
                                 file.parent_path().string(), error.message()));
   }
   const PublishLock lock(file);
-  std::vector<TunedProblem> all = read_tune_cache(file, environment, false);
+  std::vector<TunedProblem> all;
+  try {
+    all = read_or_set_aside(file, environment, false);
+  } catch (const FileError& unread) {  // what is in it must not be lost
+    throw FileError(fmt::format("Cannot add to the tuned choices '{}': {}.", file.string(), unread.message()));
+  }
   for (const TunedProblem& added : problems) {
     std::erase_if(all, [&](const TunedProblem& old) { return same_measurement(old.problem, added.problem); });
     all.push_back(added);

@@ -15,13 +15,14 @@ DITATTN_API DITATTN_API bool same_measurement(const Problem& a, const Problem& b
 
 /// Reads a cache's file: what was measured for `environment`, in the file's order; nothing where there is no file. A
 /// file that is damaged, of another format or of another environment is logged (warning) and put aside under its name
-/// with ".set-aside", unless `is_frozen`: then it stays. Throws nothing.
+/// with ".set-aside", unless `is_frozen`: then it stays, as does one that cannot be opened (logged too). Throws nothing
+/// but std::bad_alloc.
 DITATTN_API std::vector<TunedProblem> read_tune_cache(const std::filesystem::path& file, const TunedFor& environment,
                                                       bool is_frozen);
 
 /// Adds problems to the file, in the place of the same ones that are there. Processes that publish at the same time
 /// take turns, so that both have their say; readers see the file as it was or as it is. FileError where it cannot be
-/// written.
+/// written, or is there and cannot be opened.
 DITATTN_API void publish_tuned(const std::filesystem::path& file, const TunedFor& environment,
                                const std::vector<TunedProblem>& problems);
 

@@ -10,6 +10,7 @@
 #include <set>
 #include <shared_mutex>
 
+#include "core/fork_locks.hpp"
 #include "core/log_once.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/threads.hpp"
@@ -95,6 +96,7 @@ struct Tables {
 // Never destroyed: a thread may call while the process ends.
 Tables& tables() {
   static Tables& instance = *new Tables;
+  [[maybe_unused]] static const bool held = hold_over_fork(instance.mutex);
   return instance;
 }
 
