@@ -257,6 +257,10 @@ Json parse_json_or_file(const std::string& text_or_file) {
 
 // Sets `path` ("per_role.self.backend") in the document. A choice given by its name becomes an object on the way.
 void apply_setting(Json& json, const std::string& path, const std::string& value) {
+  if (std::ranges::count(path, '.') >= kMaxDepth) {
+    throw ConfigError(
+        fmt::format("--diffusion-attention-config.{:.40}… is nested deeper than {} levels.", path, kMaxDepth));
+  }
   Json* node = &json;
   std::istringstream stream(path);
   for (std::string key; std::getline(stream, key, '.');) {

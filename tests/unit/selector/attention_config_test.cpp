@@ -178,6 +178,15 @@ TEST(AttentionFlags, BackendFillsDefault) {
   EXPECT_EQ(roles(both), "self=CUSTOM");
 }
 
+TEST(AttentionFlags, DotsWithoutEndAreRefused) {
+  std::string path = "per_role";
+  for (int i = 0; i < 50000; ++i) path += ".a";
+  expect_contains(error_text<ConfigError>([&] {
+                    static_cast<void>(config_from_flags({.settings = {{path, "auto"}}}));
+                  }),
+                  {"--diffusion-attention-config.per_role.a.a", "nested deeper than 32 levels"});
+}
+
 TEST(AttentionFlags, BackendAndConfigsDefaultExclude) {
   const char* message =
       "--diffusion-attention-backend is mutually exclusive with --diffusion-attention-config.default.backend.";
