@@ -24,6 +24,8 @@ ELSEWHERE = {
     ("docs/python.md", ".venv/bin/python"): "of the source tree: tests/python",
     ("docs/python.md", "python -m ditattn --register"): "tests/python/test_docs.py",
     ("docs/report.md", "ditattn compare"): "tests/cli/test_report.py",
+    ("docs/robustness.md", "cmake --build"): "of the source tree, whose build this is part of",
+    ("docs/robustness.md", "build/release/bin/faults_load"): "ten minutes; four seconds of it: tests/faults",
     ("docs/tuning.md", "ditattn"): "tests/cli/test_tune.py",
 }
 
