@@ -17,6 +17,10 @@ ELSEWHERE = {
     ("README.md", "ditattn -v run"): "tests/cli/test_selection.py",
     ("README.md", "DITATTN_PLUGIN_PATH=/opt"): "a broken file in /opt: tests/cli/test_doctor.py",
     ("docs/capture.md", "ditattn compare"): "a model's capture: tests/cli/test_layers.py",
+    ("docs/fuzzing.md", "make fuzz"): "minutes; CI runs 15 seconds of each",
+    ("docs/fuzzing.md", "DITATTN_CPU_LEVEL=avx2 make fuzz"): "minutes",
+    ("docs/fuzzing.md", "build/fuzz/bin/fuzz_tensors"): "what to do with a finding, of which there is none",
+    ("docs/fuzzing.md", "build/cuda/bin/conformance"): "needs a GPU",
     ("docs/parallel.md", "DITATTN_NUM_THREADS=1 mpirun"): "MPI, where there is any: tests/cli/test_compare_parallel.py",
     ("docs/python.md", "pip install"): "tests/wheel",
     ("docs/python.md", "ditattn list"): "of the wheel: tests/wheel",
@@ -34,7 +38,7 @@ def commands(name):
     """(command, shown output or None) of a page."""
     found = []
     for language, body, _ in page.blocks((page.ROOT / name).read_text()):
-        if language == "sh":
+        if language in ("sh", "bash"):
             found += [(command, None) for command in page.commands(body)]
         elif language == "console" or body.startswith("$ "):
             found += page.shown(body)
