@@ -9,7 +9,7 @@
 #include "core/environment.hpp"
 
 // LeakSanitizer cannot look into a process of such a program.
-extern "C" int __lsan_is_turned_off() { return 1; }  // NOLINT(bugprone-reserved-identifier,readability-identifier-naming)
+extern "C" int __lsan_is_turned_off() { return 1; }  // NOLINT: its name
 
 int main() {
   std::printf("%lu", ::getauxval(AT_SECURE));
