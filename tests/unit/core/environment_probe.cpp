@@ -8,9 +8,6 @@
 
 #include "core/environment.hpp"
 
-// LeakSanitizer cannot look into a process of such a program.
-extern "C" int __lsan_is_turned_off() { return 1; }  // NOLINT: its name
-
 int main() {
   std::printf("%lu", ::getauxval(AT_SECURE));
   for (std::size_t i = 0; i < ditattn::environment_variables().size(); ++i) {
