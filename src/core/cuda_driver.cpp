@@ -171,7 +171,7 @@ Context primary_context(int device) {
 class OnDevice {
  public:
   explicit OnDevice(int device) {
-    const Context context = primary_context(device);  // first: without a driver there is no function to look at
+    Context context = primary_context(device);  // first: without a driver there is no function to look at
     check(driver().cuCtxPushCurrent_v2(context), "cuCtxPushCurrent", device);
   }
   ~OnDevice() {
