@@ -63,7 +63,7 @@ TEST_F(ChangingFile, ZeroLengthThenMended) {
 
 TEST_F(ChangingFile, CutShortThenMended) {
   install_late();
-  fs::resize_file(late_file(), fs::file_size(late_file()) / 2);
+  fs::resize_file(late_file(), 8192);  // not half of it: with debug information that may be all that is mapped
   expect_mendable("module failed to load (");
 }
 
