@@ -21,7 +21,7 @@ for target in "${targets[@]}"; do
   seeds=tests/fuzz/corpus/$target
   [ -d "$seeds" ] || { echo "fuzz: no fuzzer '$target'. There are: $(ls tests/fuzz/corpus | xargs)" >&2; exit 1; }
   mkdir -p "build/fuzz/corpus/$target"
-  options=(-max_total_time="$seconds" -timeout=25 -rss_limit_mb=2560 -max_len=1500 -print_final_stats=1
+  options=(-max_total_time="$seconds" -timeout=25 -rss_limit_mb=2560 -max_len=1500 -print_final_stats=1 -seed="${SEED:-0}"
            -artifact_prefix="build/fuzz/found/$target-")
   [ -e "tests/fuzz/$target.dict" ] && options+=(-dict="tests/fuzz/$target.dict")
   log=build/fuzz/$target.log

@@ -63,8 +63,11 @@ inline Tensor wrap(void* data, std::initializer_list<std::int64_t> shape, DLData
   return wrap(data, std::span(shape.begin(), shape.size()), dtype, std::span(strides.begin(), strides.size()), device);
 }
 
-/// First element of `tensor`, byte offset included.
-inline void* data_pointer(const Tensor& tensor) { return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset(); }
+/// First element of `tensor`, byte offset included; null where there is no data.
+inline void* data_pointer(const Tensor& tensor) {
+  auto* const data = static_cast<char*>(tensor.data_ptr());
+  return data == nullptr ? nullptr : data + tensor.byte_offset();
+}
 
 /// The largest power of two, in bytes and 16 at most, of which the first element's address and all strides but the last
 /// are multiples; 0 where one of them is negative.
