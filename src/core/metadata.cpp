@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 
+#include "core/tensor_extent.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 
@@ -105,11 +106,7 @@ std::vector<std::int64_t> read_offsets(const MetadataExtra& extra, const char* n
     throw ValueError(fmt::format(
         "{} must be a one-dimensional int32 tensor of at least 2 elements in host or CUDA memory, got {}.", name, got));
   }
-  std::int64_t reach = 0;
-  if (tensor.data_ptr() == nullptr || __builtin_mul_overflow(tensor.stride(0), 4 * tensor.size(0), &reach)) {
-    throw ValueError(fmt::format("{} of shape {} and stride {} has no data, or reaches past what can be addressed.",
-                                 name, shape_name(tensor), tensor.stride(0)));
-  }
+  check_extent(name, tensor);
   const Tensor on_host = tensor.device().device_type == kDLCPU ? tensor : copy_to(tensor, kCpu);
   std::vector<std::int64_t> offsets;
   for (std::int64_t i = 0; i < tensor.size(0); ++i) {

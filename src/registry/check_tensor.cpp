@@ -7,10 +7,6 @@
 namespace ditattn {
 namespace {
 
-std::string strides_name(const Tensor& tensor) {
-  return shape_name({tensor.strides().data(), static_cast<std::size_t>(tensor.ndim())});
-}
-
 void check_defined(const char* what, const Tensor& tensor) {
   if (!tensor.defined()) throw ValueError(fmt::format("{} is missing.", what));
 }
@@ -18,29 +14,6 @@ void check_defined(const char* what, const Tensor& tensor) {
 }  // namespace
 
 bool same_device(DLDevice a, DLDevice b) { return a.device_type == b.device_type && a.device_id == b.device_id; }
-
-void check_extent(const char* what, const Tensor& tensor) {
-  std::int64_t count = 1;
-  std::int64_t reach = tensor.dtype().bits / 8;
-  bool overflow = false;
-  for (int i = 0; i < tensor.ndim(); ++i) {
-    const std::int64_t size = tensor.size(i);
-    if (size < 0) throw ValueError(fmt::format("{} has a negative size: {}.", what, shape_name(tensor)));
-    std::int64_t span = 0;
-    const std::int64_t stride = tensor.stride(i);
-    overflow |= stride == INT64_MIN || __builtin_mul_overflow(count, size, &count) ||
-                __builtin_mul_overflow(stride < 0 ? -stride : stride, size > 0 ? size - 1 : 0, &span) ||
-                __builtin_mul_overflow(span, tensor.dtype().bits / 8, &span) ||
-                __builtin_add_overflow(reach, span, &reach);
-  }
-  if (overflow) {
-    throw ValueError(fmt::format("{} of shape {} and strides {} reaches past what can be addressed.", what,
-                                 shape_name(tensor), strides_name(tensor)));
-  }
-  if (count > 0 && tensor.data_ptr() == nullptr) {
-    throw ValueError(fmt::format("{} of shape {} has a null data pointer.", what, shape_name(tensor)));
-  }
-}
 
 void check_unit_last_stride(const char* what, const Tensor& tensor) {
   if (tensor.size(-1) > 1 && tensor.stride(-1) != 1 && tensor.numel() > 0) {  // NumPy gives empty arrays zero strides

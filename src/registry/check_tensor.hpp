@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/tensor_extent.hpp"
 #include "ditattn/tensor.hpp"
 
 namespace ditattn {
@@ -8,12 +9,9 @@ namespace ditattn {
 
 bool same_device(DLDevice a, DLDevice b);
 
-/// Sizes are not negative, the farthest element's offset in bytes fits in 63 bits, data is not null.
-void check_extent(const char* what, const Tensor& tensor);
-
 void check_unit_last_stride(const char* what, const Tensor& tensor);
 
-/// Four dimensions (batch, tokens, heads, head_size), a plain dtype, and the two above.
+/// Four dimensions (batch, tokens, heads, head_size), a plain dtype, check_extent and the one above.
 void check_rank_4(const char* what, const Tensor& tensor);
 
 void check_size(const char* what, const Tensor& tensor, int dimension, const char* name, std::int64_t expected);

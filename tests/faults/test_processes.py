@@ -39,8 +39,8 @@ def test_a_handler_runs_and_the_answer_is_right(run_python):
 def test_keyboard_interrupt_between_calls(run_python):
     done = run_python(
         START + "q = np.random.rand(1, 700, 8, 64).astype('float32')\nexpected = attention(q, q, q)\n"
-        "signal.setitimer(signal.ITIMER_REAL, 0.05)\nsignal.signal(signal.SIGALRM, signal.default_int_handler)\n"
-        "try:\n    while True: attention(q, q, q)\nexcept KeyboardInterrupt: print((attention(q, q, q) == expected).all())\n"
+        "signal.signal(signal.SIGALRM, signal.default_int_handler)\n"
+        "try:\n    signal.setitimer(signal.ITIMER_REAL, 0.05)\n    while True: attention(q, q, q)\nexcept KeyboardInterrupt: print((attention(q, q, q) == expected).all())\n"
     )
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 

@@ -32,14 +32,16 @@ struct Head {
 
 // Bounds are for random numbers, of which a fuzzer finds unlikely ones. Twice of them where an exact back end's output
 // is a handful of numbers, which may all be rounded the worst way, and for quantized ones; where these sum too few
-// numbers to average out, errors must only be finite.
+// numbers to average out, half of the output's size more, which no output of zeros or of another problem is within.
 void check(const conformance::NamedBackend& named, const conformance::Drawn& drawn,
            const conformance::Checked& checked) {
   const auto quantized = conformance::quantization(named, ditattn::kCpu);
   const bool is_exact = quantized.bytes == 0 && !quantized.in_e2m1;
   const bool is_large = drawn.query.numel() >= 1000;
-  const double slack = is_exact ? (is_large ? 1 : 2) : (is_large ? 2 : 1e9);
-  const bool holds = checked.errors.out <= slack * checked.bound && checked.errors.lse <= slack * checked.lse_bound;
+  const double slack = is_exact && is_large ? 1 : 2;
+  const double more = is_exact || is_large ? 0 : 0.5;
+  const bool holds =
+      checked.errors.out <= slack * checked.bound + more && checked.errors.lse <= slack * checked.lse_bound + more;
   const bool rows_are_right = !testing::UnitTest::GetInstance()->ad_hoc_test_result().Failed();
   ditattn::fuzzing::require(
       (checked.refusal.empty() || !is_exact) && holds && rows_are_right,

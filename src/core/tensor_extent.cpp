@@ -1,0 +1,36 @@
+#include "core/tensor_extent.hpp"
+
+#include <fmt/format.h>
+
+#include "ditattn/errors.hpp"
+
+namespace ditattn {
+
+std::string strides_name(const Tensor& tensor) {
+  return shape_name({tensor.strides().data(), static_cast<std::size_t>(tensor.ndim())});
+}
+
+void check_extent(const char* what, const Tensor& tensor) {
+  std::int64_t count = 1;
+  std::int64_t reach = tensor.dtype().bits / 8;
+  bool overflow = false;
+  for (int i = 0; i < tensor.ndim(); ++i) {
+    const std::int64_t size = tensor.size(i);
+    if (size < 0) throw ValueError(fmt::format("{} has a negative size: {}.", what, shape_name(tensor)));
+    std::int64_t span = 0;
+    const std::int64_t stride = tensor.stride(i);
+    overflow |= stride == INT64_MIN || __builtin_mul_overflow(count, size, &count) ||
+                __builtin_mul_overflow(stride < 0 ? -stride : stride, size > 0 ? size - 1 : 0, &span) ||
+                __builtin_mul_overflow(span, tensor.dtype().bits / 8, &span) ||
+                __builtin_add_overflow(reach, span, &reach);
+  }
+  if (overflow) {
+    throw ValueError(fmt::format("{} of shape {} and strides {} reaches past what can be addressed.", what,
+                                 shape_name(tensor), strides_name(tensor)));
+  }
+  if (count > 0 && tensor.data_ptr() == nullptr) {
+    throw ValueError(fmt::format("{} of shape {} has a null data pointer.", what, shape_name(tensor)));
+  }
+}
+
+}  // namespace ditattn
