@@ -278,8 +278,7 @@ Agreement agree(Communicator& communicator, AgreementCache& cache, const Attenti
     if (error) std::rethrow_exception(error);
     throw NotImplementedError(
         "A call over several ranks cannot be captured into a graph before the same one was made outside: in it the "
-        "ranks "
-        "agree. Make it once before, with the same AttentionMetadata.");
+        "ranks agree. Make it once before, with the same AttentionMetadata.");
   }
   if (!on_host && error && !cache.empty()) {  // the others may not ask
     communicator.abort(text);
