@@ -11,7 +11,8 @@ namespace ditattn::conformance {
 struct Checked {
   std::string refusal;  ///< why it was not computed; the rest is then 0
   Errors errors;
-  double bound = 0;  ///< of errors.out
+  double logits = 0;  ///< the largest that could be
+  double bound = 0;   ///< of errors.out
   double lse_bound = 0;
 };
 
