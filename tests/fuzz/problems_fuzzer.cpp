@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -40,8 +41,8 @@ void check(const conformance::NamedBackend& named, const conformance::Drawn& dra
   const bool is_large = drawn.query.numel() >= 1000;
   const double slack = is_exact && is_large ? 1 : 2;
   const double more = is_exact || is_large ? 0 : 0.5;
-  const bool holds =
-      checked.errors.out <= slack * checked.bound + more && checked.errors.lse <= slack * checked.lse_bound + more;
+  const bool holds = checked.errors.out <= slack * checked.bound + more &&
+                     checked.errors.lse <= slack * checked.lse_bound * std::max(1., checked.logits / 32) + more;
   const bool rows_are_right = !testing::UnitTest::GetInstance()->ad_hoc_test_result().Failed();
   ditattn::fuzzing::require(
       (checked.refusal.empty() || !is_exact) && holds && rows_are_right,
