@@ -61,9 +61,17 @@ struct Plane {
   std::vector<double> v;
 };
 
+// Where the answer of one row goes.
+struct Answer {
+  double* out;
+  double* abs;
+  double* random;
+  double* lse;
+};
+
 // One row: `query` are its D elements; `logits` has room for one number per key.
 void attend(const Rules& rules, double scale, const Plane& plane, const Row& row, const double* query, double* logits,
-            double* out, double* abs, double* lse) {
+            const Answer& answer) {
   std::fill_n(logits, plane.keys, 0.);
   for (std::int64_t d = 0; d < plane.head_size; ++d) {
     const double* k = plane.k_transposed.data() + d * plane.keys;
@@ -77,9 +85,10 @@ void attend(const Rules& rules, double scale, const Plane& plane, const Row& row
     if (!(logits[j] <= largest)) largest = logits[j];
     if (std::isnan(largest)) break;  // a visible NaN: so is the whole row
   }
-  *lse = largest;
-  std::fill_n(out, plane.head_size, std::isnan(largest) ? largest : 0.);
-  std::fill_n(abs, plane.head_size, std::isnan(largest) ? largest : 0.);
+  *answer.lse = largest;
+  for (double* numbers : {answer.out, answer.abs, answer.random}) {
+    std::fill_n(numbers, plane.head_size, std::isnan(largest) ? largest : 0.);
+  }
   if (largest == -kInfinity || std::isnan(largest)) return;
   double sum = 0;
   for (std::int64_t j = 0; j < plane.keys; ++j) {
@@ -88,15 +97,17 @@ void attend(const Rules& rules, double scale, const Plane& plane, const Row& row
     sum += p;
     const double* v = plane.v.data() + j * plane.head_size;
     for (std::int64_t d = 0; d < plane.head_size; ++d) {
-      out[d] += p * v[d];
-      abs[d] += p * std::abs(v[d]);
+      answer.out[d] += p * v[d];
+      answer.abs[d] += p * std::abs(v[d]);
+      answer.random[d] += p * v[d] * p * v[d];
     }
   }
   for (std::int64_t d = 0; d < plane.head_size; ++d) {
-    out[d] /= sum;
-    abs[d] /= sum;
+    answer.out[d] /= sum;
+    answer.abs[d] /= sum;
+    answer.random[d] = std::sqrt(answer.random[d]) / sum;
   }
-  *lse = largest + std::log(sum);
+  *answer.lse = largest + std::log(sum);
 }
 
 void check_rows(std::span<const Row> rows, const Tensor& query, std::int64_t total_rows) {
@@ -147,6 +158,7 @@ Result attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   }
   Result result{.out = std::vector<double>(rows.size() * head_size),
                 .abs = std::vector<double>(rows.size() * head_size),
+                .random = std::vector<double>(rows.size() * head_size),
                 .lse = std::vector<double>(rows.size())};
   const std::int64_t tasks = std::int64_t{4} * num_threads();
   std::vector<double> scratch(static_cast<std::size_t>(tasks * (keys + head_size)));
@@ -159,8 +171,11 @@ Result attention(const Tensor& query, const Tensor& key, const Tensor& value, co
         const std::size_t r = members[m];
         const Place place = rules.row_place(rows[r].query);
         for (std::int64_t d = 0; d < head_size; ++d) q[d] = queries.at(place, rows[r].batch, rows[r].head, d);
-        attend(rules, softmax_scale, plane, rows[r], q, logits, &result.out[r * head_size], &result.abs[r * head_size],
-               &result.lse[r]);
+        attend(rules, softmax_scale, plane, rows[r], q, logits,
+               {.out = &result.out[r * head_size],
+                .abs = &result.abs[r * head_size],
+                .random = &result.random[r * head_size],
+                .lse = &result.lse[r]});
       }
     });
   }

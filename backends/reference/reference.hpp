@@ -19,9 +19,10 @@ struct Row {
 };
 
 struct Result {
-  std::vector<double> out;  ///< rows × head size
-  std::vector<double> abs;  ///< rows × head size: Σ P·|V|, what errors are measured against
-  std::vector<double> lse;  ///< rows: natural log-sum-exp of the scaled, masked logits
+  std::vector<double> out;     ///< rows × head size
+  std::vector<double> abs;     ///< rows × head size: Σ P·|V|, what errors are measured against
+  std::vector<double> random;  ///< rows × head size: √Σ P²·V², the size of `out` where the signs of V are random
+  std::vector<double> lse;     ///< rows: natural log-sum-exp of the scaled, masked logits
 };
 
 /// Attention of the given rows, or of all in (batch, head, query) order where `rows` is empty. Tensors as for

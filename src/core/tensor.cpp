@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/float_bits.hpp"
+#include "core/tensor_extent.hpp"
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
@@ -133,10 +134,11 @@ Tensor wrap(void* data, std::span<const std::int64_t> shape, DLDataType dtype, s
 std::int64_t alignment_of(const Tensor& tensor) {
   const std::int64_t item = tensor.dtype().bits / 8;
   auto bits = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(data_pointer(tensor))) | 16;
-  for (int i = 0; i + 1 < tensor.ndim(); ++i) {
-    if (tensor.size(i) < 2) continue;
-    if (tensor.stride(i) < 0) return 0;
-    bits |= static_cast<std::uint64_t>(tensor.stride(i) * item);
+  const Extent extent(tensor);
+  for (int i = 0; i + 1 < extent.rank; ++i) {
+    if (extent.sizes[i] < 2) continue;
+    if (extent.strides[i] < 0) return 0;
+    bits |= static_cast<std::uint64_t>(extent.strides[i] * item);
   }
   return static_cast<std::int64_t>(bits & (~bits + 1));
 }

@@ -11,18 +11,19 @@ std::string strides_name(const Tensor& tensor) {
 }
 
 void check_extent(const char* what, const Tensor& tensor) {
+  const Extent extent(tensor);
+  const std::int64_t item = tensor.dtype().bits / 8;
   std::int64_t count = 1;
-  std::int64_t reach = tensor.dtype().bits / 8;
+  std::int64_t reach = item;
   bool overflow = false;
-  for (int i = 0; i < tensor.ndim(); ++i) {
-    const std::int64_t size = tensor.size(i);
+  for (int i = 0; i < extent.rank; ++i) {
+    const std::int64_t size = extent.sizes[i];
     if (size < 0) throw ValueError(fmt::format("{} has a negative size: {}.", what, shape_name(tensor)));
     std::int64_t span = 0;
-    const std::int64_t stride = tensor.stride(i);
+    const std::int64_t stride = extent.strides[i];
     overflow |= stride == INT64_MIN || __builtin_mul_overflow(count, size, &count) ||
                 __builtin_mul_overflow(stride < 0 ? -stride : stride, size > 0 ? size - 1 : 0, &span) ||
-                __builtin_mul_overflow(span, tensor.dtype().bits / 8, &span) ||
-                __builtin_add_overflow(reach, span, &reach);
+                __builtin_mul_overflow(span, item, &span) || __builtin_add_overflow(reach, span, &reach);
   }
   if (overflow) {
     throw ValueError(fmt::format("{} of shape {} and strides {} reaches past what can be addressed.", what,

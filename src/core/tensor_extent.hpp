@@ -1,10 +1,22 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "ditattn/tensor.hpp"
 
 namespace ditattn {
+
+/// A tensor's sizes and strides, for as long as it lives. `size(i)` and `stride(i)` check `i` at each look and are not
+/// inlined, which took most of the time that checking a call takes.
+struct Extent {
+  const std::int64_t* sizes;
+  const std::int64_t* strides;
+  int rank;
+
+  explicit Extent(const Tensor& tensor)
+      : sizes(tensor.shape().data()), strides(tensor.strides().data()), rank(tensor.ndim()) {}
+};
 
 /// "(6, 2, 1)", in elements.
 std::string strides_name(const Tensor& tensor);

@@ -13,10 +13,6 @@
 namespace ditattn {
 namespace {
 
-std::string strides_name(const Tensor& tensor) {
-  return shape_name({tensor.strides().data(), static_cast<std::size_t>(tensor.ndim())});
-}
-
 void check_shape(const char* what, const Tensor& tensor, std::initializer_list<std::int64_t> expected) {
   if (tensor.ndim() != static_cast<int>(expected.size()) ||
       !std::equal(expected.begin(), expected.end(), tensor.shape().begin())) {
@@ -68,23 +64,23 @@ Problem check_call(const AttentionImpl& impl, const Tensor& query, const Tensor&
   check_size("key", key, 0, "batch", query.size(0));
   check_size("key", key, 2, "heads", impl.num_kv_heads());
   check_size("key", key, 3, "head_size", impl.config().head_size);
-  for (int i = 0; i < 4; ++i) {
-    if (value.size(i) != key.size(i)) {
-      throw ValueError(
-          fmt::format("Key and value must have the same shape, got {} and {}.", shape_name(key), shape_name(value)));
-    }
+  if (!std::ranges::equal(value.shape(), key.shape())) {
+    throw ValueError(
+        fmt::format("Key and value must have the same shape, got {} and {}.", shape_name(key), shape_name(value)));
   }
   return problem_of(impl, query, key, value, metadata);
 }
 
 Problem problem_of(const AttentionImpl& impl, const Tensor& query, const Tensor& key, const Tensor& value,
                    const AttentionMetadata& metadata) {
-  Problem problem{.batch = query.size(0),
-                  .num_heads = query.size(2),
-                  .num_kv_heads = key.size(2),
-                  .seq_q = query.size(1),
-                  .seq_kv = key.size(1),
-                  .head_size = query.size(3),
+  const std::int64_t* rows = query.shape().data();
+  const std::int64_t* keys = key.shape().data();
+  Problem problem{.batch = rows[0],
+                  .num_heads = rows[2],
+                  .num_kv_heads = keys[2],
+                  .seq_q = rows[1],
+                  .seq_kv = keys[1],
+                  .head_size = rows[3],
                   .dtype = query.dtype(),
                   .device = query.device(),
                   .causal = impl.config().causal,

@@ -16,7 +16,10 @@ void check_defined(const char* what, const Tensor& tensor) {
 bool same_device(DLDevice a, DLDevice b) { return a.device_type == b.device_type && a.device_id == b.device_id; }
 
 void check_unit_last_stride(const char* what, const Tensor& tensor) {
-  if (tensor.size(-1) > 1 && tensor.stride(-1) != 1 && tensor.numel() > 0) {  // NumPy gives empty arrays zero strides
+  const Extent extent(tensor);
+  const int last = extent.rank - 1;
+  if (extent.sizes[last] > 1 && extent.strides[last] != 1 &&
+      tensor.numel() > 0) {  // NumPy gives empty arrays zero strides
     throw ValueError(
         fmt::format("{} must have a unit last stride, got strides {} for shape {}. Make it contiguous first.", what,
                     strides_name(tensor), shape_name(tensor)));
@@ -38,9 +41,10 @@ void check_rank_4(const char* what, const Tensor& tensor) {
 }
 
 void check_size(const char* what, const Tensor& tensor, int dimension, const char* name, std::int64_t expected) {
-  if (tensor.size(dimension) != expected) {
-    throw ValueError(fmt::format("{} has {}={}, expected {} (shape {}).", what, name, tensor.size(dimension), expected,
-                                 shape_name(tensor)));
+  const std::int64_t size = tensor.shape().data()[dimension];
+  if (size != expected) {
+    throw ValueError(
+        fmt::format("{} has {}={}, expected {} (shape {}).", what, name, size, expected, shape_name(tensor)));
   }
 }
 

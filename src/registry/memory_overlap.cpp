@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "core/tensor_extent.hpp"
+
 namespace ditattn {
 namespace {
 
@@ -18,8 +20,9 @@ std::int64_t item_size(const Tensor& tensor) { return tensor.dtype().bits / 8; }
 Range whole_range(const Tensor& tensor) {
   const auto base = reinterpret_cast<std::intptr_t>(data_pointer(tensor));
   Range range{base, base};
-  for (int i = 0; i < tensor.ndim(); ++i) {
-    const std::int64_t reach = tensor.stride(i) * (tensor.size(i) - 1) * item_size(tensor);
+  const Extent extent(tensor);
+  for (int i = 0; i < extent.rank; ++i) {
+    const std::int64_t reach = extent.strides[i] * (extent.sizes[i] - 1) * item_size(tensor);
     (reach < 0 ? range.begin : range.end) += reach;
   }
   range.end += item_size(tensor);

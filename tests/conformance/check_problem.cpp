@@ -27,7 +27,8 @@ Checked check_problem(const NamedBackend& named, const Drawn& drawn, DLDevice de
   const Quantization quantized = quantization(named, device);
   const double logits = logit_size(drawn, scale);
   Checked checked{.refusal = {}, .errors = errors_of(out, lse, expected), .logits = logits};
-  checked.bound = bound_for(drawn, out, scale) + quantized_error_bound(quantized, logits, checked.errors.result_share);
+  checked.bound = bound_for(drawn, out, scale) +
+                  quantized_error_bound(quantized, logits, drawn.config.head_size, checked.errors.result_share);
   checked.lse_bound = 1e-5 + quantized_lse_bound(quantized, logits) + own_lse_bound(named, drawn.query.dtype());
   return checked;
 }

@@ -82,7 +82,7 @@ double bound_for(const Drawn& drawn, const Tensor& out, double scale);
 struct Errors {
   double out = 0;           ///< ‖out − ref‖ / ‖Σ P·|V|‖
   double lse = 0;           ///< the largest
-  double result_share = 1;  ///< ‖ref‖ / ‖Σ P·|V|‖
+  double result_share = 1;  ///< ‖ref‖ / ‖Σ P·|V|‖, or that of √Σ P²·V² where it is more
 };
 
 /// `out` and `lse` contiguous. Rows without keys must be exactly zero and −∞, or the test fails.

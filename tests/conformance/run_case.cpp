@@ -48,13 +48,14 @@ struct Comparison {
   Measured& measured;
   double difference = 0;  // squares
   double result = 0;
+  double random = 0;
   double scale = 0;
 
   void fail(const std::string& text) {
     if (measured.wrong.empty()) measured.wrong = text;
   }
   template <class Where>
-  void value(double got, double expected, double abs, bool empty_row, Where where) {
+  void value(double got, double expected, double abs, double of_random_signs, bool empty_row, Where where) {
     if (!std::isfinite(expected)) {
       if (std::isfinite(got)) fail(fmt::format("{} is {}, where the oracle has {}", where(), got, expected));
     } else if (!std::isfinite(got)) {
@@ -64,6 +65,7 @@ struct Comparison {
     } else {
       difference += (got - expected) * (got - expected);
       result += expected * expected;
+      random += of_random_signs * of_random_signs;
       scale += abs * abs;
     }
   }
@@ -109,9 +111,11 @@ double own_lse_bound(const NamedBackend& named, DLDataType dtype) {
   return dtype == kBFloat16 ? 0x1p-9 : 0x1p-12;
 }
 
-double quantized_error_bound(const Quantization& quantization, double logits, double result_share) {
+double quantized_error_bound(const Quantization& quantization, double logits, std::int64_t head_size,
+                             double result_share) {
   if (quantization.in_e2m1) return result_share * std::min(0.5 + 2e-3 * logits, 2.0);
-  return quantization.bytes * std::min(5e-3 + 6e-4 * logits, 1.0) + (quantization.in_e4m3 ? 4.5e-2 : 0);
+  const double of_logits = std::max(6e-4, 3e-3 / std::sqrt(static_cast<double>(head_size)));
+  return quantization.bytes * std::min(5e-3 + of_logits * logits, 1.0) + (quantization.in_e4m3 ? 4.5e-2 : 0);
 }
 double quantized_lse_bound(const Quantization& quantization, double logits) {
   if (quantization.in_e2m1) return 0.1 * logits;
@@ -135,7 +139,7 @@ Measured compare(const Case& c, const Inputs& inputs, const reference::Result& e
         for (std::int64_t d = 0; d < c.head_size; ++d) {
           const std::size_t at = row * static_cast<std::size_t>(c.head_size) + static_cast<std::size_t>(d);
           const double got = load_element(out.data_ptr(), first + d, c.dtype);
-          comparison.value(got, expected.out[at], expected.abs[at], empty_row, where);
+          comparison.value(got, expected.out[at], expected.abs[at], expected.random[at], empty_row, where);
         }
         if (!lse.defined()) continue;
         const std::int64_t index = b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2);
@@ -145,11 +149,10 @@ Measured compare(const Case& c, const Inputs& inputs, const reference::Result& e
   }
   measured.error = comparison.scale > 0 ? std::sqrt(comparison.difference / comparison.scale)
                                         : (comparison.difference > 0 ? kInfinity : 0);
-  // A sum of random numbers may be near zero: their share is what it is on average, then.
-  const double random_share = 1 / std::sqrt(std::max<double>(1, static_cast<double>(c.seq_kv)));
   const double result_share =
-      comparison.scale > 0 ? std::max(std::sqrt(comparison.result / comparison.scale), random_share) : 1;
-  measured.bound = error_bound(c, logit_factor) + quantized_error_bound(quantization, logits, result_share);
+      comparison.scale > 0 ? std::sqrt(std::max(comparison.result, comparison.random) / comparison.scale) : 1;
+  measured.bound =
+      error_bound(c, logit_factor) + quantized_error_bound(quantization, logits, c.head_size, result_share);
   return measured;
 }
 

@@ -44,12 +44,15 @@ struct Quantization {
 Quantization quantization(const NamedBackend& named, DLDevice device);
 
 /// Bounds for quantized backends where no logit is larger than `logits`. Rounding Q and K moves a logit by its row's
-/// and key's size, not by its own; a moved logit moves weight from key to key, of all of it at most. Rounding P and V
-/// alone costs up to 5e-3 where keys are few, and in e4m3 a sixteenth of each number at most, of all that is summed.
-/// e2m1's errors are so large that they are held against the result itself, of which Σ P·|V| is many times the size
-/// where many keys are seen: `result_share` is ‖ref‖ / ‖Σ P·|V|‖. They are 0.2 of the result for random numbers, and
-/// more where rows are few numbers or logits so large that another key wins.
-double quantized_error_bound(const Quantization& quantization, double logits, double result_share);
+/// and key's size, not by its own, and more where there are too few channels (below 25) to average it out; a moved
+/// logit moves weight from key to key, of all of it at most. Rounding P and V alone costs up to 5e-3 where keys are
+/// few, and in e4m3 a sixteenth of each number at most, of all that is summed. e2m1's errors are so large that they are
+/// held against the result itself, of which Σ P·|V| is many times the size where many keys are seen: `result_share` is
+/// ‖ref‖ / ‖Σ P·|V|‖, or, as few numbers may be near zero by chance, what it is for random signs of V, where that is
+/// more. They are 0.2 of the result for random numbers, and more where rows are few numbers or logits so large that
+/// another key wins.
+double quantized_error_bound(const Quantization& quantization, double logits, std::int64_t head_size,
+                             double result_share);
 double quantized_lse_bound(const Quantization& quantization, double logits);
 
 /// What an engine's LSE may be off beside float32's rounding: FlashInfer sums probabilities that are rounded to 16

@@ -119,8 +119,9 @@ class Check {
     // Quantized errors of a handful of numbers, or of a row's only key, do not average out: one rank's are then the
     // measure too.
     const bool exact = quantized.bytes == 0 && !quantized.in_e2m1;
-    const double bound = conformance::bound_for(drawn_, whole.out, scale) + (exact ? 0 : 2 * alone_.out) +
-                         conformance::quantized_error_bound(quantized, logits, errors.result_share);
+    const double bound =
+        conformance::bound_for(drawn_, whole.out, scale) + (exact ? 0 : 2 * alone_.out) +
+        conformance::quantized_error_bound(quantized, logits, drawn_.config.head_size, errors.result_share);
     EXPECT_LE(errors.out, bound);
     EXPECT_LE(errors.lse, 1e-5 + (exact ? 0 : 2 * alone_.lse) + conformance::quantized_lse_bound(quantized, logits) +
                               conformance::own_lse_bound(named_, drawn_.query.dtype()));
