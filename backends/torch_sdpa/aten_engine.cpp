@@ -198,6 +198,7 @@ const std::string& problem() { return libtorch().problem; }
 bool takes(const AttentionProblem& p, const Place& place) {
   if (libtorch().version.empty()) return false;
   if (place.cuda_device >= 0 && libtorch().aoti_torch_create_cuda_stream_guard == nullptr) return false;
+  if (!(p.scale > 0)) return false;  // its kernels take the largest product for the largest logit
   if (p.num_queries != 1 || p.num_key_segments != 1 || p.ranges != nullptr || p.lse != nullptr || p.keys == 0)
     return false;
   const kernels::KeySegment& keys = p.key_segments[0];

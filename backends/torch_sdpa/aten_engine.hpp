@@ -21,8 +21,8 @@ struct Place {
 };
 
 /// Whether PyTorch takes the problem as it lies, without a copy of an input: one segment of queries and of keys, no
-/// ranges, no LSE, no negative strides, no lengths, a mask that is boolean or of the inputs' type or causality but not
-/// both; on a GPU starts and strides of multiples of 16 bytes.
+/// ranges, no LSE, a scale above 0, no negative strides, no lengths, a mask that is boolean or of the inputs' type or
+/// causality but not both; on a GPU starts and strides of multiples of 16 bytes.
 bool takes(const kernels::AttentionProblem& problem, const Place& place);
 
 /// Computes or, on a GPU, queues it: PyTorch's result, copied to `out`. What stands in rows without keys is PyTorch's:

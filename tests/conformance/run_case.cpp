@@ -119,7 +119,7 @@ double quantized_error_bound(const Quantization& quantization, double logits, st
 }
 double quantized_lse_bound(const Quantization& quantization, double logits) {
   if (quantization.in_e2m1) return 0.1 * logits;
-  return quantization.bytes * (1e-4 + 3e-3 * logits);
+  return quantization.bytes * (1e-4 + 4e-3 * logits);
 }
 
 Measured compare(const Case& c, const Inputs& inputs, const reference::Result& expected, const Tensor& out,
