@@ -40,6 +40,7 @@ if ! cmp -s requirements.txt .venv/requirements.txt.stamp; then
   python3 -m venv .venv
   require requirements.txt
 fi
+[ "${1:-}" = lint ] && require requirements-lint.txt
 if [ "${1:-}" = cuda ]; then
   require requirements-cuda.txt --no-deps
   PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null || require requirements-nvcc.txt
