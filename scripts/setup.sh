@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing and nothing else: Debian packages (scripts/packages*.txt) and the Python environment.
-# A second run finds everything there and touches no network.  Usage: scripts/setup.sh [lint|docs|neon|fuzz|cuda|mpi]
+# A second run finds everything there and touches no network.  Usage: scripts/setup.sh [lint|docs|neon|clang|cuda|mpi]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
