@@ -34,11 +34,12 @@ test-full: build ## Conformance over the full product of all values (hours; prin
 test-integrations: build ## Tests inside diffusers and others, on the CPU (2 GB from PyPI into .venv-integrations)
 	@scripts/test_integrations.sh $(BUILD) $(ARGS)
 
-sanitize: setup ## Unit, plug-in, fault and CPU kernel tests under the address, undefined-behaviour and thread sanitizers
+sanitize: ## Unit, plug-in, fault and CPU kernel tests under the address, undefined-behaviour and thread sanitizers
+	@scripts/setup.sh clang
 	@scripts/sanitize.sh
 
 fuzz: ## Fuzzers with Clang's libFuzzer (SECONDS_EACH=60; TARGET="safetensors json plugin tensors problems")
-	@scripts/setup.sh fuzz
+	@scripts/setup.sh clang
 	@scripts/fuzz.sh $(or $(SECONDS_EACH),60) $(TARGET)
 
 bench-cpu: build ## Library overhead and CPU back ends on model shapes (FILTER=regular expression)

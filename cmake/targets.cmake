@@ -10,8 +10,9 @@ if(DITATTN_SANITIZE)
   if(DITATTN_SANITIZE STREQUAL thread)
     target_compile_options(ditattn_options INTERFACE -Wno-tsan)  # tvm-ffi's headers have fences, which it cannot see
   endif()
-  if(DITATTN_SANITIZE MATCHES fuzzer)  # Clang's alone, which does not know all of GCC's warnings
+  if(DITATTN_SANITIZE MATCHES fuzzer)  # Clang's alone, which does not know all of GCC's warnings and what GCC defines
     target_compile_options(ditattn_options INTERFACE -Wno-unknown-warning-option)
+    target_compile_definitions(ditattn_options INTERFACE __SANITIZE_ADDRESS__)
   endif()
 endif()
 

@@ -10,8 +10,8 @@ targets=("${@:2}")
 [ ${#targets[@]} -gt 0 ] || targets=(safetensors json plugin tensors problems)
 
 mkdir -p build
-cmake --preset fuzz >build/fuzz.configure.log 2>&1 || { cat build/fuzz.configure.log; exit 1; }
-cmake --build build/fuzz --target fuzzers
+cmake --preset asan >build/asan.configure.log 2>&1 || { cat build/asan.configure.log; exit 1; }
+cmake --build build/asan --target fuzzers
 
 TMPDIR=$(mktemp -d)  # the fuzzers' files
 trap 'rm -rf "$TMPDIR"' EXIT
@@ -25,9 +25,9 @@ for target in "${targets[@]}"; do
            -artifact_prefix="build/fuzz/found/$target-")
   [ -e "tests/fuzz/$target.dict" ] && options+=(-dict="tests/fuzz/$target.dict")
   log=build/fuzz/$target.log
-  if ! build/fuzz/bin/fuzz_"$target" "${options[@]}" "build/fuzz/corpus/$target" "$seeds" >"$log" 2>&1; then
+  if ! build/asan/bin/fuzz_"$target" "${options[@]}" "build/fuzz/corpus/$target" "$seeds" >"$log" 2>&1; then
     grep -vE '^#[0-9]+' "$log" >&2
-    echo "fuzz: $target has found something; run it again: build/fuzz/bin/fuzz_$target build/fuzz/found/$target-…" >&2
+    echo "fuzz: $target has found something; run it again: build/asan/bin/fuzz_$target build/fuzz/found/$target-…" >&2
     exit 1
   fi
   echo "$target: $(grep -E '^#[0-9]+.*DONE' "$log" | tail -1)"

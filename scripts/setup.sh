@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing and nothing else: Debian packages (scripts/packages*.txt) and the Python environment.
-# A second run finds everything there and touches no network.  Usage: scripts/setup.sh [lint|docs|neon|fuzz|cuda|mpi]
+# A second run finds everything there and touches no network.  Usage: scripts/setup.sh [lint|docs|neon|clang|cuda|mpi]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,6 +40,7 @@ if ! cmp -s requirements.txt .venv/requirements.txt.stamp; then
   python3 -m venv .venv
   require requirements.txt
 fi
+[ "${1:-}" = lint ] && require requirements-lint.txt
 if [ "${1:-}" = cuda ]; then
   require requirements-cuda.txt --no-deps
   PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null || require requirements-nvcc.txt

@@ -12,6 +12,7 @@ std::vector<std::int64_t> offsets(const MetadataExtra& extra, const char* name) 
   if (!entry) return {};
   const auto tensor = entry->cast<Tensor>();
   std::vector<std::int64_t> result;
+  result.reserve(static_cast<std::size_t>(tensor.size(0)));
   for (std::int64_t i = 0; i < tensor.size(0); ++i) {
     result.push_back(static_cast<std::int64_t>(load_element(data_pointer(tensor), i * tensor.stride(0), kInt32)));
   }

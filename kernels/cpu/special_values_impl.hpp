@@ -21,7 +21,7 @@ void add_special_values(const AttentionProblem& problem, const KeyBlock& block, 
       const Vec seen = lanes_that_see(rows, row, v, key, masked);
       for (std::int64_t d = 0; d < problem.head_size; ++d) {
         const float x = rows.staged[d];
-        if (x - x == 0) continue;
+        if (x - x == 0) continue;  // NOLINT(misc-redundant-expression): not so for NaN and Inf
         float* at = out + d * kLanes + v;
         const Vec sum = Simd::load(at);
         Simd::store(at, Simd::select_equal(seen, Simd::set1(0), sum, Simd::add(sum, Simd::set1(x))));

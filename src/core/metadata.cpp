@@ -109,6 +109,7 @@ std::vector<std::int64_t> read_offsets(const MetadataExtra& extra, const char* n
   check_extent(name, tensor);
   const Tensor on_host = tensor.device().device_type == kDLCPU ? tensor : copy_to(tensor, kCpu);
   std::vector<std::int64_t> offsets;
+  offsets.reserve(static_cast<std::size_t>(tensor.size(0)));
   for (std::int64_t i = 0; i < tensor.size(0); ++i) {
     offsets.push_back(static_cast<std::int64_t>(load_element(data_pointer(on_host), i * on_host.stride(0), kInt32)));
   }

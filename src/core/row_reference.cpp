@@ -101,6 +101,7 @@ class Group {
     for (RowState& row : rows_) to_weights(row, scale);
     for_each_block(values, [&](RowState& row, const KeyBlock& block) { add_values(row, block); });
     std::vector<RowAnswer> answers;
+    answers.reserve(rows_.size());
     for (RowState& row : rows_) answers.push_back(finished(row));
     return answers;
   }

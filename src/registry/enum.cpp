@@ -93,6 +93,7 @@ Enum Enum::from_name(std::string_view name) {
 std::vector<Enum> Enum::members() {
   std::shared_lock lock(table().mutex);
   std::vector<Enum> result;
+  result.reserve(table().members.size());
   for (std::size_t i = 0; i < table().members.size(); ++i) result.push_back(MemberAccess::make(i));
   return result;
 }

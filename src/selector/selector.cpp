@@ -134,6 +134,7 @@ Choice choose(const Request& request, const AttentionConfig& config) {
 
 std::vector<Enum> order_of(const Request& request, const AttentionSpec& spec) {
   std::vector<Enum> allowed;
+  allowed.reserve(spec.allowed.size());
   for (const std::string& name : spec.allowed) allowed.push_back(Enum::from_name(name));
   if (spec.is_automatic()) {
     std::vector<Enum> order = platform_candidates(request.device);

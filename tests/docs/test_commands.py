@@ -19,7 +19,7 @@ ELSEWHERE = {
     ("docs/capture.md", "ditattn compare"): "a model's capture: tests/cli/test_layers.py",
     ("docs/fuzzing.md", "make fuzz"): "minutes; CI runs 15 seconds of each",
     ("docs/fuzzing.md", "DITATTN_CPU_LEVEL=avx2 make fuzz"): "minutes",
-    ("docs/fuzzing.md", "build/fuzz/bin/fuzz_tensors"): "what to do with a finding, of which there is none",
+    ("docs/fuzzing.md", "build/asan/bin/fuzz_tensors"): "what to do with a finding, of which there is none",
     ("docs/fuzzing.md", "build/cuda/bin/conformance"): "needs a GPU",
     ("docs/parallel.md", "DITATTN_NUM_THREADS=1 mpirun"): "MPI, where there is any: tests/cli/test_compare_parallel.py",
     ("docs/python.md", "pip install"): "tests/wheel",

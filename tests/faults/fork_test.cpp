@@ -90,6 +90,10 @@ TEST_F(Fork, OfAChild) {
 
 // The others compute, register, look up and log: locks of theirs that the child got would never be released.
 TEST_F(Fork, WhileOthersComputeAndRegister) {
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP()
+      << "AddressSanitizer's allocator stays locked in a child where another thread was in it (LLVM before 16)";
+#endif
   const std::vector<std::string> expected = compute_all();
   std::atomic<bool> stop = false;
   std::vector<std::thread> others;

@@ -26,6 +26,7 @@ std::vector<CaseSource> case_sources(const CaseFlags& flags, DLDevice device) {
   if (!flags.dtype.empty()) dtype = parse_float_dtype(flags.dtype);
   const DLDataType random_dtype = dtype.value_or(kFloat32);
   std::vector<std::vector<std::int64_t>> shapes;
+  shapes.reserve(flags.shapes.size());
   for (const std::string& shape : flags.shapes) shapes.push_back(parse_shape(shape));
   std::vector<ModelProblem> problems;
   for (const std::string& model : flags.models) {

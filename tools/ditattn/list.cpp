@@ -20,6 +20,7 @@ Cell yes_or_no(const BackendInfo& info, bool Capabilities::*ability) {
 std::vector<Cell> row(const BackendInfo& info) {
   const Capabilities can = info.backend ? info.backend->capabilities() : Capabilities{};
   std::vector<std::string> dtypes;
+  dtypes.reserve(can.dtypes.size());
   for (const DLDataType dtype : can.dtypes) dtypes.push_back(dtype_name(dtype));
   return {{info.member.name()},
           info.available ? Cell{"yes", Emphasis::good} : Cell{"no", Emphasis::faint},

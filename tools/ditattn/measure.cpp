@@ -67,6 +67,7 @@ class CaseMeasurement {
 
   void time_rounds(const StepReport& report) {
     std::vector<std::size_t> entries;
+    entries.reserve(candidates_.size());
     for (const Candidate& candidate : candidates_) entries.push_back(candidate.entry);
     const auto result_of = [&](std::size_t entry) -> BackendResult& {
       return *std::ranges::find(candidates_, entry, &Candidate::entry)->result;

@@ -45,7 +45,7 @@ std::string media_type(const std::string& bytes) {
   if (bytes.starts_with("RIFF") && bytes.compare(8, 4, "WEBP") == 0) return "image/webp";
   const std::size_t begin = std::min(bytes.find_first_not_of(" \t\r\n"), bytes.size());
   const std::string head = bytes.substr(begin, 1000);
-  return head.starts_with("<") && head.find("<svg") != std::string::npos ? "image/svg+xml" : "";
+  return head.starts_with('<') && head.find("<svg") != std::string::npos ? "image/svg+xml" : "";
 }
 
 std::string for_shell(const std::string& word) {

@@ -281,7 +281,7 @@ std::string format_summary(const CaptureSummary& summary, bool colour) {
                       summary.is_tolerance_given ? "--max-error" : "the default, --max-error sets it");
   if (summary.layers.size() > 1) text += "\n" + format_table(layer_table(summary), colour);
   if (summary.levels.size() > 1) text += "\n" + format_table(level_table(summary), colour);
-  text += "\n";
+  text += '\n';
   for (const std::string& line : verdict_lines(summary)) text += printable(line) + "\n";
   return text;
 }

@@ -107,6 +107,20 @@ TEST(Wrap, KeepsStrides) {
   EXPECT_EQ(backwards.stride(0), -1);
 }
 
+// As DLPack hands them over: PyTorch's tensors without elements have a null pointer, and may be slices.
+TEST(DataPointer, IsNullWhereThereIsNoDataWhateverTheOffset) {
+  std::array<float, 6> data = {};
+  for (void* const start : {static_cast<void*>(nullptr), static_cast<void*>(data.data())}) {
+    DLManagedTensor managed{};
+    std::array<std::int64_t, 1> shape = {2};
+    managed.dl_tensor = {
+        .data = start, .device = kCpu, .ndim = 1, .dtype = kFloat32, .shape = shape.data(), .byte_offset = 16};
+    managed.deleter = [](DLManagedTensor*) {};
+    const Tensor tensor = Tensor::FromDLPack(&managed);
+    EXPECT_EQ(data_pointer(tensor), start == nullptr ? nullptr : static_cast<void*>(data.data() + 4));
+  }
+}
+
 TEST(Wrap, RefusesANumberOfStridesThatIsNotTheRank) {
   float value = 0;
   EXPECT_EQ(error_text<ValueError>([&] {
