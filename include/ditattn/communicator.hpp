@@ -78,6 +78,10 @@ class DITATTN_API Communicator {
   virtual std::unique_ptr<Pending> start(Operation operation, std::span<const SendBlock> sends,
                                          std::span<const ReceiveBlock> receives, DLDevice device) = 0;
 
+  /// Bytes of a device that `start` takes, to receive into, not initialised. Any memory will do; some transports reach
+  /// their own sooner.
+  [[nodiscard]] virtual Tensor receive_memory(std::int64_t bytes, DLDevice device);
+
   /// Throws what has failed among operations on a device, which the host does not wait for. After waiting for the
   /// device it tells whether results are what they should be. Thread-safe.
   virtual void throw_if_failed() {}

@@ -33,17 +33,19 @@ enum class Slot : std::uint8_t {
   count
 };
 
-/// Memory of one device at a time, by purpose, kept, as large as the largest.
+/// Memory of one device at a time, by purpose, kept, as large as the largest. All of it is such that a communicator
+/// likes to receive into.
 class Workspace {
  public:
-  /// Where memory is from now on.
-  void use(DLDevice device);
+  /// Where memory is from now on, and whose it is.
+  void use(DLDevice device, Communicator& communicator);
 
   /// `bytes` at least, not initialised.
   char* get(Slot slot, std::int64_t bytes);
 
  private:
   DLDevice device_ = kCpu;
+  Communicator* communicator_ = nullptr;
   bool captured_ = false;  // whether a graph has recorded addresses
   std::array<Tensor, static_cast<std::size_t>(Slot::count)> memory_;
   std::vector<Tensor> of_graphs_;  // outgrown, and still written when they are replayed

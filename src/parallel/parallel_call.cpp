@@ -60,7 +60,7 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
   device_ = query.device();
   const Sizes& sizes = agreement_.sizes;
   const Range my_rows = row_chunks_[static_cast<std::size_t>(place_)];
-  group_.workspace.use(device_);
+  group_.workspace.use(device_, *group_.all);
   const KeysAndValues own = group_.mesh.ulysses > 1 ? scatter(query, key, value) : keep(query, key, value);
   if (group_.mesh.second() == 1) {
     compute_whole(own, outputs.lse.defined());
