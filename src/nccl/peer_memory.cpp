@@ -100,6 +100,7 @@ std::optional<std::string> first_problem(Communicator& ranks, const std::functio
 }
 
 std::shared_ptr<PeerMemory> PeerMemory::join(Communicator& world, int device) {
+  if (world.size() == 1) return nullptr;
   Card mine{.mode = peer_copies_mode(), .process = ::getpid(), .gpu = {}, .memory = {}};
   std::shared_ptr<PeerMemory> memory;
   auto problem = first_problem(world, [&] {
@@ -120,7 +121,7 @@ std::shared_ptr<PeerMemory> PeerMemory::join(Communicator& world, int device) {
         if (rank == world.rank()) continue;
         if (card.process == mine.process) throw std::runtime_error(fmt::format("rank {} is this process too", rank));
         check_reach(device, card);
-        memory->open({.memory = card.memory, .offset = 0, .bytes = 1});
+        static_cast<void>(memory->open({.memory = card.memory, .offset = 0, .bytes = 1}));
       }
     });
   }

@@ -1,7 +1,8 @@
-// Processes with a GPU each, of which the last kills itself in the middle, or, with the argument `late`, sleeps: the
-// others must end with a TimeoutError that names it, soon after the timeout.  Exit: 0 as it should be, 1 not, 77 fewer
-// than two GPUs.
+// Processes with a GPU each, of which the last is lost: the others must end with a TimeoutError, soon after the
+// timeout. Without an argument it kills itself in the middle, with `late` it sleeps, with `queued` it is killed when it
+// has queued its calls, of which its GPU has begun none.  Exit: 0 as it should be, 1 not, 77 fewer than two GPUs.
 
+#include <cuda_runtime.h>
 #include <ditattn/cuda.hpp>
 #include <ditattn/ditattn.hpp>
 #include <ditattn/nccl.hpp>
@@ -26,7 +27,21 @@ constexpr int kTimedOut = 3;
 constexpr int kSkipped = 77;
 constexpr Seconds kTimeout{5};
 
-int run_rank(int rank, int size, bool late, const std::filesystem::path& file) try {
+void kill_soon(void* /*nothing*/) {
+  std::this_thread::sleep_for(std::chrono::seconds(2));
+  ::raise(SIGKILL);
+}
+
+void be_lost(std::string_view how) {
+  if (how == "queued") {
+    cudaLaunchHostFunc(nullptr, kill_soon, nullptr);
+    return;
+  }
+  if (how == "late") std::this_thread::sleep_for(3 * kTimeout);
+  ::raise(SIGKILL);
+}
+
+int run_rank(int rank, int size, std::string_view how, const std::filesystem::path& file) try {
   const DLDevice device{kDLCUDA, rank};
   const auto communicator = nccl_communicator(file, rank, size, rank, kTimeout);
   const auto group = std::make_shared<ParallelGroup>(communicator, Mesh{.ring = size});
@@ -40,10 +55,7 @@ int run_rank(int rank, int size, bool late, const std::filesystem::path& file) t
   layer.forward(tokens, tokens, tokens);
   ditattn::synchronize(device);
   communicator->throw_if_failed();
-  if (rank == size - 1) {
-    if (late) std::this_thread::sleep_for(3 * kTimeout);
-    ::raise(SIGKILL);
-  }
+  if (rank == size - 1) be_lost(how);
   for (int call = 0; call < 3; ++call) layer.forward(tokens, tokens, tokens);
   ditattn::synchronize(device);
   communicator->throw_if_failed();
@@ -68,7 +80,7 @@ int count_gpus() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool late = argc == 2 && std::string_view(argv[1]) == "late";
+  const std::string_view how = argc == 2 ? argv[1] : "killed";
   const int size = count_gpus();
   if (size < 2) {
     fmt::print("skipped: {} CUDA devices, two are needed\n", size);
@@ -80,7 +92,7 @@ int main(int argc, char** argv) {
   for (int rank = 0; rank < size; ++rank) {
     const pid_t child = ::fork();
     if (child == 0) {
-      const int status = run_rank(rank, size, late, file);
+      const int status = run_rank(rank, size, how, file);
       std::fflush(stdout);
       ::_exit(status);
     }
@@ -94,7 +106,7 @@ int main(int argc, char** argv) {
                    (rank == size - 1 ? WIFSIGNALED(status) : WIFEXITED(status) && WEXITSTATUS(status) == kTimedOut);
   }
   const Seconds took = std::chrono::steady_clock::now() - start;
-  fmt::print("{} ranks, one {}: {}, {:.1f} s\n", size, late ? "late" : "killed",
-             as_it_should ? "the others timed out" : "WRONG", took.count());
+  fmt::print("{} ranks, one {}: {}, {:.1f} s\n", size, how, as_it_should ? "the others timed out" : "WRONG",
+             took.count());
   return as_it_should && took < kTimeout + Seconds(40) ? 0 : 1;
 }
