@@ -3,17 +3,16 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
-#include <fstream>
 #include <set>
 #include <utility>
 
 #include "ditattn/cuda.hpp"
 #include "ditattn/nccl.hpp"
 #include "kernels/cuda/launch_impl.hpp"
+#include "nccl/id_file.hpp"
 #include "nccl/nccl_library.hpp"
 #include "nccl/nccl_state.hpp"
 #include "nccl/peer_copies.hpp"
@@ -121,7 +120,7 @@ class NcclCommunicator final : public Communicator {
   ~NcclCommunicator() override {
     state_->release(handle_, ours_ && !of_graphs_);
     // Poisoned waits end soon. What does not is left to itself, with all that it uses.
-    if (peers_ && !drain()) new std::pair(state_, std::move(peers_));
+    if (peers_ && !drain()) static_cast<void>(new std::pair(state_, std::move(peers_)));
     cudaStreamDestroy(stream_);
   }
   NcclCommunicator(const NcclCommunicator&) = delete;
@@ -307,50 +306,6 @@ void check_ranks(int rank, int size, int device, Seconds timeout) {
   }
   check_timeout(timeout);
   peer_copies_mode();  // is it one?
-}
-
-// A file that others find an id in, for as long as this object lives. It is written elsewhere and linked, so that
-// nobody reads a part of it and no other is overwritten.
-class IdFile {
- public:
-  IdFile(std::filesystem::path file, const NcclId& id) : file_(std::move(file)), id_(id) {
-    const std::string draft = fmt::format("{}.{}", file_.string(), ::getpid());
-    std::ofstream stream(draft, std::ios::binary);
-    stream.write(id.data(), static_cast<std::streamsize>(id.size()));
-    stream.close();
-    std::error_code error;
-    if (!stream) {
-      throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}", draft, std::strerror(errno)));
-    }
-    std::filesystem::create_hard_link(draft, file_, error);
-    std::error_code ignored;
-    std::filesystem::remove(draft, ignored);
-    if (error) {
-      throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}. Name a file that is not there.",
-                                  file_.string(), error.message()));
-    }
-  }
-  ~IdFile() {
-    std::error_code ignored;
-    std::filesystem::remove(file_, ignored);
-  }
-  IdFile(const IdFile&) = delete;
-  IdFile& operator=(const IdFile&) = delete;
-  [[nodiscard]] const NcclId& id() const { return id_; }
-
- private:
-  std::filesystem::path file_;
-  NcclId id_;
-};
-
-NcclId read_id(const std::filesystem::path& file, Seconds timeout) {
-  for (const auto start = std::chrono::steady_clock::now(); std::chrono::steady_clock::now() - start < timeout;) {
-    NcclId id{};
-    if (std::ifstream(file, std::ios::binary).read(id.data(), static_cast<std::streamsize>(id.size()))) return id;
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  throw TimeoutError(fmt::format("parallel: rank 0 did not write {} within {} s: it is lost or late.", file.string(),
-                                 timeout.count()));
 }
 
 }  // namespace
