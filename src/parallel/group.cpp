@@ -124,8 +124,8 @@ void Workspace::use(DLDevice device, Communicator& communicator) {
   captured_ = captured_ || cuda::is_captured(device);
 }
 
-char* Workspace::get(Slot slot, std::int64_t bytes) {
-  Tensor& memory = memory_[static_cast<std::size_t>(slot)];
+char* Workspace::get(Slot slot, std::int64_t bytes, int part) {
+  Tensor& memory = memory_[static_cast<std::size_t>(slot) * kMostParts + static_cast<std::size_t>(part)];
   if (!memory.defined() || memory.numel() < bytes) {
     if (captured_ && memory.defined()) of_graphs_.push_back(memory);
     memory = Tensor();  // freed first

@@ -15,7 +15,9 @@ enum class Slot : std::uint8_t {
   query_sent,
   query,
   key_sent,
+  key,
   value_sent,
+  value,
   keys_and_values,
   next_keys_and_values,
   last_keys_and_values,
@@ -30,6 +32,9 @@ enum class Slot : std::uint8_t {
   text_rounded,
   image_rounded,
   received,
+  received_lse,
+  received_text,
+  received_text_lse,
   count
 };
 
@@ -40,14 +45,14 @@ class Workspace {
   /// Where memory is from now on, and whose it is.
   void use(DLDevice device, Communicator& communicator);
 
-  /// `bytes` at least, not initialised.
-  char* get(Slot slot, std::int64_t bytes);
+  /// `bytes` at least, not initialised. Parts of heads, which are under way together, have memory of their own.
+  char* get(Slot slot, std::int64_t bytes, int part = 0);
 
  private:
   DLDevice device_ = kCpu;
   Communicator* communicator_ = nullptr;
   bool captured_ = false;  // whether a graph has recorded addresses
-  std::array<Tensor, static_cast<std::size_t>(Slot::count)> memory_;
+  std::array<Tensor, static_cast<std::size_t>(Slot::count) * kMostParts> memory_;
   std::vector<Tensor> of_graphs_;  // outgrown, and still written when they are replayed
 };
 
@@ -59,6 +64,11 @@ struct GroupState {
   Workspace workspace;
   PlanCache plans;
   AgreementCache agreements;
+  int parts = 0;  ///< of a rank's heads, which tests choose; 0: as many as pay
+};
+
+struct GroupAccess {
+  static GroupState& state(const ParallelGroup& group) { return *group.state_; }
 };
 
 }  // namespace ditattn::parallel

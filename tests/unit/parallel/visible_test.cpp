@@ -135,33 +135,84 @@ TEST(Visible, ADiagonalBlockIsOneCall) {
   }
 }
 
+// In how many calls, and whether each has the K/V heads that it has alone, come with its part or with one before.
+void check_heads(const Heads& heads, std::int64_t group) {
+  std::int64_t next = heads.query.begin;
+  std::int64_t next_kv = heads.kv.begin;
+  std::size_t run = 0;
+  for (const HeadPart& part : heads.parts) {
+    ASSERT_EQ(part.query.begin, next);
+    ASSERT_EQ(part.kv.begin, next_kv) << "sent twice, or never";
+    next_kv = part.kv.end;
+    const std::size_t first = run;
+    for (; run < heads.runs.size() && heads.runs[run].query.begin < part.query.end; ++run) {
+      const auto& [query, kv] = heads.runs[run];
+      ASSERT_EQ(query.begin, next);
+      ASSERT_GT(query.size(), 0);
+      ASSERT_EQ(query.size() % kv.size(), 0);
+      ASSERT_TRUE(kv.begin >= heads.kv.begin && kv.end <= next_kv);
+      ASSERT_TRUE(kv.begin >= part.kv.begin || kv.end <= part.kv.begin) << "of two parts";
+      const std::int64_t each = query.size() / kv.size();
+      for (std::int64_t i = 0; i < query.size(); ++i) {
+        ASSERT_EQ((query.begin + i) / group, kv.begin + i / each) << "another K/V head than alone";
+      }
+      next = query.end;
+    }
+    ASSERT_LE(run - first, 3U);
+    ASSERT_EQ(part.query.end, next);
+  }
+  ASSERT_EQ(heads.query.end, next);
+  ASSERT_EQ(heads.kv.end, next_kv);
+  ASSERT_EQ(run, heads.runs.size());
+}
+
 TEST(Heads, AreSharedOutOnceWithTheirOwnKeys) {
   for (std::int64_t kv_heads = 1; kv_heads <= 6; ++kv_heads) {
     for (std::int64_t group = 1; group <= 5; ++group) {
-      for (std::int64_t parts = 1; parts <= 9; ++parts) {
-        std::int64_t next = 0;
-        for (std::int64_t part = 0; part < parts; ++part) {
-          const Heads heads = heads_of(kv_heads * group, kv_heads, parts, part);
-          ASSERT_EQ(heads.query.begin, next);
-          ASSERT_LE(heads.runs.size(), 3U);
-          ASSERT_LE(heads.query.size(), (kv_heads * group + parts - 1) / parts);
-          for (const HeadRun& run : heads.runs) {
-            ASSERT_EQ(run.query.begin, next);
-            ASSERT_GT(run.query.size(), 0);
-            ASSERT_EQ(run.query.size() % run.kv.size(), 0);
-            ASSERT_TRUE(run.kv.begin >= heads.kv.begin && run.kv.end <= heads.kv.end);
-            const std::int64_t each = run.query.size() / run.kv.size();
-            for (std::int64_t i = 0; i < run.query.size(); ++i) {
-              ASSERT_EQ((run.query.begin + i) / group, run.kv.begin + i / each) << "another K/V head than alone";
-            }
-            next = run.query.end;
+      const std::int64_t all = kv_heads * group;
+      for (std::int64_t ranks = 1; ranks <= 9; ++ranks) {
+        for (int parts = 1; parts <= kMostParts; ++parts) {
+          SCOPED_TRACE(::testing::Message()
+                       << all << " heads, " << kv_heads << " of K/V, " << ranks << " ranks, " << parts << " parts");
+          std::int64_t next = 0;
+          for (std::int64_t rank = 0; rank < ranks; ++rank) {
+            const Heads heads = heads_of(all, kv_heads, ranks, rank, parts);
+            ASSERT_EQ(heads.query.begin, next);
+            ASSERT_LE(heads.query.size(), (all + ranks - 1) / ranks);
+            ASSERT_EQ(heads.parts.size(), static_cast<std::size_t>(parts));
+            ASSERT_NO_FATAL_FAILURE(check_heads(heads, group));
+            next = heads.query.end;
           }
-          ASSERT_EQ(heads.query.end, next);
+          ASSERT_EQ(next, all);
         }
-        ASSERT_EQ(next, kv_heads * group);
       }
     }
   }
+}
+
+TEST(Heads, PartsAreAQuarterAHalfAndAQuarter) {
+  const auto sizes = [](std::int64_t heads, int parts) {
+    std::vector<std::int64_t> result;
+    for (const HeadPart& part : heads_of(heads, heads, 1, 0, parts).parts) result.push_back(part.query.size());
+    return result;
+  };
+  EXPECT_EQ(sizes(12, 3), (std::vector<std::int64_t>{3, 6, 3}));
+  EXPECT_EQ(sizes(12, 2), (std::vector<std::int64_t>{6, 6}));
+  EXPECT_EQ(sizes(3, 3), (std::vector<std::int64_t>{1, 1, 1}));
+  EXPECT_EQ(sizes(2, 2), (std::vector<std::int64_t>{1, 1}));
+}
+
+// Of a GPU of 132 multiprocessors: 36 blocks are 4,608 rows.
+TEST(Heads, ComeInPartsWhereNoRoundIsLost) {
+  EXPECT_EQ(parts_that_pay(12, 36, 132), 3) << "1 + 2 + 1 rounds, as 12 heads take";
+  EXPECT_EQ(parts_that_pay(6, 36, 132), 2) << "1 + 1, as 6 heads take, not 1 + 1 + 1";
+  EXPECT_EQ(parts_that_pay(3, 36, 132), 1) << "of one round";
+  EXPECT_EQ(parts_that_pay(12, 36, 148), 1) << "3, not 2 + 2 or 1 + 2 + 1";
+  EXPECT_EQ(parts_that_pay(20, 591, 132), 3) << "23 + 45 + 23 are one more than 90, which is little";
+  EXPECT_EQ(parts_that_pay(2, 1000, 132), 2) << "there are no more heads";
+  EXPECT_EQ(parts_that_pay(1, 1000, 132), 1);
+  EXPECT_EQ(parts_that_pay(0, 1000, 132), 1);
+  EXPECT_EQ(parts_that_pay(12, 36, 0), 1) << "on a CPU";
 }
 
 }  // namespace
