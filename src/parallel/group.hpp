@@ -2,6 +2,7 @@
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "ditattn/parallel.hpp"
@@ -64,7 +65,7 @@ struct GroupState {
   Workspace workspace;
   PlanCache plans;
   AgreementCache agreements;
-  int parts = 0;  ///< of a rank's heads, which tests choose; 0: as many as pay
+  std::optional<Cut> cut;  ///< of a rank's heads, where a test chooses it
 };
 
 struct GroupAccess {

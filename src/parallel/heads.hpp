@@ -30,16 +30,23 @@ struct Heads {
   std::vector<HeadRun> runs;    ///< of one part after the other
 };
 
-/// A part is halves of a rank's heads where there are two, a quarter, a half and a quarter where there are three: what
-/// is exchanged before the first is computed and after the last is all that cannot be hidden.
+/// How many query heads the first and the last part have; those between are a part too. 0: there is no such part. A
+/// rank that has fewer heads than others has fewer between.
+struct Cut {
+  std::int64_t first = 0;
+  std::int64_t last = 0;
+  [[nodiscard]] int parts() const { return 1 + (first > 0 ? 1 : 0) + (last > 0 ? 1 : 0); }
+  friend auto operator<=>(const Cut&, const Cut&) = default;
+};
 inline constexpr int kMostParts = 3;
 
 /// Share `index` of `ranks`; query heads are shared out evenly. No heads where there are fewer than ranks.
-Heads heads_of(std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t ranks, std::int64_t index,
-               int parts = 1);
+Heads heads_of(std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t ranks, std::int64_t index, Cut cut = {});
 
-/// In how many parts a GPU should compute `heads`, each of so many blocks of rows: the most that take no more rounds of
-/// its multiprocessors, but for a 32nd, than all heads at once. One where there are no multiprocessors.
-int parts_that_pay(std::int64_t heads, std::int64_t blocks, std::int64_t multiprocessors);
+/// How a GPU should compute `heads`, each of `rows` rows of every batch entry: with as little as can be to exchange
+/// before the first part and after the last, where all parts take no longer than all heads at once. A sixth of the
+/// heads at least is in each, so that what the next part needs can come meanwhile. Not cut where there are no
+/// multiprocessors.
+Cut cut_that_pays(std::int64_t heads, std::int64_t batch, std::int64_t rows, std::int64_t multiprocessors);
 
 }  // namespace ditattn::parallel

@@ -24,32 +24,30 @@ std::vector<Range> of_part(const std::vector<Heads>& places, int part, Range Hea
 
 }  // namespace
 
-std::vector<Range> HeadCut::query_heads(int part) const { return of_part(places, part, &HeadPart::query); }
-std::vector<Range> HeadCut::kv_heads(int part) const { return of_part(places, part, &HeadPart::kv); }
+std::vector<Range> CutHeads::query_heads(int part) const { return of_part(places, part, &HeadPart::query); }
+std::vector<Range> CutHeads::kv_heads(int part) const { return of_part(places, part, &HeadPart::kv); }
 
 LayerState::LayerState(const BackendClass& backend, const ImplConfig& config,
                        std::shared_ptr<ParallelGroup> parallel_group)
     : group(std::move(parallel_group)), whole(backend->make(config)), backend_(backend) {
-  cut(1);
+  heads();
 }
 
-const HeadCut& LayerState::cut(int parts) {
-  auto& kept = cuts_[static_cast<std::size_t>(parts - 1)];
-  if (kept) return *kept;
+const CutHeads& LayerState::heads(Cut cut) {
+  if (const auto found = cuts_.find(cut); found != cuts_.end()) return found->second;
   const GroupState& state = GroupAccess::state(*group);
   const ImplConfig& config = whole->config();
-  auto made = std::make_unique<HeadCut>();
+  CutHeads made;
   for (int place = 0; place < state.mesh.ulysses; ++place) {
-    made->places.push_back(heads_of(config.num_heads, whole->num_kv_heads(), state.mesh.ulysses, place, parts));
+    made.places.push_back(heads_of(config.num_heads, whole->num_kv_heads(), state.mesh.ulysses, place, cut));
   }
-  made->mine = made->places[static_cast<std::size_t>(state.ulysses->rank())];
-  for (const HeadRun& run : made->mine.runs) {
-    auto& impls = made->runs.emplace_back();
+  made.mine = made.places[static_cast<std::size_t>(state.ulysses->rank())];
+  for (const HeadRun& run : made.mine.runs) {
+    auto& impls = made.runs.emplace_back();
     impls[0] = make_run(backend_, config, run, false);
     if (config.causal || backend_->capabilities().causal) impls[1] = make_run(backend_, config, run, true);
   }
-  kept = std::move(made);
-  return *kept;
+  return cuts_.emplace(cut, std::move(made)).first->second;
 }
 
 }  // namespace ditattn::parallel

@@ -3,6 +3,7 @@
 /// What a layer is on one rank, between calls.
 
 #include <array>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -15,8 +16,8 @@ namespace ditattn::parallel {
 /// This rank's implementations, by run of heads: not causal, and causal (null where the back end has no causal rule).
 using RunImpls = std::vector<std::array<std::unique_ptr<AttentionImpl>, 2>>;
 
-/// The layer's heads in some number of parts.
-struct HeadCut {
+/// The layer's heads, cut into parts.
+struct CutHeads {
   std::vector<Heads> places;  ///< on the first axis
   Heads mine;                 ///< this rank's
   RunImpls runs;
@@ -30,7 +31,7 @@ struct LayerState {
   LayerState(const BackendClass& backend, const ImplConfig& config, std::shared_ptr<ParallelGroup> parallel_group);
 
   /// Made when it is first asked for.
-  const HeadCut& cut(int parts);
+  const CutHeads& heads(Cut cut = {});
 
   std::shared_ptr<ParallelGroup> group;
   std::unique_ptr<AttentionImpl> whole;
@@ -40,7 +41,7 @@ struct LayerState {
 
  private:
   BackendClass backend_;
-  std::array<std::unique_ptr<HeadCut>, kMostParts> cuts_;
+  std::map<Cut, CutHeads> cuts_;
 };
 
 }  // namespace ditattn::parallel

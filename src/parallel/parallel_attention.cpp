@@ -16,12 +16,10 @@ struct ParallelAttention::Layer : LayerState {
 namespace {
 
 // The same on all ranks.
-int parts_of(LayerState& layer, const GroupState& group, const Agreement& agreement) {
-  constexpr std::int64_t rows_of_block = 128;  // as GPUs' engines have them
-  if (group.parts > 0) return group.parts;
-  const Sizes& sizes = agreement.sizes;
-  const std::int64_t blocks = sizes.batch * ((sizes.total_rows() + rows_of_block - 1) / rows_of_block);
-  return parts_that_pay(layer.cut(1).places[0].query.size(), blocks, agreement.multiprocessors);
+Cut cut_of(LayerState& layer, const GroupState& group, const Agreement& agreement) {
+  if (group.cut) return *group.cut;
+  const std::int64_t most_heads = layer.heads().places[0].query.size();
+  return cut_that_pays(most_heads, agreement.sizes.batch, agreement.sizes.total_rows(), agreement.multiprocessors);
 }
 
 }  // namespace
@@ -60,8 +58,8 @@ Tensor ParallelAttention::forward(const Tensor& query, const Tensor& key, const 
       results.out = empty(std::array{query.size(0), rows, query.size(2), query.size(3)}, query.dtype(), query.device());
     }
     if (group.mesh.second() == 1) {
-      const HeadCut& cut = layer_->cut(parts_of(*layer_, group, agreement));
-      UlyssesCall(*layer_, cut, group, agreement, metadata).run(query, key, value, results);
+      const CutHeads& heads = layer_->heads(cut_of(*layer_, group, agreement));
+      UlyssesCall(*layer_, heads, group, agreement, metadata).run(query, key, value, results);
     } else {
       ParallelCall(*layer_, group, agreement, metadata).run(query, key, value, results);
     }

@@ -35,7 +35,7 @@ Tensor cut(const Tensor& tensor, Range batch, Range tokens, Range heads) {
 ParallelCall::ParallelCall(LayerState& layer, GroupState& group, const Agreement& agreement,
                            const AttentionMetadata& metadata)
     : layer_(layer),
-      cut_(layer.cut(1)),
+      heads_(layer.heads()),
       group_(group),
       agreement_(agreement),
       metadata_(metadata),
@@ -47,7 +47,7 @@ ParallelCall::ParallelCall(LayerState& layer, GroupState& group, const Agreement
                       .row_chunks = row_chunks_,
                       .key_chunks = key_chunks_,
                       .place = place_,
-                      .heads = cut_.mine.runs,
+                      .heads = heads_.mine.runs,
                       .causal = layer.whole->config().causal,
                       .alignment = layer.whole->backend().capabilities().causal_alignment};
   if (group.mesh.allgather > 1) request.key_chunks = {{0, agreement.sizes.keys}};
@@ -65,7 +65,7 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
   const KeysAndValues own = group_.mesh.ulysses > 1 ? scatter(query, key, value) : keep(query, key, value);
   const Range text = plan_->rows[0].tokens;
   if (sizes.joint_rows > 0) {
-    queries_[0] = slice(slice(metadata_->fields.joint_query.value(), 1, text), 2, cut_.mine.query);
+    queries_[0] = slice(slice(metadata_->fields.joint_query.value(), 1, text), 2, heads_.mine.query);
   }
   prepare(0, like_query(Slot::text_rounded, text.size()), Slot::text_lse);
   const Tensor mine = slice(outputs.out, 1, image_rows(sizes, outputs.out.size(1)));
@@ -78,8 +78,8 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
 
 // This rank's heads of the tokens of its place.
 ParallelCall::KeysAndValues ParallelCall::scatter(const Tensor& query, const Tensor& key, const Tensor& value) {
-  const std::vector<Range> query_heads = cut_.query_heads(0);
-  const std::vector<Range> kv_heads = cut_.kv_heads(0);
+  const std::vector<Range> query_heads = heads_.query_heads(0);
+  const std::vector<Range> kv_heads = heads_.kv_heads(0);
   const auto key_tokens = of_my_place(agreement_.keys);
   HeadScatter batch(*group_.ulysses, group_.workspace, 0);
   queries_[1] = batch.add(Slot::query_sent, Slot::query, query, query_heads, of_my_place(agreement_.rows));
@@ -100,7 +100,8 @@ ParallelCall::KeysAndValues ParallelCall::keep(const Tensor& query, const Tensor
   if (is_token_major(key) && is_token_major(value) && lies_well(key) && lies_well(value)) {
     return {.key = key, .value = value};
   }
-  char* const memory = group_.workspace.get(Slot::keys_and_values, 2 * bytes_of(key, key.size(1), cut_.mine.kv.size()));
+  char* const memory =
+      group_.workspace.get(Slot::keys_and_values, 2 * bytes_of(key, key.size(1), heads_.mine.kv.size()));
   KeysAndValues own = keys_in(memory, key.size(1));
   copy(std::array{TokenCopy{.to = own.key, .from = key}, TokenCopy{.to = own.value, .from = value}});
   return own;
@@ -112,19 +113,19 @@ std::span<const std::int64_t> ParallelCall::of_my_place(const std::vector<std::i
 }
 
 Tensor ParallelCall::floats(Slot slot, std::int64_t tokens, std::int64_t size) const {
-  const std::int64_t heads = cut_.mine.query.size();
+  const std::int64_t heads = heads_.mine.query.size();
   char* const memory = group_.workspace.get(slot, batch_ * tokens * heads * size * std::int64_t{sizeof(float)});
   return token_major(memory, batch_, tokens, heads, size, kFloat32, device_);
 }
 
 Tensor ParallelCall::like_query(Slot slot, std::int64_t tokens) const {
-  const std::int64_t heads = cut_.mine.query.size();
+  const std::int64_t heads = heads_.mine.query.size();
   char* const memory = group_.workspace.get(slot, batch_ * tokens * heads * size_ * (dtype_.bits / 8));
   return token_major(memory, batch_, tokens, heads, size_, dtype_, device_);
 }
 
 ParallelCall::KeysAndValues ParallelCall::keys_in(char* memory, std::int64_t tokens) const {
-  const std::int64_t heads = cut_.mine.kv.size();
+  const std::int64_t heads = heads_.mine.kv.size();
   const Tensor key = token_major(memory, batch_, tokens, heads, size_, dtype_, device_);
   return {.key = key,
           .value = token_major(memory + bytes_of(key, tokens, heads), batch_, tokens, heads, size_, dtype_, device_)};
@@ -142,7 +143,7 @@ void ParallelCall::compute_ring(const KeysAndValues& own) {
     if (step + 1 < places) {
       const Slot slot = step % 2 == 0 ? Slot::next_keys_and_values : Slot::last_keys_and_values;
       const std::int64_t tokens = key_chunks_[chunk_at(step + 1)].size();
-      next = keys_in(group_.workspace.get(slot, 2 * bytes_of(own.key, tokens, cut_.mine.kv.size())), tokens);
+      next = keys_in(group_.workspace.get(slot, 2 * bytes_of(own.key, tokens, heads_.mine.kv.size())), tokens);
       pending = pass_on(*group_.second, std::array{keys.key, keys.value}, std::array{next.key, next.value});
     }
     if (step == 0) compute_text_keys();
@@ -156,7 +157,7 @@ void ParallelCall::compute_ring(const KeysAndValues& own) {
 void ParallelCall::compute_gathered(const KeysAndValues& own) {
   const std::int64_t tokens = agreement_.sizes.keys;
   char* const memory =
-      group_.workspace.get(Slot::next_keys_and_values, 2 * bytes_of(own.key, tokens, cut_.mine.kv.size()));
+      group_.workspace.get(Slot::next_keys_and_values, 2 * bytes_of(own.key, tokens, heads_.mine.kv.size()));
   const KeysAndValues all = keys_in(memory, tokens);
   const auto pending = gather_tokens(
       *group_.second,
@@ -170,8 +171,8 @@ void ParallelCall::compute_gathered(const KeysAndValues& own) {
 void ParallelCall::compute_text_keys() {
   if (agreement_.sizes.joint_keys == 0) return;
   const AttentionMetadataFields& fields = metadata_->fields;
-  compute_keys(0, {.key = slice(fields.joint_key.value(), 2, cut_.mine.kv),
-                   .value = slice(fields.joint_value.value(), 2, cut_.mine.kv)});
+  compute_keys(0, {.key = slice(fields.joint_key.value(), 2, heads_.mine.kv),
+                   .value = slice(fields.joint_value.value(), 2, heads_.mine.kv)});
 }
 
 void ParallelCall::compute_keys(std::size_t segment, const KeysAndValues& keys) {
@@ -187,7 +188,7 @@ void ParallelCall::prepare(std::size_t segment, const Tensor& out, Slot lse) {
   for (const auto& calls : plan_->calls) {
     for (const PlannedCall& planned : calls[segment]) {
       const BlockCall& block = planned.block;
-      rows.parts_are_whole = rows.parts_are_whole && cut_.mine.runs.size() == 1 && block.batch == Range{0, batch_} &&
+      rows.parts_are_whole = rows.parts_are_whole && heads_.mine.runs.size() == 1 && block.batch == Range{0, batch_} &&
                              block.rows == Range{0, out.size(1)};
       ++rows.parts;
     }
@@ -206,7 +207,7 @@ void ParallelCall::prepare(std::size_t segment, const Tensor& out, Slot lse) {
 void ParallelCall::compute_part(const PlannedCall& planned, const Tensor& query, const KeysAndValues& keys,
                                 Rows& rows) {
   const BlockCall& block = planned.block;
-  const Range heads = from(cut_.mine.runs[planned.run].query, cut_.mine.query.begin);
+  const Range heads = from(heads_.mine.runs[planned.run].query, heads_.mine.query.begin);
   const bool is_first = rows.merged++ == 0;
   const bool is_last = rows.merged == rows.parts;
   if (rows.parts_are_whole && is_first) {
@@ -233,8 +234,8 @@ void ParallelCall::compute_part(const PlannedCall& planned, const Tensor& query,
 void ParallelCall::compute(const PlannedCall& planned, const Tensor& query, const KeysAndValues& keys,
                            const Part& into) {
   const BlockCall& block = planned.block;
-  const Range heads = from(cut_.mine.runs[planned.run].query, cut_.mine.query.begin);
-  const Range kv = from(cut_.mine.runs[planned.run].kv, cut_.mine.kv.begin);
+  const Range heads = from(heads_.mine.runs[planned.run].query, heads_.mine.query.begin);
+  const Range kv = from(heads_.mine.runs[planned.run].kv, heads_.mine.kv.begin);
   impl_for(planned).forward(cut(query, block.batch, block.rows, heads), cut(keys.key, block.batch, block.keys, kv),
                             cut(keys.value, block.batch, block.keys, kv), planned.metadata,
                             {.out = into.out, .lse = tokens_as_lse(into.lse)});
@@ -249,7 +250,7 @@ const AttentionImpl& ParallelCall::impl_for(const PlannedCall& planned) {
   if (planned.block.keys.size() == 1 && !layer_.asked_of_one_key) {
     const auto& own = layer_.whole->backend();
     const Problem one_key{.seq_kv = 1, .head_size = size_, .dtype = dtype_, .device = device_, .lse = true};
-    for (const auto& run : cut_.runs) {
+    for (const auto& run : heads_.runs) {
       if (own.explain(one_key)) break;
       ImplConfig config = run[0]->config();
       config.backend_kwargs = {};  // the other's
@@ -258,7 +259,7 @@ const AttentionImpl& ParallelCall::impl_for(const PlannedCall& planned) {
     layer_.asked_of_one_key = true;
   }
   if (planned.block.keys.size() == 1 && !layer_.of_one_key.empty()) return *layer_.of_one_key[planned.run];
-  return *cut_.runs[planned.run][planned.block.causal ? 1 : 0];
+  return *heads_.runs[planned.run][planned.block.causal ? 1 : 0];
 }
 
 // The image's rows go to the ranks they came from, the text's to all.
@@ -266,7 +267,7 @@ void ParallelCall::give_back(const ForwardOutputs& outputs) {
   const Sizes& sizes = agreement_.sizes;
   const auto places = static_cast<std::int64_t>(row_chunks_.size());
   const int ulysses = group_.mesh.ulysses;
-  const std::vector<Range> heads = cut_.query_heads(0);
+  const std::vector<Range> heads = heads_.query_heads(0);
   std::vector<Range> text_shares;
   std::vector<Range> text_heads;
   for (int rank = 0; rank < group_.all->size(); ++rank) {

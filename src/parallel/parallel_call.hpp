@@ -52,7 +52,7 @@ class ParallelCall {
   [[nodiscard]] Tensor like_query(Slot slot, std::int64_t tokens) const;
 
   LayerState& layer_;
-  const HeadCut& cut_;
+  const CutHeads& heads_;
   GroupState& group_;
   const Agreement& agreement_;
   AttentionMetadata metadata_;

@@ -11,20 +11,20 @@ bool has(Range range, std::int64_t index) { return range.begin <= index && index
 
 }  // namespace
 
-UlyssesCall::UlyssesCall(const LayerState& layer, const HeadCut& cut, GroupState& group, const Agreement& agreement,
+UlyssesCall::UlyssesCall(const LayerState& layer, const CutHeads& heads, GroupState& group, const Agreement& agreement,
                          const AttentionMetadata& metadata)
-    : layer_(layer), cut_(cut), group_(group), agreement_(agreement) {
+    : layer_(layer), heads_(heads), group_(group), agreement_(agreement) {
   plan_ = group.plans.get({.metadata = metadata,
                            .sizes = agreement.sizes,
                            .row_chunks = {{0, agreement.sizes.rows}},
                            .key_chunks = {{0, agreement.sizes.keys}},
-                           .heads = cut.mine.runs,
+                           .heads = heads.mine.runs,
                            .causal = layer.whole->config().causal});
 }
 
 void UlyssesCall::run(const Tensor& query, const Tensor& key, const Tensor& value, const ForwardOutputs& outputs) {
   group_.workspace.use(query.device(), *group_.all);
-  const auto parts = static_cast<int>(cut_.mine.parts.size());
+  const auto parts = static_cast<int>(heads_.mine.parts.size());
   std::vector<Input> inputs;
   for (int part = 0; part < parts; ++part) inputs.push_back(scatter(part, query, key, value));
   std::vector<HeadGather> results;
@@ -36,8 +36,8 @@ void UlyssesCall::run(const Tensor& query, const Tensor& key, const Tensor& valu
 }
 
 UlyssesCall::Input UlyssesCall::scatter(int part, const Tensor& query, const Tensor& key, const Tensor& value) {
-  const std::vector<Range> query_heads = cut_.query_heads(part);
-  const std::vector<Range> kv_heads = cut_.kv_heads(part);
+  const std::vector<Range> query_heads = heads_.query_heads(part);
+  const std::vector<Range> kv_heads = heads_.kv_heads(part);
   HeadScatter batch(*group_.ulysses, group_.workspace, part);
   Input input{.query = batch.add(Slot::query_sent, Slot::query, query, query_heads, agreement_.rows),
               .key = batch.add(Slot::key_sent, Slot::key, key, kv_heads, agreement_.keys),
@@ -50,7 +50,7 @@ UlyssesCall::Input UlyssesCall::scatter(int part, const Tensor& query, const Ten
 // The back end's own call for each run of heads. All K/V heads of a run came together: one that an earlier part needed
 // too is a run of its own.
 Part UlyssesCall::compute(int part, const std::vector<Input>& inputs, bool lse_wanted) {
-  const Range mine = cut_.mine.parts[static_cast<std::size_t>(part)].query;
+  const Range mine = heads_.mine.parts[static_cast<std::size_t>(part)].query;
   const Tensor& query = inputs[static_cast<std::size_t>(part)].query;
   const auto make = [&](Slot slot, std::int64_t size, DLDataType dtype) {
     const std::int64_t rows = agreement_.sizes.total_rows();
@@ -59,15 +59,15 @@ Part UlyssesCall::compute(int part, const std::vector<Input>& inputs, bool lse_w
   };
   const Part result{.out = make(Slot::image_rounded, query.size(3), query.dtype()),
                     .lse = lse_wanted ? make(Slot::image_lse, 1, kFloat32) : Tensor()};
-  for (std::size_t i = 0; i < cut_.mine.runs.size(); ++i) {
-    const HeadRun& run = cut_.mine.runs[i];
+  for (std::size_t i = 0; i < heads_.mine.runs.size(); ++i) {
+    const HeadRun& run = heads_.mine.runs[i];
     if (!has(mine, run.query.begin)) continue;
     const auto came =
-        std::ranges::find_if(cut_.mine.parts, [&](const HeadPart& with) { return has(with.kv, run.kv.begin); });
-    const Input& keys = inputs[static_cast<std::size_t>(came - cut_.mine.parts.begin())];
+        std::ranges::find_if(heads_.mine.parts, [&](const HeadPart& with) { return has(with.kv, run.kv.begin); });
+    const Input& keys = inputs[static_cast<std::size_t>(came - heads_.mine.parts.begin())];
     const Range heads = from(run.query, mine.begin);
     const Range kv = from(run.kv, came->kv.begin);
-    cut_.runs[i][layer_.whole->config().causal ? 1 : 0]->forward(
+    heads_.runs[i][layer_.whole->config().causal ? 1 : 0]->forward(
         slice(query, 2, heads), slice(keys.key, 2, kv), slice(keys.value, 2, kv), plan_->whole[i],
         {.out = slice(result.out, 2, heads),
          .lse = lse_wanted ? tokens_as_lse(slice(result.lse, 2, heads)) : Tensor()});
@@ -78,7 +78,7 @@ Part UlyssesCall::compute(int part, const std::vector<Input>& inputs, bool lse_w
 // The image's rows go to the ranks they came from, the text's to all.
 HeadGather UlyssesCall::give_back(int part, const Part& result, const ForwardOutputs& outputs) {
   const Sizes& sizes = agreement_.sizes;
-  const std::vector<Range> heads = cut_.query_heads(part);
+  const std::vector<Range> heads = heads_.query_heads(part);
   const std::vector<Range> all_text(heads.size(), {0, sizes.joint_rows});
   HeadGather batch(*group_.ulysses, group_.workspace, part);
   const auto add = [&](const Tensor& mine, const Tensor& to, Slot received, Slot received_text) {

@@ -15,8 +15,8 @@ namespace ditattn::parallel {
 
 class UlyssesCall {
  public:
-  /// `cut` is the layer's, in as many parts on all ranks.
-  UlyssesCall(const LayerState& layer, const HeadCut& cut, GroupState& group, const Agreement& agreement,
+  /// `heads` are the layer's, in as many parts on all ranks.
+  UlyssesCall(const LayerState& layer, const CutHeads& heads, GroupState& group, const Agreement& agreement,
               const AttentionMetadata& metadata);
 
   /// `outputs.out` is there.
@@ -36,7 +36,7 @@ class UlyssesCall {
   HeadGather give_back(int part, const Part& result, const ForwardOutputs& outputs);
 
   const LayerState& layer_;
-  const HeadCut& cut_;
+  const CutHeads& heads_;
   GroupState& group_;
   const Agreement& agreement_;
   std::shared_ptr<const Plan> plan_;

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "parallel/heads.hpp"
 #include "tests/conformance/random_problem.hpp"
 
 namespace ditattn::parallel::testing {
@@ -40,10 +41,10 @@ struct Whole {
 };
 
 /// Ranks get `rows[r]` and `keys[r]` tokens. Throws what the ranks throw. `repeats`: calls of the same layer, the last
-/// one's results are kept. `parts`: in which Ulysses alone computes a rank's heads; 0: as many as pay.
+/// one's results are kept. `cut`: in which parts Ulysses alone computes a rank's heads.
 Whole compute(const conformance::Drawn& problem, const BackendClass& backend, const Mesh& mesh,
               const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& keys, int repeats = 1,
-              int parts = 0);
+              Cut cut = {});
 
 /// A tensor, or metadata, in the memory of `device`.
 Tensor on(DLDevice device, const Tensor& tensor);

@@ -171,15 +171,16 @@ TEST(Heads, AreSharedOutOnceWithTheirOwnKeys) {
     for (std::int64_t group = 1; group <= 5; ++group) {
       const std::int64_t all = kv_heads * group;
       for (std::int64_t ranks = 1; ranks <= 9; ++ranks) {
-        for (int parts = 1; parts <= kMostParts; ++parts) {
-          SCOPED_TRACE(::testing::Message()
-                       << all << " heads, " << kv_heads << " of K/V, " << ranks << " ranks, " << parts << " parts");
+        for (const Cut cut :
+             {Cut{}, Cut{.first = 1}, Cut{.last = 2}, Cut{.first = 3, .last = 1}, Cut{.first = 2, .last = 5}}) {
+          SCOPED_TRACE(::testing::Message() << all << " heads, " << kv_heads << " of K/V, " << ranks << " ranks, cut "
+                                            << cut.first << ", " << cut.last);
           std::int64_t next = 0;
           for (std::int64_t rank = 0; rank < ranks; ++rank) {
-            const Heads heads = heads_of(all, kv_heads, ranks, rank, parts);
+            const Heads heads = heads_of(all, kv_heads, ranks, rank, cut);
             ASSERT_EQ(heads.query.begin, next);
             ASSERT_LE(heads.query.size(), (all + ranks - 1) / ranks);
-            ASSERT_EQ(heads.parts.size(), static_cast<std::size_t>(parts));
+            ASSERT_EQ(heads.parts.size(), static_cast<std::size_t>(cut.parts()));
             ASSERT_NO_FATAL_FAILURE(check_heads(heads, group));
             next = heads.query.end;
           }
@@ -190,29 +191,20 @@ TEST(Heads, AreSharedOutOnceWithTheirOwnKeys) {
   }
 }
 
-TEST(Heads, PartsAreAQuarterAHalfAndAQuarter) {
-  const auto sizes = [](std::int64_t heads, int parts) {
-    std::vector<std::int64_t> result;
-    for (const HeadPart& part : heads_of(heads, heads, 1, 0, parts).parts) result.push_back(part.query.size());
-    return result;
+// On 132 multiprocessors. 24 tiles of 192 rows, or 36 of 128, are a head of 4,608 rows.
+TEST(Heads, AreCutWhereNothingIsLost) {
+  const auto cut = [](std::int64_t heads, std::int64_t rows, std::int64_t multiprocessors = 132) {
+    return cut_that_pays(heads, 1, rows, multiprocessors);
   };
-  EXPECT_EQ(sizes(12, 3), (std::vector<std::int64_t>{3, 6, 3}));
-  EXPECT_EQ(sizes(12, 2), (std::vector<std::int64_t>{6, 6}));
-  EXPECT_EQ(sizes(3, 3), (std::vector<std::int64_t>{1, 1, 1}));
-  EXPECT_EQ(sizes(2, 2), (std::vector<std::int64_t>{1, 1}));
-}
-
-// Of a GPU of 132 multiprocessors: 36 blocks are 4,608 rows.
-TEST(Heads, ComeInPartsWhereNoRoundIsLost) {
-  EXPECT_EQ(parts_that_pay(12, 36, 132), 3) << "1 + 2 + 1 rounds, as 12 heads take";
-  EXPECT_EQ(parts_that_pay(6, 36, 132), 2) << "1 + 1, as 6 heads take, not 1 + 1 + 1";
-  EXPECT_EQ(parts_that_pay(3, 36, 132), 1) << "of one round";
-  EXPECT_EQ(parts_that_pay(12, 36, 148), 1) << "3, not 2 + 2 or 1 + 2 + 1";
-  EXPECT_EQ(parts_that_pay(20, 591, 132), 3) << "23 + 45 + 23 are one more than 90, which is little";
-  EXPECT_EQ(parts_that_pay(2, 1000, 132), 2) << "there are no more heads";
-  EXPECT_EQ(parts_that_pay(1, 1000, 132), 1);
-  EXPECT_EQ(parts_that_pay(0, 1000, 132), 1);
-  EXPECT_EQ(parts_that_pay(12, 36, 0), 1) << "on a CPU";
+  EXPECT_EQ(cut(12, 4608), (Cut{.first = 2, .last = 5})) << "a round of 128 rows and two of 192, not three of 192";
+  EXPECT_EQ(cut(5, 4608), Cut{}) << "one round";
+  EXPECT_EQ(cut(20, 75'600), (Cut{.first = 4, .last = 4})) << "12, 36 and 12 rounds, as 60";
+  EXPECT_EQ(cut(6, 32'760), (Cut{.first = 3, .last = 0})) << "4 and 4 rounds, as 8";
+  EXPECT_EQ(cut(12, 64), Cut{});
+  EXPECT_EQ(cut(1, 1'000'000), Cut{});
+  EXPECT_EQ(cut(0, 4608), Cut{});
+  EXPECT_EQ(cut(12, 0), Cut{});
+  EXPECT_EQ(cut(12, 4608, 0), Cut{}) << "on a CPU";
 }
 
 }  // namespace
