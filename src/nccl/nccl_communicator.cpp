@@ -335,7 +335,10 @@ std::shared_ptr<Communicator> nccl_communicator(const NcclId& id, int rank, int 
   });
   auto world = NcclCommunicator::of(state, handle, true)->split_handle(0, rank);
   state->set_memory(PeerMemory::join(*world, device));
-  if (!world->connect_peers()) state->set_memory(nullptr);
+  if (state->memory() && !world->connect_peers()) {
+    PeerMemory::give_up(*world, state->memory());
+    state->set_memory(nullptr);
+  }
   return world;
 }
 

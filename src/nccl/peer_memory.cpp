@@ -126,6 +126,7 @@ std::shared_ptr<PeerMemory> PeerMemory::join(Communicator& world, int device) {
     });
   }
   if (!problem) return memory;
+  give_up(world, std::move(memory));
   if (std::ranges::any_of(cards, is(PeerCopiesMode::on))) {
     throw NotImplementedError(
         fmt::format("DITATTN_PEER_COPIES is 'on', and these GPUs cannot copy into each other's memory. {}.", *problem));
@@ -133,12 +134,17 @@ std::shared_ptr<PeerMemory> PeerMemory::join(Communicator& world, int device) {
   return nullptr;
 }
 
+void PeerMemory::give_up(Communicator& world, std::shared_ptr<PeerMemory> memory) {
+  if (memory) memory->close_all();
+  world.barrier();
+}
+
 PeerMemory::PeerMemory(int device) : device_(device) { free_what_all_have_left(); }
 
 PeerMemory::~PeerMemory() {
   try {
     const OnDevice on_device(device_);
-    for (const auto& [name, data] : opened_) cudaIpcCloseMemHandle(data);
+    close_all();
     LeftBehind mine{.device = device_, .blocks = {}, .page = page_};
     for (const Block& block : blocks_) mine.blocks.push_back(block.data);
     if (page_) page_->leave();
@@ -149,6 +155,11 @@ PeerMemory::~PeerMemory() {
     free_what_all_have_left();
   } catch (const std::exception&) {  // the driver is gone, and the memory with it
   }
+}
+
+void PeerMemory::close_all() noexcept {
+  for (const auto& [name, data] : opened_) cudaIpcCloseMemHandle(data);
+  opened_.clear();
 }
 
 void PeerMemory::free_what_all_have_left() {

@@ -34,6 +34,10 @@ class PeerMemory : public std::enable_shared_from_this<PeerMemory> {
   /// or where DITATTN_PEER_COPIES says "off" on one. NotImplementedError, on all, where one says "on".
   static std::shared_ptr<PeerMemory> join(Communicator& world, int device);
 
+  /// For the ranks of `world` together, where they go on without: memory must not be freed while others have it open.
+  /// `memory` may be null.
+  static void give_up(Communicator& world, std::shared_ptr<PeerMemory> memory);
+
   explicit PeerMemory(int device);
   ~PeerMemory();
   PeerMemory(const PeerMemory&) = delete;
@@ -62,6 +66,7 @@ class PeerMemory : public std::enable_shared_from_this<PeerMemory> {
   static void free_what_all_have_left();
   Block* find_free(std::int64_t bytes);
   void give_back(const void* data) noexcept;
+  void close_all() noexcept;
 
   const int device_;
   mutable std::mutex mutex_;

@@ -47,8 +47,7 @@ Tensor HeadScatter::add(Slot sent, Slot kept, const Tensor& mine, std::span<cons
   };
   const std::vector<Range> chunks = ranges_of(tokens);
   const std::int64_t total = chunks.back().end;
-  const Tensor collected =
-      make(workspace_.get(kept, bytes_of(mine, total, heads[place].size()), part_), total, heads[place]);
+  Tensor collected = make(workspace_.get(kept, bytes_of(mine, total, heads[place].size()), part_), total, heads[place]);
   char* at = workspace_.get(sent, bytes_of(mine, mine.size(1), heads_of_others(heads, place)), part_);
   for (std::size_t rank = 0; rank < heads.size(); ++rank) {
     const Tensor theirs = slice(mine, 2, heads[rank]);

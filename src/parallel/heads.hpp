@@ -36,7 +36,7 @@ struct Cut {
   std::int64_t first = 0;
   std::int64_t last = 0;
   [[nodiscard]] int parts() const { return 1 + (first > 0 ? 1 : 0) + (last > 0 ? 1 : 0); }
-  friend auto operator<=>(const Cut&, const Cut&) = default;
+  friend bool operator==(const Cut&, const Cut&) = default;
 };
 inline constexpr int kMostParts = 3;
 

@@ -1,5 +1,6 @@
 #include "parallel/layer_state.hpp"
 
+#include <algorithm>
 #include <utility>
 
 #include "registry/table_backend.hpp"
@@ -18,6 +19,7 @@ std::unique_ptr<AttentionImpl> make_run(const BackendClass& backend, ImplConfig 
 
 std::vector<Range> of_part(const std::vector<Heads>& places, int part, Range HeadPart::*member) {
   std::vector<Range> ranges;
+  ranges.reserve(places.size());
   for (const Heads& heads : places) ranges.push_back(heads.parts[static_cast<std::size_t>(part)].*member);
   return ranges;
 }
@@ -34,7 +36,8 @@ LayerState::LayerState(const BackendClass& backend, const ImplConfig& config,
 }
 
 const CutHeads& LayerState::heads(Cut cut) {
-  if (const auto found = cuts_.find(cut); found != cuts_.end()) return found->second;
+  const auto found = std::ranges::find(cuts_, cut, &decltype(cuts_)::value_type::first);
+  if (found != cuts_.end()) return found->second;
   const GroupState& state = GroupAccess::state(*group);
   const ImplConfig& config = whole->config();
   CutHeads made;
@@ -47,7 +50,7 @@ const CutHeads& LayerState::heads(Cut cut) {
     impls[0] = make_run(backend_, config, run, false);
     if (config.causal || backend_->capabilities().causal) impls[1] = make_run(backend_, config, run, true);
   }
-  return cuts_.emplace(cut, std::move(made)).first->second;
+  return cuts_.emplace_back(cut, std::move(made)).second;
 }
 
 }  // namespace ditattn::parallel

@@ -3,8 +3,9 @@
 /// What a layer is on one rank, between calls.
 
 #include <array>
-#include <map>
+#include <list>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "ditattn/backend.hpp"
@@ -41,7 +42,7 @@ struct LayerState {
 
  private:
   BackendClass backend_;
-  std::map<Cut, CutHeads> cuts_;
+  std::list<std::pair<Cut, CutHeads>> cuts_;
 };
 
 }  // namespace ditattn::parallel

@@ -26,6 +26,7 @@ void UlyssesCall::run(const Tensor& query, const Tensor& key, const Tensor& valu
   group_.workspace.use(query.device(), *group_.all);
   const auto parts = static_cast<int>(heads_.mine.parts.size());
   std::vector<Input> inputs;
+  inputs.reserve(heads_.mine.parts.size());
   for (int part = 0; part < parts; ++part) inputs.push_back(scatter(part, query, key, value));
   std::vector<HeadGather> results;
   for (int part = 0; part < parts; ++part) {
@@ -57,8 +58,8 @@ Part UlyssesCall::compute(int part, const std::vector<Input>& inputs, bool lse_w
     char* const memory = group_.workspace.get(slot, query.size(0) * rows * mine.size() * size * (dtype.bits / 8), part);
     return token_major(memory, query.size(0), rows, mine.size(), size, dtype, query.device());
   };
-  const Part result{.out = make(Slot::image_rounded, query.size(3), query.dtype()),
-                    .lse = lse_wanted ? make(Slot::image_lse, 1, kFloat32) : Tensor()};
+  Part result{.out = make(Slot::image_rounded, query.size(3), query.dtype()),
+              .lse = lse_wanted ? make(Slot::image_lse, 1, kFloat32) : Tensor()};
   for (std::size_t i = 0; i < heads_.mine.runs.size(); ++i) {
     const HeadRun& run = heads_.mine.runs[i];
     if (!has(mine, run.query.begin)) continue;

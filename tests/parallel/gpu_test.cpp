@@ -1,5 +1,6 @@
 // What GPUs add to parallel attention: token kernels against the host's, graphs, host memory over NCCL, ranks that do
-// not come. nccl_lost has those that are lost in the middle.
+// not come. nccl_lost has those that are lost in the middle or fail, in processes of their own: after a communicator
+// has been aborted NCCL's next operations in a process may hang.
 
 #include <cuda_runtime.h>
 #include <ditattn/cuda.hpp>
@@ -297,33 +298,6 @@ TEST_F(OverNccl, GroupsThatAreSplitCarryBytesToo) {
       }
     }
     communicator->throw_if_failed();
-    communicator->barrier();
-  });
-}
-
-// At once where ranks share memory, else by the timeout.
-TEST_F(OverNccl, ARankThatFailsEndsTheOthersOperations) {
-  const int size = ranks().sizes.back();
-  ranks().run(size, [&](const std::shared_ptr<Communicator>& communicator) {
-    const int rank = communicator->rank();
-    const DLDevice device = ranks().device(rank);
-    NcclId id = rank == 0 ? nccl_id() : NcclId{};
-    std::vector<std::int64_t> bytes(static_cast<std::size_t>(size), 0);
-    bytes[0] = sizeof(id);
-    communicator->all_gather(NcclId(id).data(), id.data(), bytes)->wait();
-    const auto part = nccl_communicator(id, rank, size, device.device_id, Seconds(5));
-    const Tensor sent = copy_to(empty({1000}, kBool), device);
-    const Tensor memory = part->receive_memory(1000, device);
-    const auto exchange = [&] {
-      part->exchange({.rank = (rank + 1) % size, .data = sent.data_ptr(), .bytes = 1000},
-                     {.rank = (rank + size - 1) % size, .data = memory.data_ptr(), .bytes = 1000}, device)
-          ->wait();
-      synchronize(device);
-      part->throw_if_failed();
-    };
-    exchange();
-    if (rank == 0) part->abort("of a test");
-    EXPECT_THROW(exchange(), Error);
     communicator->barrier();
   });
 }
