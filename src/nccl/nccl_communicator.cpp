@@ -160,6 +160,11 @@ class NcclCommunicator final : public Communicator {
     return std::make_unique<DevicePending>(state_, std::move(ended));
   }
 
+  // NCCL's own kernels take multiprocessors: parts of Ulysses cost a third of the whole with them, two H200s, NVLink.
+  [[nodiscard]] bool moves_beside_compute(DLDevice device) const override {
+    return peers_ != nullptr && device.device_type == kDLCUDA;
+  }
+
   [[nodiscard]] Tensor receive_memory(std::int64_t bytes, DLDevice device) override {
     if (peers_ && device.device_type == kDLCUDA && takes(device)) {
       if (Tensor memory = state_->memory()->allocate(bytes); memory.defined()) return memory;

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <ranges>
+#include <utility>
 
 #include "kernels/cuda/launch_impl.hpp"
 #include "nccl/nccl_library.hpp"
@@ -170,14 +172,22 @@ void NcclState::fail_locked(std::unique_lock<std::mutex>& lock, bool late, const
   changed_.notify_all();
   changed_.wait_for(lock, std::chrono::seconds(1), [&] { return calls_ == 0; });
   abort_all(lock);
-  handles_.clear();
 }
 
-// At once: each waits for the GPU, where the others' operations wait for ever. And NCCL waits for the end of graphs
-// that have recorded a handle, which may not come: those that do not return soon are left to themselves.
+// The youngest first, and none beside another where that can be helped: NCCL's assertions may fail then (2.28.9, seen
+// on two ranks). But each waits for the GPU, where another's operations may wait for ever, and for the end of graphs
+// that have recorded it, which may not come: those that do not return soon are left to themselves.
 void NcclState::abort_all(std::unique_lock<std::mutex>& lock) noexcept {
-  const auto left = std::make_shared<std::atomic<std::size_t>>(handles_.size());
-  for (ncclComm_t handle : handles_) {
+  const auto left = std::make_shared<std::atomic<std::size_t>>(0);
+  const auto wait = [&](Clock::duration most) {
+    for (const auto start = Clock::now(); *left > 0 && Clock::now() - start < most;) {
+      poison_pages();
+      changed_.wait_for(lock, kLookInterval);
+    }
+  };
+  const std::vector<ncclComm_t> handles = std::exchange(handles_, {});  // nobody else's from here
+  for (ncclComm_t handle : handles | std::views::reverse) {
+    ++*left;
     const auto abort = [handle, left] {
       nccl().comm_abort(handle);
       --*left;
@@ -187,11 +197,9 @@ void NcclState::abort_all(std::unique_lock<std::mutex>& lock) noexcept {
     } catch (const std::exception&) {  // no more threads
       abort();
     }
+    wait(std::chrono::milliseconds(500));
   }
-  for (const auto start = Clock::now(); *left > 0 && Clock::now() - start < std::chrono::seconds(5);) {
-    poison_pages();
-    changed_.wait_for(lock, kLookInterval);
-  }
+  wait(std::chrono::seconds(5));
 }
 
 std::string NcclState::late_text(const std::string& text) const {

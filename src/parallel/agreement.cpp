@@ -150,8 +150,8 @@ void check_device(const Communicator& communicator, const AttentionImpl& layer, 
       layer.backend().get_name(), device_name(query.device())));
 }
 
-std::int64_t multiprocessors_of(DLDevice device) {
-  if (device.device_type != kDLCUDA) return 0;
+std::int64_t multiprocessors_of(const Communicator& communicator, DLDevice device) {
+  if (device.device_type != kDLCUDA || !communicator.moves_beside_compute(device)) return 0;
   return cuda_info().devices.at(static_cast<std::size_t>(device.device_id)).multiprocessors;
 }
 
@@ -163,7 +163,7 @@ Header describe(const Communicator& communicator, const AttentionImpl& layer, co
   Header header{};
   header[rows] = query.size(1);
   header[keys] = key.size(1);
-  header[multiprocessors] = multiprocessors_of(query.device());
+  header[multiprocessors] = multiprocessors_of(communicator, query.device());
   header[batch] = query.size(0);
   header[heads] = query.size(2);
   header[kv_heads] = key.size(2);

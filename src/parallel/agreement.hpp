@@ -19,7 +19,7 @@ struct Agreement {
   Sizes sizes;
   std::vector<std::int64_t> rows;  ///< the image's, by rank
   std::vector<std::int64_t> keys;
-  std::int64_t multiprocessors = 0;  ///< of the smallest GPU; 0: on CPUs
+  std::int64_t multiprocessors = 0;  ///< of the smallest GPU; 0: moving takes them from what computes, or CPUs
 };
 
 /// What a rank was called with, as numbers: what it tells the others.
