@@ -1,5 +1,5 @@
 // Attention over several GPUs beside one, a process per GPU: the link between them, and every mesh on shapes of models,
-// in interleaved rounds.  Usage: ditattn_gpu_parallel [GPUs]
+// by NCCL and by copy engines, in interleaved rounds.  Usage: ditattn_gpu_parallel [GPUs]
 
 #include <ditattn/ditattn.hpp>
 #include <ditattn/nccl.hpp>
@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <functional>
 #include <string>
@@ -36,6 +37,11 @@ struct Shape {
 constexpr std::array kShapes = {Shape{"flux-1024", 4608, 24, 128, 50}, Shape{"wan1.3b-480p", 32760, 12, 128, 5},
                                 Shape{"wan14b-720p", 75600, 40, 128, 1}};
 
+struct Transport {
+  std::string name;
+  std::shared_ptr<Communicator> communicator;
+};
+
 double median(std::vector<double> values) {
   std::ranges::sort(values);
   return values[values.size() / 2];
@@ -43,8 +49,8 @@ double median(std::vector<double> values) {
 
 class Rank {
  public:
-  Rank(int rank, std::shared_ptr<Communicator> communicator)
-      : device_{kDLCUDA, rank}, communicator_(std::move(communicator)) {
+  Rank(int rank, std::vector<Transport> transports)
+      : device_{kDLCUDA, rank}, transports_(std::move(transports)), communicator_(transports_.front().communicator) {
     check(cudaSetDevice(rank), "cudaSetDevice");
     clock_ = std::make_unique<ditattn::bench::Clock>();
     TVMFFIEnvSetStream(device_.device_type, device_.device_id, clock_->stream(), nullptr);
@@ -53,20 +59,21 @@ class Rank {
   void measure_link() {
     say("link: bytes to the next rank and from the one before at the same time, a stream's time per exchange\n");
     const int size = communicator_->size();
+    const int rank = communicator_->rank();
     for (const std::int64_t bytes : {std::int64_t{1} << 10, std::int64_t{1} << 20, std::int64_t{8} << 20,
                                      std::int64_t{64} << 20, std::int64_t{512} << 20}) {
       const Tensor sent = ditattn::empty(std::array{bytes}, ditattn::kBool, device_);
-      const Tensor received = ditattn::empty(std::array{bytes}, ditattn::kBool, device_);
-      const auto exchange = [&] {
-        communicator_
-            ->exchange({.rank = (communicator_->rank() + 1) % size, .data = sent.data_ptr(), .bytes = bytes},
-                       {.rank = (communicator_->rank() + size - 1) % size, .data = received.data_ptr(), .bytes = bytes},
-                       device_)
-            ->wait();
-      };
-      const double ms = time(exchange, 20);
-      say(fmt::format("  {:>9} KiB {:8.3f} ms {:7.1f} GB/s per direction\n", bytes >> 10, ms,
-                      static_cast<double>(bytes) / ms / 1e6));
+      for (const auto& [name, communicator] : transports_) {
+        const Tensor received = communicator->receive_memory(bytes, device_);
+        const auto exchange = [&, &from = communicator] {
+          from->exchange({.rank = (rank + 1) % size, .data = sent.data_ptr(), .bytes = bytes},
+                         {.rank = (rank + size - 1) % size, .data = received.data_ptr(), .bytes = bytes}, device_)
+              ->wait();
+        };
+        const double ms = time(exchange, 20);
+        say(fmt::format("  {:<12} {:>9} KiB {:8.4f} ms {:7.1f} GB/s per direction\n", name, bytes >> 10, ms,
+                        static_cast<double>(bytes) / ms / 1e6));
+      }
     }
   }
 
@@ -89,13 +96,15 @@ class Rank {
     const Tensor expected = ditattn::empty(std::array{std::int64_t{1}, shape.tokens, shape.heads, shape.head_size},
                                            ditattn::kBFloat16, device_);
     struct Way {
-      std::string name;
+      std::string mesh;
+      std::string transport;
       std::function<void()> call;
       std::vector<double> times;
       double error = 0;
     };
     std::vector<Way> ways;
-    ways.push_back({.name = "1 GPU",
+    ways.push_back({.mesh = "",
+                    .transport = "",
                     .call = [&] { alone->forward(whole[0], whole[1], whole[2], {}, {.out = expected}); },
                     .times = {}});
     ways[0].call();
@@ -104,14 +113,18 @@ class Rank {
     const Tensor out =
         ditattn::empty(std::array{std::int64_t{1}, mine, shape.heads, shape.head_size}, ditattn::kBFloat16, device_);
     for (const Mesh& mesh : meshes_of(communicator_->size())) {
-      layers.push_back(
-          std::make_unique<ParallelAttention>(backend, config, std::make_shared<ParallelGroup>(communicator_, mesh)));
-      ParallelAttention& layer = *layers.back();
-      ways.push_back({.name = mesh_name(mesh),
-                      .call = [&layer, &parts, out] { layer.forward(parts[0], parts[1], parts[2], {}, {.out = out}); },
-                      .times = {}});
-      ways.back().call();
-      ways.back().error = difference(out, part(expected));
+      for (const auto& [name, communicator] : transports_) {
+        layers.push_back(
+            std::make_unique<ParallelAttention>(backend, config, std::make_shared<ParallelGroup>(communicator, mesh)));
+        ParallelAttention& layer = *layers.back();
+        ways.push_back(
+            {.mesh = mesh_name(mesh),
+             .transport = name,
+             .call = [&layer, &parts, out] { layer.forward(parts[0], parts[1], parts[2], {}, {.out = out}); },
+             .times = {}});
+        ways.back().call();
+        ways.back().error = difference(out, part(expected));
+      }
     }
     for (int round = 0; round < kRounds; ++round) {
       for (Way& way : ways) way.times.push_back(time(way.call, shape.calls));
@@ -121,14 +134,18 @@ class Rank {
                     shape.head_size));
     for (const Way& way : ways) {
       const double ms = median(way.times);
-      say(fmt::format("  {:<24} {:8.3f} ms  {:5.2f} times 1 GPU  (from {:.3f} to {:.3f}; error {:.1e})\n", way.name, ms,
+      const bool is_alone = way.mesh.empty();
+      const std::string name = is_alone ? "1 GPU" : fmt::format("{}, {}", way.mesh, way.transport);
+      say(fmt::format("  {:<32} {:8.3f} ms  {:5.2f} times 1 GPU  (from {:.3f} to {:.3f}; error {:.1e})\n", name, ms,
                       alone_ms / ms, *std::ranges::min_element(way.times), *std::ranges::max_element(way.times),
                       way.error));
-      say(fmt::format("  {{\"gpus\":{},\"mesh\":\"{}\",\"tokens\":{},\"heads\":{},\"head_size\":{},\"ms\":{:.4f}}}\n",
-                      &way == ways.data() ? 1 : communicator_->size(), &way == ways.data() ? "" : way.name,
-                      shape.tokens, shape.heads, shape.head_size, ms));
+      say(
+          fmt::format("  {{\"gpus\":{},\"mesh\":\"{}\",\"transport\":\"{}\",\"tokens\":{},\"heads\":{},"
+                      "\"head_size\":{},\"ms\":{:.4f}}}\n",
+                      is_alone ? 1 : communicator_->size(), way.mesh, way.transport, shape.tokens, shape.heads,
+                      shape.head_size, ms));
     }
-    communicator_->throw_if_failed();
+    for (const auto& [name, communicator] : transports_) communicator->throw_if_failed();
   }
 
  private:
@@ -188,12 +205,26 @@ class Rank {
   }
 
   DLDevice device_;
-  std::shared_ptr<Communicator> communicator_;
+  std::vector<Transport> transports_;
+  std::shared_ptr<Communicator> communicator_;  // the first
   std::unique_ptr<ditattn::bench::Clock> clock_;
 };
 
+// Copy engines where they can.
+std::vector<Transport> transports_of(int rank, int gpus, const std::filesystem::path& file) {
+  ::setenv("DITATTN_PEER_COPIES", "off", 1);
+  std::vector<Transport> made = {{"NCCL", nccl_communicator(file, rank, gpus, rank, Seconds(60))}};
+  ::setenv("DITATTN_PEER_COPIES", "on", 1);
+  try {
+    made.push_back({"copy engines", nccl_communicator(made.front().communicator, rank)});
+  } catch (const ditattn::NotImplementedError& error) {
+    if (rank == 0) fmt::print("no copy engines: {}\n", error.message());
+  }
+  return made;
+}
+
 int run_rank(int rank, int gpus, const std::filesystem::path& file) try {
-  Rank mine(rank, nccl_communicator(file, rank, gpus, rank, Seconds(60)));
+  Rank mine(rank, transports_of(rank, gpus, file));
   mine.measure_link();
   for (const Shape& shape : kShapes) mine.measure(shape);
   return 0;

@@ -22,7 +22,9 @@ DITATTN_API NcclId nccl_id();
 /// Joins `size` ranks with the same `id`, this one with GPU `device`. Called by all of them; each rank is a process
 /// with a GPU of its own (several in one process were not got to work: they have been seen to hang). Its `takes` says
 /// yes to that GPU's memory and to host memory, which goes through the GPU, so the host waits for that. Operations
-/// on the GPU's memory go on a stream of their own and may be captured into a CUDA graph.
+/// on the GPU's memory go on a stream of their own and may be captured into a CUDA graph. Between GPUs of one host copy
+/// engines carry what is received in `receive_memory`, where they can (DITATTN_PEER_COPIES, docs/environment.md);
+/// `start` waits then for the others to call it too. Not so by an `ncclComm_t` of the program's.
 ///
 /// A rank that does not come within `timeout` is a TimeoutError: here, and in operations at the next use of the
 /// communicator, because the host does not wait for these; a thread watches them, and ends what waits on the GPU.

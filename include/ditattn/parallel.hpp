@@ -60,7 +60,7 @@ class DITATTN_API ParallelGroup {
   [[nodiscard]] Communicator& communicator() const;
 
  private:
-  friend class ParallelAttention;
+  friend struct GroupAccess;
   std::unique_ptr<struct GroupState> state_;
 };
 

@@ -1,20 +1,21 @@
-// NCCL as a transport: a batch of sends and receives is a group of NCCL's, in a stream of its own.
+// NCCL as a transport: a batch of sends and receives is a group of NCCL's, in a stream of its own. Between GPUs of one
+// host that reach each other, copy engines carry what is received in memory that this transport gave.
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
-#include <fstream>
 #include <set>
 #include <utility>
 
 #include "ditattn/cuda.hpp"
 #include "ditattn/nccl.hpp"
 #include "kernels/cuda/launch_impl.hpp"
+#include "nccl/id_file.hpp"
 #include "nccl/nccl_library.hpp"
 #include "nccl/nccl_state.hpp"
+#include "nccl/peer_copies.hpp"
 #include "parallel/timeout.hpp"
 
 namespace ditattn::parallel {
@@ -118,6 +119,8 @@ class NcclCommunicator final : public Communicator {
   }
   ~NcclCommunicator() override {
     state_->release(handle_, ours_ && !of_graphs_);
+    // Poisoned waits end soon. What does not is left to itself, with all that it uses.
+    if (peers_ && !drain()) static_cast<void>(new std::pair(state_, std::move(peers_)));
     cudaStreamDestroy(stream_);
   }
   NcclCommunicator(const NcclCommunicator&) = delete;
@@ -146,15 +149,39 @@ class NcclCommunicator final : public Communicator {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(caller, &capture), "cudaStreamIsCapturing");
     const bool is_recorded = capture != cudaStreamCaptureStatusNone;
-    of_graphs_ = of_graphs_ || is_recorded;
-    auto ended = queue(operation, sends, receives, began, !is_recorded);
+    PeerCopies::Left left{.sends = {sends.begin(), sends.end()}, .receives = {receives.begin(), receives.end()}};
+    if (peers_) {
+      state_->check();
+      const auto text = [&](std::span<const int> missing) { return waiting_text(operation, missing); };
+      left = peers_->queue(sends, receives, stream_, text);
+    }
+    of_graphs_ = of_graphs_ || (is_recorded && !(left.sends.empty() && left.receives.empty()));
+    auto ended = queue(operation, left, began, !is_recorded, waiting_text(operation, peers_of(sends, receives)));
     return std::make_unique<DevicePending>(state_, std::move(ended));
+  }
+
+  // NCCL's own kernels take multiprocessors: parts of Ulysses cost a third of the whole with them, two H200s, NVLink.
+  [[nodiscard]] bool moves_beside_compute(DLDevice device) const override {
+    return peers_ != nullptr && device.device_type == kDLCUDA;
+  }
+
+  [[nodiscard]] Tensor receive_memory(std::int64_t bytes, DLDevice device) override {
+    if (peers_ && device.device_type == kDLCUDA && takes(device)) {
+      if (Tensor memory = state_->memory()->allocate(bytes); memory.defined()) return memory;
+    }
+    return Communicator::receive_memory(bytes, device);
+  }
+
+  std::shared_ptr<Communicator> split(int colour, int key) override {
+    auto made = split_handle(colour, key);
+    made->connect_peers();
+    return made;
   }
 
   // Makes a handle whose operations are begun by the caller's thread, not by one of NCCL's for each, which takes 50 µs
   // more. Nobody would miss a rank in its making and at its first operation, which connects the ranks: so all come
   // together before.
-  std::shared_ptr<Communicator> split(int colour, int key) override {
+  std::shared_ptr<NcclCommunicator> split_handle(int colour, int key) {
     const OnDevice on_device(state_->device());
     barrier();
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -168,9 +195,15 @@ class NcclCommunicator final : public Communicator {
     return made;
   }
 
-  // NCCL cannot tell the others why: they end by their timeout.
+  // Where copy engines are not used, the others are not told why: they end by their timeout.
   void abort(const std::string& reason) noexcept override {
     state_->fail(false, fmt::format("rank {} failed: {}", rank(), reason));
+  }
+
+  // With the others, where the state has memory for it: whether copy engines carry what they can.
+  bool connect_peers() {
+    peers_ = PeerCopies::make(*this, *state_, stream_);
+    return peers_ != nullptr;
   }
 
   static std::shared_ptr<NcclCommunicator> of(const State& state, ncclComm_t handle, bool ours) {
@@ -182,30 +215,41 @@ class NcclCommunicator final : public Communicator {
   }
 
  private:
-  // The end of the batch in the stream. `watched`: not while it is only recorded.
-  std::shared_ptr<const Event> queue(Operation operation, std::span<const SendBlock> sends,
-                                     std::span<const ReceiveBlock> receives, const std::shared_ptr<const Event>& began,
-                                     bool watched) {
-    const std::string text = waiting_text(operation, sends, receives);
-    state_->call(operation_name(operation).data(), handle_, text, [&] {
-      const NcclLibrary& library = nccl();
-      ncclResult_t result = library.group_start();
-      const auto add = [&](ncclResult_t added) {
-        if (result == ncclSuccess && added != ncclInProgress) result = added;
-      };
-      for (const SendBlock& block : sends) {
-        add(library.send(block.data, static_cast<std::size_t>(block.bytes), ncclInt8, block.rank, handle_, stream_));
-      }
-      for (const ReceiveBlock& block : receives) {
-        add(library.recv(block.data, static_cast<std::size_t>(block.bytes), ncclInt8, block.rank, handle_, stream_));
-      }
-      const ncclResult_t ended = library.group_end();
-      return result == ncclSuccess ? ended : result;
-    });
+  // NCCL's part of a batch. Returns the batch's end in the stream. `watched`: not while it is only recorded.
+  std::shared_ptr<const Event> queue(Operation operation, const PeerCopies::Left& blocks,
+                                     const std::shared_ptr<const Event>& began, bool watched, const std::string& text) {
+    if (!blocks.sends.empty() || !blocks.receives.empty()) {
+      state_->call(operation_name(operation).data(), handle_, text, [&] { return call_nccl(blocks); });
+    }
     auto end = std::make_shared<Event>();
     end->record(stream_);
     if (watched) state_->watch({.began = began, .ended = end, .text = text});
     return end;
+  }
+
+  ncclResult_t call_nccl(const PeerCopies::Left& blocks) {
+    const NcclLibrary& library = nccl();
+    ncclResult_t result = library.group_start();
+    const auto add = [&](ncclResult_t added) {
+      if (result == ncclSuccess && added != ncclInProgress) result = added;
+    };
+    for (const SendBlock& block : blocks.sends) {
+      add(library.send(block.data, static_cast<std::size_t>(block.bytes), ncclInt8, block.rank, handle_, stream_));
+    }
+    for (const ReceiveBlock& block : blocks.receives) {
+      add(library.recv(block.data, static_cast<std::size_t>(block.bytes), ncclInt8, block.rank, handle_, stream_));
+    }
+    const ncclResult_t ended = library.group_end();
+    return result == ncclSuccess ? ended : result;
+  }
+
+  bool drain() noexcept {
+    for (const auto start = std::chrono::steady_clock::now();
+         std::chrono::steady_clock::now() - start < std::chrono::seconds(5);) {
+      if (cudaStreamQuery(stream_) != cudaErrorNotReady) return true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return false;
   }
 
   std::unique_ptr<Pending> start_on_host(Operation operation, std::span<const SendBlock> sends,
@@ -215,32 +259,35 @@ class NcclCommunicator final : public Communicator {
     for (const ReceiveBlock& block : receives) bytes += block.bytes;
     auto memory = std::make_unique<Staging>(bytes, stream_);
     char* at = memory->data();
-    std::vector<SendBlock> sent;
+    PeerCopies::Left blocks;
     for (const SendBlock& block : sends) {
       check(cudaMemcpyAsync(at, block.data, static_cast<std::size_t>(block.bytes), cudaMemcpyHostToDevice, stream_),
             "cudaMemcpyAsync");
-      sent.push_back({block.rank, at, block.bytes});
+      blocks.sends.push_back({block.rank, at, block.bytes});
       at += block.bytes;
     }
-    std::vector<ReceiveBlock> came;
     std::vector<std::pair<ReceiveBlock, const char*>> received;
     for (const ReceiveBlock& block : receives) {
-      came.push_back({block.rank, at, block.bytes});
+      blocks.receives.push_back({block.rank, at, block.bytes});
       received.emplace_back(block, at);
       at += block.bytes;
     }
     const auto before = std::make_shared<Event>();
     before->record(stream_);
-    auto ended = queue(operation, sent, came, before, true);
+    auto ended = queue(operation, blocks, before, true, waiting_text(operation, peers_of(sends, receives)));
     return std::make_unique<HostPending>(state_, std::move(ended), std::move(memory), std::move(received));
   }
 
-  [[nodiscard]] std::string waiting_text(Operation operation, std::span<const SendBlock> sends,
-                                         std::span<const ReceiveBlock> receives) const {
+  [[nodiscard]] std::vector<int> peers_of(std::span<const SendBlock> sends,
+                                          std::span<const ReceiveBlock> receives) const {
     std::set<int> peers;
     for (const SendBlock& block : sends) peers.insert(block.rank);
     for (const ReceiveBlock& block : receives) peers.insert(block.rank);
     peers.erase(rank());
+    return {peers.begin(), peers.end()};
+  }
+
+  [[nodiscard]] std::string waiting_text(Operation operation, std::span<const int> peers) const {
     const std::string text = fmt::format("rank {} waits in {}", rank(), operation_name(operation));
     return peers.empty() ? text : fmt::format("{} for rank {}", text, fmt::join(peers, " or "));
   }
@@ -250,6 +297,7 @@ class NcclCommunicator final : public Communicator {
   bool ours_;
   bool of_graphs_ = false;  // whose replays need the handle: NCCL would wait for their end to end it
   cudaStream_t stream_ = nullptr;
+  std::unique_ptr<PeerCopies> peers_;  // null: NCCL carries all
 };
 
 void check_ranks(int rank, int size, int device, Seconds timeout) {
@@ -262,50 +310,7 @@ void check_ranks(int rank, int size, int device, Seconds timeout) {
     throw ValueError(fmt::format("There is no rank {} among {}.", rank, size));
   }
   check_timeout(timeout);
-}
-
-// A file that others find an id in, for as long as this object lives. It is written elsewhere and linked, so that
-// nobody reads a part of it and no other is overwritten.
-class IdFile {
- public:
-  IdFile(std::filesystem::path file, const NcclId& id) : file_(std::move(file)), id_(id) {
-    const std::string draft = fmt::format("{}.{}", file_.string(), ::getpid());
-    std::ofstream stream(draft, std::ios::binary);
-    stream.write(id.data(), static_cast<std::streamsize>(id.size()));
-    stream.close();
-    std::error_code error;
-    if (!stream) {
-      throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}", draft, std::strerror(errno)));
-    }
-    std::filesystem::create_hard_link(draft, file_, error);
-    std::error_code ignored;
-    std::filesystem::remove(draft, ignored);
-    if (error) {
-      throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}. Name a file that is not there.",
-                                  file_.string(), error.message()));
-    }
-  }
-  ~IdFile() {
-    std::error_code ignored;
-    std::filesystem::remove(file_, ignored);
-  }
-  IdFile(const IdFile&) = delete;
-  IdFile& operator=(const IdFile&) = delete;
-  [[nodiscard]] const NcclId& id() const { return id_; }
-
- private:
-  std::filesystem::path file_;
-  NcclId id_;
-};
-
-NcclId read_id(const std::filesystem::path& file, Seconds timeout) {
-  for (const auto start = std::chrono::steady_clock::now(); std::chrono::steady_clock::now() - start < timeout;) {
-    NcclId id{};
-    if (std::ifstream(file, std::ios::binary).read(id.data(), static_cast<std::streamsize>(id.size()))) return id;
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  throw TimeoutError(fmt::format("parallel: rank 0 did not write {} within {} s: it is lost or late.", file.string(),
-                                 timeout.count()));
+  peer_copies_mode();  // is it one?
 }
 
 }  // namespace
@@ -333,7 +338,13 @@ std::shared_ptr<Communicator> nccl_communicator(const NcclId& id, int rank, int 
   ncclComm_t handle = make_handle(*state, "ncclCommInitRank", text, nullptr, [&](ncclComm_t* made) {
     return nccl().comm_init_rank_config(made, size, common, rank, &config);
   });
-  return NcclCommunicator::of(state, handle, true)->split(0, rank);
+  auto world = NcclCommunicator::of(state, handle, true)->split_handle(0, rank);
+  state->set_memory(PeerMemory::join(*world, device));
+  if (state->memory() && !world->connect_peers()) {
+    PeerMemory::give_up(*world, state->memory());
+    state->set_memory(nullptr);
+  }
+  return world;
 }
 
 std::shared_ptr<Communicator> nccl_communicator(const std::filesystem::path& file, int rank, int size, int device,

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <ranges>
+#include <utility>
 
 #include "kernels/cuda/launch_impl.hpp"
 #include "nccl/nccl_library.hpp"
@@ -18,6 +20,7 @@ using kernels::cuda::OnDevice;
 constexpr auto kSpinTime = std::chrono::milliseconds(2);  // to begin an operation takes NCCL some 20 µs
 constexpr auto kPollInterval = std::chrono::microseconds(20);
 constexpr auto kLookInterval = std::chrono::milliseconds(20);
+constexpr auto kPoisonInterval = std::chrono::milliseconds(1);
 
 }  // namespace
 
@@ -72,7 +75,7 @@ void NcclState::call(const char* what, const ncclComm_t& handle, const std::stri
     }
     if (result != ncclInProgress) break;
     if (Clock::now() - start > timeout_) {
-      fail(true, late_text(text));
+      fail_late(text);
       check();
     }
     Clock::now() - start < kSpinTime ? std::this_thread::yield() : std::this_thread::sleep_for(kPollInterval);
@@ -118,8 +121,10 @@ void NcclState::watch(Watched watched) {
   if (first) changed_.notify_all();
 }
 
+// Flags that another rank has poisoned look like any: whoever was waiting hears of it here.
 void NcclState::check() {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
+  hear_peers(lock);
   check_locked();
 }
 
@@ -134,21 +139,55 @@ void NcclState::fail(bool late, const std::string& text) noexcept {
   fail_locked(lock, late, text);
 }
 
+void NcclState::fail_late(const std::string& text) noexcept { fail(true, late_text(text)); }
+
+void NcclState::keep(std::shared_ptr<PeerPage> page) {
+  const std::lock_guard lock(mutex_);
+  pages_.push_back(std::move(page));
+}
+
+void NcclState::release(const std::shared_ptr<PeerPage>& page) noexcept {
+  const std::lock_guard lock(mutex_);
+  std::erase(pages_, page);
+}
+
+void NcclState::hear_peers(std::unique_lock<std::mutex>& lock) noexcept {
+  if (failure_) return;
+  for (const auto& page : pages_) {
+    if (const auto failure = page->failure()) return fail_locked(lock, failure->late, failure->text);
+  }
+}
+
+void NcclState::poison_pages() noexcept {
+  for (const auto& page : pages_) page->poison();
+}
+
 // A function of NCCL that is under way would use what is aborted: new ones are not begun, and those get a second.
 void NcclState::fail_locked(std::unique_lock<std::mutex>& lock, bool late, const std::string& text) noexcept {
   if (failure_) return;
   failure_ = text;
   late_ = late;
+  for (const auto& page : pages_) page->fail({.late = late, .text = text});
+  poison_pages();
+  changed_.notify_all();
   changed_.wait_for(lock, std::chrono::seconds(1), [&] { return calls_ == 0; });
   abort_all(lock);
-  handles_.clear();
 }
 
-// At once: each waits for the GPU, where the others' operations wait for ever. And NCCL waits for the end of graphs
-// that have recorded a handle, which may not come: those that do not return soon are left to themselves.
+// The youngest first, and none beside another where that can be helped: NCCL's assertions may fail then (2.28.9, seen
+// on two ranks). But each waits for the GPU, where another's operations may wait for ever, and for the end of graphs
+// that have recorded it, which may not come: those that do not return soon are left to themselves.
 void NcclState::abort_all(std::unique_lock<std::mutex>& lock) noexcept {
-  const auto left = std::make_shared<std::atomic<std::size_t>>(handles_.size());
-  for (ncclComm_t handle : handles_) {
+  const auto left = std::make_shared<std::atomic<std::size_t>>(0);
+  const auto wait = [&](Clock::duration most) {
+    for (const auto start = Clock::now(); *left > 0 && Clock::now() - start < most;) {
+      poison_pages();
+      changed_.wait_for(lock, kLookInterval);
+    }
+  };
+  const std::vector<ncclComm_t> handles = std::exchange(handles_, {});  // nobody else's from here
+  for (ncclComm_t handle : handles | std::views::reverse) {
+    ++*left;
     const auto abort = [handle, left] {
       nccl().comm_abort(handle);
       --*left;
@@ -158,10 +197,9 @@ void NcclState::abort_all(std::unique_lock<std::mutex>& lock) noexcept {
     } catch (const std::exception&) {  // no more threads
       abort();
     }
+    wait(std::chrono::milliseconds(500));
   }
-  for (const auto start = Clock::now(); *left > 0 && Clock::now() - start < std::chrono::seconds(5);) {
-    changed_.wait_for(lock, kLookInterval);
-  }
+  wait(std::chrono::seconds(5));
 }
 
 std::string NcclState::late_text(const std::string& text) const {
@@ -173,8 +211,12 @@ void NcclState::run() {
   cudaThreadExchangeStreamCaptureMode(&mode);
   std::unique_lock lock(mutex_);
   while (!ending_) {
-    if (running_.empty()) {
-      changed_.wait(lock, [&] { return ending_ || !running_.empty(); });
+    const bool poisons = failure_ && !pages_.empty();
+    if (poisons) {
+      poison_pages();
+      changed_.wait_for(lock, kPoisonInterval, [&] { return ending_; });
+    } else if (running_.empty()) {
+      changed_.wait(lock, [&] { return ending_ || !running_.empty() || (failure_ && !pages_.empty()); });
     } else {
       changed_.wait_for(lock, kLookInterval, [&] { return ending_; });
     }
@@ -190,6 +232,7 @@ void NcclState::run() {
 }
 
 void NcclState::look_locked(std::unique_lock<std::mutex>& lock) {
+  hear_peers(lock);
   if (failure_) return running_.clear();
   for (ncclComm_t handle : handles_) {
     ncclResult_t result = ncclSuccess;

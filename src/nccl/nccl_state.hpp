@@ -14,9 +14,11 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "ditattn/communicator.hpp"
+#include "nccl/peer_page.hpp"
 
 namespace ditattn::parallel {
 
@@ -42,10 +44,12 @@ struct Watched {
   std::string text;  ///< "rank 0 waits in exchange for rank 1"
 };
 
-/// Keeps NCCL's handles, and has a thread that watches operations: NCCL's kernels wait for a peer for ever. One that
-/// has run longer than the timeout, or an error that NCCL reports, ends all of them: handles are aborted, kernels
-/// return, and everything asked for later fails. Time that an operation waits for its turn in the stream does not
-/// count. Thread-safe.
+class PeerMemory;
+
+/// Keeps NCCL's handles, and has a thread that watches operations: NCCL's kernels, and streams that wait for a peer's
+/// copy, wait for ever. One that has run longer than the timeout, an error that NCCL reports or a peer that gave up,
+/// ends all of them: handles are aborted and flags poisoned, kernels and waits return, and everything asked for later
+/// fails. Time that an operation waits for its turn in the stream does not count. Thread-safe.
 class NcclState {
  public:
   NcclState(int device, Seconds timeout);
@@ -66,11 +70,20 @@ class NcclState {
   void keep(ncclComm_t handle);
   void release(ncclComm_t handle, bool ours) noexcept;
 
+  /// Memory that ranks share, to be poisoned when one gives up.
+  void keep(std::shared_ptr<PeerPage> page);
+  void release(const std::shared_ptr<PeerPage>& page) noexcept;
+  /// GPU memory that they may open; null where they cannot. Set before others know of this object.
+  void set_memory(std::shared_ptr<PeerMemory> memory) { memory_ = std::move(memory); }
+  [[nodiscard]] const std::shared_ptr<PeerMemory>& memory() const { return memory_; }
+
   void watch(Watched watched);
   /// Throws what has failed.
   void check();
   /// The first reason stays.
   void fail(bool late, const std::string& text) noexcept;
+  /// That a rank did not come in time; `text` as Watched's.
+  void fail_late(const std::string& text) noexcept;
 
  private:
   struct Running {
@@ -80,6 +93,8 @@ class NcclState {
 
   void check_locked() const;
   void fail_locked(std::unique_lock<std::mutex>& lock, bool late, const std::string& text) noexcept;
+  void hear_peers(std::unique_lock<std::mutex>& lock) noexcept;
+  void poison_pages() noexcept;
   void abort_all(std::unique_lock<std::mutex>& lock) noexcept;
   [[nodiscard]] std::string late_text(const std::string& text) const;
   void run();
@@ -90,6 +105,8 @@ class NcclState {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<ncclComm_t> handles_;
+  std::vector<std::shared_ptr<PeerPage>> pages_;
+  std::shared_ptr<PeerMemory> memory_;
   int calls_ = 0;  // of NCCL's functions, under way
   std::list<Running> running_;
   std::optional<std::string> failure_;

@@ -15,11 +15,12 @@
 namespace ditattn::parallel {
 namespace {
 
-// What ranks tell each other. All but the first three must be the same everywhere.
+// What ranks tell each other. All but the first four must be the same everywhere.
 enum Field : std::uint8_t {
   text_bytes,  // of this rank's error; 0: none
   rows,
   keys,
+  multiprocessors,  // of this rank's GPU; 0: on a CPU
   batch,
   heads,
   kv_heads,
@@ -37,6 +38,7 @@ enum Field : std::uint8_t {
   field_count
 };
 constexpr std::array<const char*, field_count> kFieldNames = {
+    "",
     "",
     "",
     "",
@@ -148,6 +150,11 @@ void check_device(const Communicator& communicator, const AttentionImpl& layer, 
       layer.backend().get_name(), device_name(query.device())));
 }
 
+std::int64_t multiprocessors_of(const Communicator& communicator, DLDevice device) {
+  if (device.device_type != kDLCUDA || !communicator.moves_beside_compute(device)) return 0;
+  return cuda_info().devices.at(static_cast<std::size_t>(device.device_id)).multiprocessors;
+}
+
 // Checks what this rank can check alone.
 Header describe(const Communicator& communicator, const AttentionImpl& layer, const Tensor& query, const Tensor& key,
                 const Tensor& value, const AttentionMetadata& metadata, const ForwardOutputs& outputs) {
@@ -156,6 +163,7 @@ Header describe(const Communicator& communicator, const AttentionImpl& layer, co
   Header header{};
   header[rows] = query.size(1);
   header[keys] = key.size(1);
+  header[multiprocessors] = multiprocessors_of(communicator, query.device());
   header[batch] = query.size(0);
   header[heads] = query.size(2);
   header[kv_heads] = key.size(2);
@@ -232,6 +240,8 @@ Agreement conclude(const std::vector<Header>& all, const AttentionImpl& layer, c
     sizes.rows += header[rows];
     sizes.keys += header[keys];
   }
+  agreement.multiprocessors =
+      std::ranges::min(all, {}, [](const Header& header) { return header[multiprocessors]; })[multiprocessors];
   Problem problem = check_call(layer, placeholder(query, sizes.rows), placeholder(key, sizes.keys),
                                placeholder(value, sizes.keys), metadata);
   problem.lse = lse;

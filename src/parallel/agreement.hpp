@@ -19,10 +19,11 @@ struct Agreement {
   Sizes sizes;
   std::vector<std::int64_t> rows;  ///< the image's, by rank
   std::vector<std::int64_t> keys;
+  std::int64_t multiprocessors = 0;  ///< of the smallest GPU; 0: moving takes them from what computes, or CPUs
 };
 
 /// What a rank was called with, as numbers: what it tells the others.
-using CallNumbers = std::array<std::int64_t, 17>;
+using CallNumbers = std::array<std::int64_t, 18>;
 
 /// How many kinds of call are kept.
 inline constexpr std::size_t kKeptKinds = 16;  // of a model's attention, at a few resolutions

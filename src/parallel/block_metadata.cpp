@@ -63,6 +63,14 @@ Range joined_rows(const Sizes& sizes, const Segment& segment) {
   return moved(segment.tokens, segment.joint == sizes.joint_first ? 0 : before);
 }
 
+Range image_rows(const Sizes& sizes, std::int64_t rows) {
+  return sizes.joint_first ? Range{sizes.joint_rows, rows} : Range{0, rows - sizes.joint_rows};
+}
+
+Range text_rows(const Sizes& sizes, std::int64_t rows) {
+  return sizes.joint_first ? Range{0, sizes.joint_rows} : Range{rows - sizes.joint_rows, rows};
+}
+
 Range joined_keys(const Sizes& sizes, const Segment& segment) {
   const std::int64_t before = segment.joint ? sizes.valid_keys : sizes.joint_keys;
   return moved(segment.tokens, segment.joint == sizes.joint_first ? 0 : before);

@@ -33,6 +33,10 @@ struct Segment {
 Range joined_rows(const Sizes& sizes, const Segment& segment);
 Range joined_keys(const Sizes& sizes, const Segment& segment);
 
+/// The image's rows, and the text's, among the `rows` of a rank's output.
+Range image_rows(const Sizes& sizes, std::int64_t rows);
+Range text_rows(const Sizes& sizes, std::int64_t rows);
+
 /// All of the metadata for some query heads: masks and joint tensors cut to them. Null stays null.
 AttentionMetadata head_metadata(const AttentionMetadata& metadata, const Sizes& sizes, const HeadRun& heads);
 

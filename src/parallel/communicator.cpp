@@ -2,6 +2,7 @@
 
 #include "ditattn/communicator.hpp"
 
+#include <array>
 #include <vector>
 
 namespace ditattn::parallel {
@@ -44,6 +45,10 @@ std::string_view operation_name(Operation operation) {
       return "barrier";
   }
   return "unknown";
+}
+
+Tensor Communicator::receive_memory(std::int64_t bytes, DLDevice device) {
+  return empty(std::array{bytes}, kBool, device);
 }
 
 std::unique_ptr<Pending> Communicator::all_to_all(const void* send, std::span<const std::int64_t> send_bytes,

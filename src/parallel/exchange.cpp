@@ -39,15 +39,16 @@ std::int64_t bytes_of(const Tensor& like, std::int64_t tokens, std::int64_t head
   return like.size(0) * tokens * heads * like.size(3) * (like.dtype().bits / 8);
 }
 
-Tensor HeadScatter::add(Slot sent, char* memory, const Tensor& mine, std::span<const Range> heads,
+Tensor HeadScatter::add(Slot sent, Slot kept, const Tensor& mine, std::span<const Range> heads,
                         std::span<const std::int64_t> tokens) {
   const std::size_t place = place_of(ulysses_);
   const auto make = [&](char* at, std::int64_t length, Range of) {
     return token_major(at, mine.size(0), length, of.size(), mine.size(3), mine.dtype(), mine.device());
   };
   const std::vector<Range> chunks = ranges_of(tokens);
-  Tensor collected = make(memory, chunks.back().end, heads[place]);
-  char* at = workspace_.get(sent, bytes_of(mine, mine.size(1), heads_of_others(heads, place)));
+  const std::int64_t total = chunks.back().end;
+  Tensor collected = make(workspace_.get(kept, bytes_of(mine, total, heads[place].size()), part_), total, heads[place]);
+  char* at = workspace_.get(sent, bytes_of(mine, mine.size(1), heads_of_others(heads, place)), part_);
   for (std::size_t rank = 0; rank < heads.size(); ++rank) {
     const Tensor theirs = slice(mine, 2, heads[rank]);
     const Tensor place_of_theirs = slice(collected, 1, chunks[rank]);
@@ -64,61 +65,62 @@ Tensor HeadScatter::add(Slot sent, char* memory, const Tensor& mine, std::span<c
   return collected;
 }
 
-void HeadScatter::exchange() {
-  if (copies_.empty()) return;
-  const DLDevice device = copies_.front().to.device();
+std::unique_ptr<Pending> HeadScatter::start() {
   copy(copies_);
-  ulysses_.start(Operation::all_to_all, sends_, receives_, device)->wait();
+  return ulysses_.start(Operation::all_to_all, sends_, receives_, copies_.front().to.device());
 }
 
-void gather_heads(Communicator& ulysses, Workspace& workspace, const Tensor& rows, const Tensor& to,
-                  std::span<const Range> heads, std::span<const std::int64_t> tokens) {
-  if (ulysses.size() == 1) {
-    if (data_pointer(rows) != data_pointer(to)) copy(to, rows);  // else they were computed where they belong
-    return;
-  }
-  const std::size_t place = place_of(ulysses);
+void HeadGather::add_rows(Slot received, const Tensor& mine, const Tensor& to, std::span<const Range> heads,
+                          std::span<const std::int64_t> tokens) {
+  const std::size_t place = place_of(ranks_);
   const std::vector<Range> chunks = ranges_of(tokens);
-  char* at = workspace.get(Slot::received, bytes_of(to, to.size(1), heads_of_others(heads, place)));
-  std::vector<TokenCopy> copies;
-  std::vector<SendBlock> sends;
-  std::vector<ReceiveBlock> receives;
+  char* at = workspace_.get(received, bytes_of(to, to.size(1), heads_of_others(heads, place)), part_);
   for (std::size_t rank = 0; rank < heads.size(); ++rank) {
-    const Tensor theirs = slice(rows, 1, chunks[rank]);
+    const Tensor theirs = slice(mine, 1, chunks[rank]);
     const Tensor of_theirs = slice(to, 2, heads[rank]);
     if (rank == place) {
-      copies.push_back({.to = of_theirs, .from = theirs});
+      if (data_pointer(theirs) == data_pointer(of_theirs)) continue;  // computed where it belongs
+      copies_.push_back({.to = of_theirs, .from = theirs});
       continue;
     }
-    send(sends, static_cast<int>(rank), theirs);
+    send(sends_, static_cast<int>(rank), theirs);
     const Tensor part =
         token_major(at, to.size(0), to.size(1), heads[rank].size(), to.size(3), to.dtype(), to.device());
     at += bytes_of(part);
-    receive(receives, static_cast<int>(rank), part);
-    copies.push_back({.to = of_theirs, .from = part});
+    receive(receives_, static_cast<int>(rank), part);
+    copies_.push_back({.to = of_theirs, .from = part});
   }
-  ulysses.start(Operation::all_to_all, sends, receives, to.device())->wait();
-  copy(copies);
 }
 
-void gather_parts(Communicator& all, Workspace& workspace, const Tensor& mine, const Tensor& to,
-                  std::span<const Range> rows, std::span<const Range> heads) {
-  std::vector<std::int64_t> bytes;
+void HeadGather::add_shared(Slot received, const Tensor& mine, const Tensor& to, std::span<const Range> rows,
+                            std::span<const Range> heads) {
+  const auto bytes_from = [&](std::size_t rank) { return bytes_of(to, rows[rank].size(), heads[rank].size()); };
   std::int64_t total = 0;
+  for (std::size_t rank = 0; rank < rows.size(); ++rank) total += bytes_from(rank);
+  char* at = workspace_.get(received, total, part_);
   for (std::size_t rank = 0; rank < rows.size(); ++rank) {
-    bytes.push_back(bytes_of(to, rows[rank].size(), heads[rank].size()));
-    total += bytes.back();
+    const Tensor of_theirs = slice(slice(to, 1, rows[rank]), 2, heads[rank]);
+    if (rank == place_of(ranks_)) {
+      copies_.push_back({.to = of_theirs, .from = mine});
+      continue;
+    }
+    send(sends_, static_cast<int>(rank), mine);
+    const Tensor part =
+        token_major(at, to.size(0), rows[rank].size(), heads[rank].size(), to.size(3), to.dtype(), to.device());
+    at += bytes_from(rank);
+    receive(receives_, static_cast<int>(rank), part);
+    copies_.push_back({.to = of_theirs, .from = part});
   }
-  char* received = workspace.get(Slot::received, total);
-  all.all_gather(data_pointer(mine), received, bytes, to.device())->wait();
-  std::vector<TokenCopy> copies;
-  for (std::size_t rank = 0; rank < rows.size(); ++rank) {
-    copies.push_back({.to = slice(slice(to, 1, rows[rank]), 2, heads[rank]),
-                      .from = token_major(received, to.size(0), rows[rank].size(), heads[rank].size(), to.size(3),
-                                          to.dtype(), to.device())});
-    received += bytes[rank];
-  }
-  copy(copies);
+}
+
+void HeadGather::start(Operation operation) {
+  if (ranks_.size() == 1 || copies_.empty()) return;
+  pending_ = ranks_.start(operation, sends_, receives_, copies_.front().to.device());
+}
+
+void HeadGather::finish() {
+  if (pending_) pending_->wait();
+  copy(copies_);
 }
 
 std::unique_ptr<Pending> pass_on(Communicator& ring, std::span<const Tensor> mine, std::span<const Tensor> theirs) {

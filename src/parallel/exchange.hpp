@@ -14,32 +14,50 @@ namespace ditattn::parallel {
 /// tensors in one batch. What stays on this rank is copied and not sent.
 class HeadScatter {
  public:
-  HeadScatter(Communicator& ulysses, Workspace& workspace) : ulysses_(ulysses), workspace_(workspace) {}
+  HeadScatter(Communicator& ulysses, Workspace& workspace, int part)
+      : ulysses_(ulysses), workspace_(workspace), part_(part) {}
 
-  /// `mine` (B, tokens[rank], all heads, D). Returns what `memory` becomes, token-major. `sent`: where what is sent is
-  /// put together.
-  Tensor add(Slot sent, char* memory, const Tensor& mine, std::span<const Range> heads,
+  /// `mine` (B, tokens[rank], all heads, D). Returns what is collected in `kept`, token-major. `sent`: where what is
+  /// sent is put together.
+  Tensor add(Slot sent, Slot kept, const Tensor& mine, std::span<const Range> heads,
              std::span<const std::int64_t> tokens);
 
-  /// After it, in this thread's stream, everything has come.
-  void exchange();
+  std::unique_ptr<Pending> start();
 
  private:
   Communicator& ulysses_;
   Workspace& workspace_;
+  int part_;
   std::vector<TokenCopy> copies_;
   std::vector<SendBlock> sends_;
   std::vector<ReceiveBlock> receives_;
 };
 
-/// The way back: `rows` (token-major, everybody's rows, this rank's heads) becomes `to` (B, this rank's rows, all
-/// heads, D).
-void gather_heads(Communicator& ulysses, Workspace& workspace, const Tensor& rows, const Tensor& to,
-                  std::span<const Range> heads, std::span<const std::int64_t> tokens);
+/// The way back.
+class HeadGather {
+ public:
+  HeadGather(Communicator& ranks, Workspace& workspace, int part) : ranks_(ranks), workspace_(workspace), part_(part) {}
 
-/// `to` (B, rows, all heads, D) on every rank, of which rank r has rows[r] and heads[r] in `mine` (token-major).
-void gather_parts(Communicator& all, Workspace& workspace, const Tensor& mine, const Tensor& to,
-                  std::span<const Range> rows, std::span<const Range> heads);
+  /// `mine` (token-major, everybody's rows, this rank's heads) becomes `to` (B, this rank's rows, all heads, D).
+  void add_rows(Slot received, const Tensor& mine, const Tensor& to, std::span<const Range> heads,
+                std::span<const std::int64_t> tokens);
+  /// `to` (B, rows, all heads, D) on every rank, of which rank r has rows[r] and heads[r] in `mine` (token-major).
+  void add_shared(Slot received, const Tensor& mine, const Tensor& to, std::span<const Range> rows,
+                  std::span<const Range> heads);
+
+  void start(Operation operation);
+  /// After it, in this thread's stream, everything is in its place.
+  void finish();
+
+ private:
+  Communicator& ranks_;
+  Workspace& workspace_;
+  int part_;
+  std::vector<TokenCopy> copies_;
+  std::vector<SendBlock> sends_;
+  std::vector<ReceiveBlock> receives_;
+  std::unique_ptr<Pending> pending_;
+};
 
 /// One step of a ring: this rank's token-major tensors go to the next rank, those of the rank before come.
 std::unique_ptr<Pending> pass_on(Communicator& ring, std::span<const Tensor> mine, std::span<const Tensor> theirs);

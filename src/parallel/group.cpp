@@ -114,7 +114,8 @@ std::vector<std::int64_t> balanced_lengths(std::int64_t tokens, int ranks) {
   return lengths;
 }
 
-void Workspace::use(DLDevice device) {
+void Workspace::use(DLDevice device, Communicator& communicator) {
+  communicator_ = &communicator;
   if (device.device_type != device_.device_type || device.device_id != device_.device_id) {
     if (captured_) std::ranges::copy_if(memory_, std::back_inserter(of_graphs_), &Tensor::defined);
     memory_ = {};
@@ -123,12 +124,12 @@ void Workspace::use(DLDevice device) {
   captured_ = captured_ || cuda::is_captured(device);
 }
 
-char* Workspace::get(Slot slot, std::int64_t bytes) {
-  Tensor& memory = memory_[static_cast<std::size_t>(slot)];
+char* Workspace::get(Slot slot, std::int64_t bytes, int part) {
+  Tensor& memory = memory_[static_cast<std::size_t>(slot) * kMostParts + static_cast<std::size_t>(part)];
   if (!memory.defined() || memory.numel() < bytes) {
     if (captured_ && memory.defined()) of_graphs_.push_back(memory);
     memory = Tensor();  // freed first
-    memory = empty(std::array{bytes}, kBool, device_);
+    memory = communicator_->receive_memory(bytes, device_);
   }
   return static_cast<char*>(memory.data_ptr());
 }

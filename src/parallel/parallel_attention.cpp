@@ -5,43 +5,30 @@
 #include "ditattn/parallel.hpp"
 #include "parallel/error_text.hpp"
 #include "parallel/parallel_call.hpp"
-#include "registry/table_backend.hpp"
+#include "parallel/ulysses_call.hpp"
 
 namespace ditattn::parallel {
 
-struct ParallelAttention::Layer : LayerState {};
+struct ParallelAttention::Layer : LayerState {
+  using LayerState::LayerState;
+};
 
 namespace {
 
-// The layer's config for some of its heads.
-std::unique_ptr<AttentionImpl> make_run(const BackendClass& backend, ImplConfig config, const HeadRun& run,
-                                        bool causal) {
-  config.num_heads = run.query.size();
-  config.num_kv_heads = run.kv.size();
-  config.causal = causal;
-  return BackendAccess::create(backend, config);
+// The same on all ranks.
+Cut cut_of(LayerState& layer, const GroupState& group, const Agreement& agreement) {
+  if (group.cut) return *group.cut;
+  const std::int64_t most_heads = layer.heads().places[0].query.size();
+  return cut_that_pays(most_heads, agreement.sizes.batch, agreement.sizes.total_rows(), agreement.multiprocessors);
 }
 
 }  // namespace
 
 ParallelAttention::ParallelAttention(const BackendClass& backend, const ImplConfig& config,
                                      std::shared_ptr<ParallelGroup> group)
-    : layer_(std::make_unique<Layer>()) {
-  layer_->whole = backend->make(config);
-  layer_->group = std::move(group);
-  const GroupState& state = *layer_->group->state_;
+    : layer_(std::make_unique<Layer>(backend, config, std::move(group))) {
+  const GroupState& state = GroupAccess::state(*layer_->group);
   const int ulysses = state.mesh.ulysses;
-  for (int place = 0; place < ulysses; ++place) {
-    const Heads heads = heads_of(config.num_heads, layer_->whole->num_kv_heads(), ulysses, place);
-    layer_->query_heads.push_back(heads.query);
-    layer_->kv_heads.push_back(heads.kv);
-    if (place == state.ulysses->rank()) layer_->heads = heads;
-  }
-  for (const HeadRun& run : layer_->heads.runs) {
-    auto& impls = layer_->runs.emplace_back();
-    impls[0] = make_run(backend, config, run, false);
-    if (config.causal || backend->capabilities().causal) impls[1] = make_run(backend, config, run, true);
-  }
   if (ulysses > config.num_heads && state.all->rank() == 0) {
     log(LogLevel::warning,
         fmt::format(
@@ -56,7 +43,7 @@ ParallelAttention::~ParallelAttention() = default;
 
 Tensor ParallelAttention::forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                   const AttentionMetadata& metadata, const ForwardOutputs& outputs) {
-  GroupState& group = *layer_->group->state_;
+  GroupState& group = GroupAccess::state(*layer_->group);
   const bool is_captured = query.defined() && cuda::is_captured(query.device());
   if (group.all->size() == 1) return layer_->whole->forward(query, key, value, metadata, outputs);
   const Agreement agreement = agree(*group.all, group.agreements, *layer_->whole, query, key, value, metadata, outputs,
@@ -70,7 +57,12 @@ Tensor ParallelAttention::forward(const Tensor& query, const Tensor& key, const 
       const std::int64_t rows = query.size(1) + agreement.sizes.joint_rows;
       results.out = empty(std::array{query.size(0), rows, query.size(2), query.size(3)}, query.dtype(), query.device());
     }
-    ParallelCall(*layer_, group, agreement, metadata).run(query, key, value, results);
+    if (group.mesh.second() == 1) {
+      const CutHeads& heads = layer_->heads(cut_of(*layer_, group, agreement));
+      UlyssesCall(*layer_, heads, group, agreement, metadata).run(query, key, value, results);
+    } else {
+      ParallelCall(*layer_, group, agreement, metadata).run(query, key, value, results);
+    }
     return results.out;
   } catch (...) {                                                              // the others wait for this rank
     if (!is_captured) group.all->abort(error_text(std::current_exception()));  // else nothing was begun
@@ -79,7 +71,7 @@ Tensor ParallelAttention::forward(const Tensor& query, const Tensor& key, const 
 }
 
 void ParallelAttention::refuse(const std::string& reason, DLDevice device) noexcept {
-  Communicator& all = *layer_->group->state_->all;
+  Communicator& all = *GroupAccess::state(*layer_->group).all;
   if (all.size() == 1) return;
   if (device.device_type != kDLCPU) return all.abort(reason);
   try {

@@ -35,6 +35,7 @@ Tensor cut(const Tensor& tensor, Range batch, Range tokens, Range heads) {
 ParallelCall::ParallelCall(LayerState& layer, GroupState& group, const Agreement& agreement,
                            const AttentionMetadata& metadata)
     : layer_(layer),
+      heads_(layer.heads()),
       group_(group),
       agreement_(agreement),
       metadata_(metadata),
@@ -46,7 +47,7 @@ ParallelCall::ParallelCall(LayerState& layer, GroupState& group, const Agreement
                       .row_chunks = row_chunks_,
                       .key_chunks = key_chunks_,
                       .place = place_,
-                      .heads = layer.heads.runs,
+                      .heads = heads_.mine.runs,
                       .causal = layer.whole->config().causal,
                       .alignment = layer.whole->backend().capabilities().causal_alignment};
   if (group.mesh.allgather > 1) request.key_chunks = {{0, agreement.sizes.keys}};
@@ -60,39 +61,31 @@ void ParallelCall::run(const Tensor& query, const Tensor& key, const Tensor& val
   device_ = query.device();
   const Sizes& sizes = agreement_.sizes;
   const Range my_rows = row_chunks_[static_cast<std::size_t>(place_)];
-  group_.workspace.use(device_);
+  group_.workspace.use(device_, *group_.all);
   const KeysAndValues own = group_.mesh.ulysses > 1 ? scatter(query, key, value) : keep(query, key, value);
-  if (group_.mesh.second() == 1) {
-    compute_whole(own, outputs.lse.defined());
-  } else {
-    const Range text = plan_->rows[0].tokens;
-    if (sizes.joint_rows > 0) {
-      queries_[0] = slice(slice(metadata_->fields.joint_query.value(), 1, text), 2, layer_.heads.query);
-    }
-    prepare(0, like_query(Slot::text_rounded, text.size()), Slot::text_lse);
-    const Tensor mine = slice(outputs.out, 1, my_image(outputs.out));
-    const bool in_place = group_.mesh.ulysses == 1 && lies_well(mine);
-    prepare(1, in_place ? mine : like_query(Slot::image_rounded, my_rows.size()), Slot::image_lse);
-    group_.mesh.ring > 1 ? compute_ring(own) : compute_gathered(own);
-    for (const Rows& rows : rows_) finish(rows);
+  const Range text = plan_->rows[0].tokens;
+  if (sizes.joint_rows > 0) {
+    queries_[0] = slice(slice(metadata_->fields.joint_query.value(), 1, text), 2, heads_.mine.query);
   }
+  prepare(0, like_query(Slot::text_rounded, text.size()), Slot::text_lse);
+  const Tensor mine = slice(outputs.out, 1, image_rows(sizes, outputs.out.size(1)));
+  const bool in_place = group_.mesh.ulysses == 1 && lies_well(mine);
+  prepare(1, in_place ? mine : like_query(Slot::image_rounded, my_rows.size()), Slot::image_lse);
+  group_.mesh.ring > 1 ? compute_ring(own) : compute_gathered(own);
+  for (const Rows& rows : rows_) finish(rows);
   give_back(outputs);
 }
 
 // This rank's heads of the tokens of its place.
 ParallelCall::KeysAndValues ParallelCall::scatter(const Tensor& query, const Tensor& key, const Tensor& value) {
-  Workspace& workspace = group_.workspace;
-  const auto place = static_cast<std::size_t>(place_);
-  const std::int64_t key_bytes = bytes_of(key, key_chunks_[place].size(), layer_.heads.kv.size());
-  char* const queries =
-      workspace.get(Slot::query, bytes_of(query, row_chunks_[place].size(), layer_.heads.query.size()));
-  char* const keys = workspace.get(Slot::keys_and_values, 2 * key_bytes);
-  HeadScatter batch(*group_.ulysses, workspace);
+  const std::vector<Range> query_heads = heads_.query_heads(0);
+  const std::vector<Range> kv_heads = heads_.kv_heads(0);
   const auto key_tokens = of_my_place(agreement_.keys);
-  queries_[1] = batch.add(Slot::query_sent, queries, query, layer_.query_heads, of_my_place(agreement_.rows));
-  KeysAndValues own{.key = batch.add(Slot::key_sent, keys, key, layer_.kv_heads, key_tokens),
-                    .value = batch.add(Slot::value_sent, keys + key_bytes, value, layer_.kv_heads, key_tokens)};
-  batch.exchange();
+  HeadScatter batch(*group_.ulysses, group_.workspace, 0);
+  queries_[1] = batch.add(Slot::query_sent, Slot::query, query, query_heads, of_my_place(agreement_.rows));
+  KeysAndValues own{.key = batch.add(Slot::key_sent, Slot::key, key, kv_heads, key_tokens),
+                    .value = batch.add(Slot::value_sent, Slot::value, value, kv_heads, key_tokens)};
+  batch.start()->wait();
   return own;
 }
 
@@ -108,7 +101,7 @@ ParallelCall::KeysAndValues ParallelCall::keep(const Tensor& query, const Tensor
     return {.key = key, .value = value};
   }
   char* const memory =
-      group_.workspace.get(Slot::keys_and_values, 2 * bytes_of(key, key.size(1), layer_.heads.kv.size()));
+      group_.workspace.get(Slot::keys_and_values, 2 * bytes_of(key, key.size(1), heads_.mine.kv.size()));
   KeysAndValues own = keys_in(memory, key.size(1));
   copy(std::array{TokenCopy{.to = own.key, .from = key}, TokenCopy{.to = own.value, .from = value}});
   return own;
@@ -120,43 +113,22 @@ std::span<const std::int64_t> ParallelCall::of_my_place(const std::vector<std::i
 }
 
 Tensor ParallelCall::floats(Slot slot, std::int64_t tokens, std::int64_t size) const {
-  const std::int64_t heads = layer_.heads.query.size();
+  const std::int64_t heads = heads_.mine.query.size();
   char* const memory = group_.workspace.get(slot, batch_ * tokens * heads * size * std::int64_t{sizeof(float)});
   return token_major(memory, batch_, tokens, heads, size, kFloat32, device_);
 }
 
 Tensor ParallelCall::like_query(Slot slot, std::int64_t tokens) const {
-  const std::int64_t heads = layer_.heads.query.size();
+  const std::int64_t heads = heads_.mine.query.size();
   char* const memory = group_.workspace.get(slot, batch_ * tokens * heads * size_ * (dtype_.bits / 8));
   return token_major(memory, batch_, tokens, heads, size_, dtype_, device_);
 }
 
 ParallelCall::KeysAndValues ParallelCall::keys_in(char* memory, std::int64_t tokens) const {
-  const std::int64_t heads = layer_.heads.kv.size();
+  const std::int64_t heads = heads_.mine.kv.size();
   const Tensor key = token_major(memory, batch_, tokens, heads, size_, dtype_, device_);
   return {.key = key,
           .value = token_major(memory + bytes_of(key, tokens, heads), batch_, tokens, heads, size_, dtype_, device_)};
-}
-
-// Every key is here: the back end's own call, for some heads.
-void ParallelCall::compute_whole(const KeysAndValues& keys, bool lse_wanted) {
-  const Sizes& sizes = agreement_.sizes;
-  Part all{.out = like_query(Slot::image_rounded, sizes.total_rows()), .lse = {}};
-  if (lse_wanted) all.lse = floats(Slot::image_lse, sizes.total_rows(), 1);
-  const bool causal = layer_.whole->config().causal;
-  for (std::size_t run = 0; run < layer_.heads.runs.size(); ++run) {
-    const Range heads = from(layer_.heads.runs[run].query, layer_.heads.query.begin);
-    const Range kv = from(layer_.heads.runs[run].kv, layer_.heads.kv.begin);
-    layer_.runs[run][causal ? 1 : 0]->forward(
-        slice(queries_[1], 2, heads), slice(keys.key, 2, kv), slice(keys.value, 2, kv), plan_->whole[run],
-        {.out = slice(all.out, 2, heads), .lse = lse_wanted ? tokens_as_lse(slice(all.lse, 2, heads)) : Tensor()});
-  }
-  const std::array segments = {Segment{.joint = true, .tokens = {0, sizes.joint_rows}},
-                               Segment{.joint = false, .tokens = {0, sizes.rows}}};
-  for (std::size_t i = 0; i < segments.size(); ++i) {
-    const Range rows = joined_rows(sizes, segments[i]);
-    rows_[i].result = {.out = slice(all.out, 1, rows), .lse = lse_wanted ? slice(all.lse, 1, rows) : Tensor()};
-  }
 }
 
 // Each step computes with one chunk of keys while the next is on its way. Results are merged in the order of the steps:
@@ -171,7 +143,7 @@ void ParallelCall::compute_ring(const KeysAndValues& own) {
     if (step + 1 < places) {
       const Slot slot = step % 2 == 0 ? Slot::next_keys_and_values : Slot::last_keys_and_values;
       const std::int64_t tokens = key_chunks_[chunk_at(step + 1)].size();
-      next = keys_in(group_.workspace.get(slot, 2 * bytes_of(own.key, tokens, layer_.heads.kv.size())), tokens);
+      next = keys_in(group_.workspace.get(slot, 2 * bytes_of(own.key, tokens, heads_.mine.kv.size())), tokens);
       pending = pass_on(*group_.second, std::array{keys.key, keys.value}, std::array{next.key, next.value});
     }
     if (step == 0) compute_text_keys();
@@ -185,7 +157,7 @@ void ParallelCall::compute_ring(const KeysAndValues& own) {
 void ParallelCall::compute_gathered(const KeysAndValues& own) {
   const std::int64_t tokens = agreement_.sizes.keys;
   char* const memory =
-      group_.workspace.get(Slot::next_keys_and_values, 2 * bytes_of(own.key, tokens, layer_.heads.kv.size()));
+      group_.workspace.get(Slot::next_keys_and_values, 2 * bytes_of(own.key, tokens, heads_.mine.kv.size()));
   const KeysAndValues all = keys_in(memory, tokens);
   const auto pending = gather_tokens(
       *group_.second,
@@ -199,8 +171,8 @@ void ParallelCall::compute_gathered(const KeysAndValues& own) {
 void ParallelCall::compute_text_keys() {
   if (agreement_.sizes.joint_keys == 0) return;
   const AttentionMetadataFields& fields = metadata_->fields;
-  compute_keys(0, {.key = slice(fields.joint_key.value(), 2, layer_.heads.kv),
-                   .value = slice(fields.joint_value.value(), 2, layer_.heads.kv)});
+  compute_keys(0, {.key = slice(fields.joint_key.value(), 2, heads_.mine.kv),
+                   .value = slice(fields.joint_value.value(), 2, heads_.mine.kv)});
 }
 
 void ParallelCall::compute_keys(std::size_t segment, const KeysAndValues& keys) {
@@ -216,7 +188,7 @@ void ParallelCall::prepare(std::size_t segment, const Tensor& out, Slot lse) {
   for (const auto& calls : plan_->calls) {
     for (const PlannedCall& planned : calls[segment]) {
       const BlockCall& block = planned.block;
-      rows.parts_are_whole = rows.parts_are_whole && layer_.heads.runs.size() == 1 && block.batch == Range{0, batch_} &&
+      rows.parts_are_whole = rows.parts_are_whole && heads_.mine.runs.size() == 1 && block.batch == Range{0, batch_} &&
                              block.rows == Range{0, out.size(1)};
       ++rows.parts;
     }
@@ -235,7 +207,7 @@ void ParallelCall::prepare(std::size_t segment, const Tensor& out, Slot lse) {
 void ParallelCall::compute_part(const PlannedCall& planned, const Tensor& query, const KeysAndValues& keys,
                                 Rows& rows) {
   const BlockCall& block = planned.block;
-  const Range heads = from(layer_.heads.runs[planned.run].query, layer_.heads.query.begin);
+  const Range heads = from(heads_.mine.runs[planned.run].query, heads_.mine.query.begin);
   const bool is_first = rows.merged++ == 0;
   const bool is_last = rows.merged == rows.parts;
   if (rows.parts_are_whole && is_first) {
@@ -262,8 +234,8 @@ void ParallelCall::compute_part(const PlannedCall& planned, const Tensor& query,
 void ParallelCall::compute(const PlannedCall& planned, const Tensor& query, const KeysAndValues& keys,
                            const Part& into) {
   const BlockCall& block = planned.block;
-  const Range heads = from(layer_.heads.runs[planned.run].query, layer_.heads.query.begin);
-  const Range kv = from(layer_.heads.runs[planned.run].kv, layer_.heads.kv.begin);
+  const Range heads = from(heads_.mine.runs[planned.run].query, heads_.mine.query.begin);
+  const Range kv = from(heads_.mine.runs[planned.run].kv, heads_.mine.kv.begin);
   impl_for(planned).forward(cut(query, block.batch, block.rows, heads), cut(keys.key, block.batch, block.keys, kv),
                             cut(keys.value, block.batch, block.keys, kv), planned.metadata,
                             {.out = into.out, .lse = tokens_as_lse(into.lse)});
@@ -278,7 +250,7 @@ const AttentionImpl& ParallelCall::impl_for(const PlannedCall& planned) {
   if (planned.block.keys.size() == 1 && !layer_.asked_of_one_key) {
     const auto& own = layer_.whole->backend();
     const Problem one_key{.seq_kv = 1, .head_size = size_, .dtype = dtype_, .device = device_, .lse = true};
-    for (const auto& run : layer_.runs) {
+    for (const auto& run : heads_.runs) {
       if (own.explain(one_key)) break;
       ImplConfig config = run[0]->config();
       config.backend_kwargs = {};  // the other's
@@ -287,13 +259,7 @@ const AttentionImpl& ParallelCall::impl_for(const PlannedCall& planned) {
     layer_.asked_of_one_key = true;
   }
   if (planned.block.keys.size() == 1 && !layer_.of_one_key.empty()) return *layer_.of_one_key[planned.run];
-  return *layer_.runs[planned.run][planned.block.causal ? 1 : 0];
-}
-
-// The image's rows among those of an output of this rank.
-Range ParallelCall::my_image(const Tensor& out) const {
-  const std::int64_t text = agreement_.sizes.joint_rows;
-  return agreement_.sizes.joint_first ? Range{text, out.size(1)} : Range{0, out.size(1) - text};
+  return *heads_.runs[planned.run][planned.block.causal ? 1 : 0];
 }
 
 // The image's rows go to the ranks they came from, the text's to all.
@@ -301,23 +267,30 @@ void ParallelCall::give_back(const ForwardOutputs& outputs) {
   const Sizes& sizes = agreement_.sizes;
   const auto places = static_cast<std::int64_t>(row_chunks_.size());
   const int ulysses = group_.mesh.ulysses;
-  std::vector<Range> text_rows;
+  const std::vector<Range> heads = heads_.query_heads(0);
+  std::vector<Range> text_shares;
   std::vector<Range> text_heads;
   for (int rank = 0; rank < group_.all->size(); ++rank) {
-    text_rows.push_back(share(sizes.joint_rows, places, rank / ulysses));
-    text_heads.push_back(layer_.query_heads[static_cast<std::size_t>(rank % ulysses)]);
+    text_shares.push_back(share(sizes.joint_rows, places, rank / ulysses));
+    text_heads.push_back(heads[static_cast<std::size_t>(rank % ulysses)]);
   }
-  const std::int64_t my_rows = agreement_.rows[static_cast<std::size_t>(group_.all->rank())];
-  const Range image = my_image(outputs.out);
-  const Range text = sizes.joint_first ? Range{0, sizes.joint_rows} : Range{my_rows, my_rows + sizes.joint_rows};
-  const auto give = [&](const Tensor& to, Tensor Part::*member) {
-    gather_heads(*group_.ulysses, group_.workspace, rows_[1].result.*member, slice(to, 1, image), layer_.query_heads,
-                 of_my_place(agreement_.rows));
+  HeadGather image(*group_.ulysses, group_.workspace, 0);
+  HeadGather text(*group_.all, group_.workspace, 0);
+  const auto add = [&](const Tensor& to, Tensor Part::*member, Slot received, Slot received_text) {
+    image.add_rows(received, rows_[1].result.*member, slice(to, 1, image_rows(sizes, to.size(1))), heads,
+                   of_my_place(agreement_.rows));
     if (sizes.joint_rows == 0) return;
-    gather_parts(*group_.all, group_.workspace, rows_[0].result.*member, slice(to, 1, text), text_rows, text_heads);
+    text.add_shared(received_text, rows_[0].result.*member, slice(to, 1, text_rows(sizes, to.size(1))), text_shares,
+                    text_heads);
   };
-  give(outputs.out, &Part::out);
-  if (outputs.lse.defined()) give(lse_as_tokens(outputs.lse), &Part::lse);
+  add(outputs.out, &Part::out, Slot::received, Slot::received_text);
+  if (outputs.lse.defined()) {
+    add(lse_as_tokens(outputs.lse), &Part::lse, Slot::received_lse, Slot::received_text_lse);
+  }
+  image.start(Operation::all_to_all);
+  image.finish();
+  text.start(Operation::all_gather);
+  text.finish();
 }
 
 }  // namespace ditattn::parallel

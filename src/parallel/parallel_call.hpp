@@ -4,27 +4,12 @@
 
 #include "parallel/agreement.hpp"
 #include "parallel/exchange.hpp"
-#include "parallel/heads.hpp"
+#include "parallel/layer_state.hpp"
 #include "parallel/merge.hpp"
 
 namespace ditattn::parallel {
 
-/// This rank's implementations, by run of heads: not causal, and causal (null where the back end has no causal rule).
-using RunImpls = std::vector<std::array<std::unique_ptr<AttentionImpl>, 2>>;
-
-/// What a layer is on one rank.
-struct LayerState {
-  std::shared_ptr<ParallelGroup> group;
-  std::unique_ptr<AttentionImpl> whole;
-  Heads heads;                     ///< this rank's
-  std::vector<Range> query_heads;  ///< by place on the first axis
-  std::vector<Range> kv_heads;
-  RunImpls runs;
-  std::vector<std::unique_ptr<AttentionImpl>>
-      of_one_key;  ///< where the back end does not take a single key; else empty
-  bool asked_of_one_key = false;
-};
-
+/// Over a ring or gathered keys, with heads shared out before where there is a first axis.
 class ParallelCall {
  public:
   ParallelCall(LayerState& layer, GroupState& group, const Agreement& agreement, const AttentionMetadata& metadata);
@@ -49,7 +34,6 @@ class ParallelCall {
 
   KeysAndValues scatter(const Tensor& query, const Tensor& key, const Tensor& value);
   KeysAndValues keep(const Tensor& query, const Tensor& key, const Tensor& value);
-  void compute_whole(const KeysAndValues& keys, bool lse_wanted);
   void compute_ring(const KeysAndValues& own);
   void compute_gathered(const KeysAndValues& own);
   void compute_text_keys();
@@ -64,11 +48,11 @@ class ParallelCall {
   // Of the ranks that share this place on the second axis.
   [[nodiscard]] std::span<const std::int64_t> of_my_place(const std::vector<std::int64_t>& lengths) const;
   [[nodiscard]] KeysAndValues keys_in(char* memory, std::int64_t tokens) const;
-  [[nodiscard]] Range my_image(const Tensor& out) const;
   [[nodiscard]] Tensor floats(Slot slot, std::int64_t tokens, std::int64_t size) const;
   [[nodiscard]] Tensor like_query(Slot slot, std::int64_t tokens) const;
 
   LayerState& layer_;
+  const CutHeads& heads_;
   GroupState& group_;
   const Agreement& agreement_;
   AttentionMetadata metadata_;

@@ -1,5 +1,6 @@
 // What GPUs add to parallel attention: token kernels against the host's, graphs, host memory over NCCL, ranks that do
-// not come. nccl_lost has those that are lost in the middle.
+// not come. nccl_lost has those that are lost in the middle or fail, in processes of their own: after a communicator
+// has been aborted NCCL's next operations in a process may hang.
 
 #include <cuda_runtime.h>
 #include <ditattn/cuda.hpp>
@@ -8,9 +9,12 @@
 #include <gtest/gtest.h>
 #include <tvm/ffi/extra/c_env_api.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <numeric>
 #include <random>
+#include <string>
 
 #include "parallel/merge.hpp"
 #include "parallel/tokens.hpp"
@@ -141,6 +145,14 @@ TEST(Nccl, RefusesRanksAndDevicesThatAreNotThere) {
   EXPECT_THROW(nccl_communicator(std::filesystem::path("/no/such/folder/id"), 0, 1, 0), FileError);
 }
 
+TEST(Nccl, RefusesAWordForPeerCopiesThatIsNone) {
+  const char* before = std::getenv("DITATTN_PEER_COPIES");
+  const std::string kept = before != nullptr ? before : "";
+  ::setenv("DITATTN_PEER_COPIES", "perhaps", 1);
+  EXPECT_THROW(nccl_communicator(NcclId{}, 0, 1, 0), ValueError);
+  ::setenv("DITATTN_PEER_COPIES", kept.c_str(), 1);  // empty: not set
+}
+
 TEST(Nccl, ARankThatDoesNotComeIsATimeout) {
   if (!ranks().is_first) GTEST_SKIP();
   const auto start = std::chrono::steady_clock::now();
@@ -188,6 +200,106 @@ TEST_F(OverNccl, CarriesHostMemoryOfAnySize) {
       communicator->barrier();
     });
   }
+}
+
+// The bytes of block `index` from one rank to another.
+std::vector<char> message(int trial, int from, int to, std::size_t index, std::int64_t bytes) {
+  std::mt19937 generator(static_cast<unsigned>(((trial * 100 + from) * 100 + to) * 100) + static_cast<unsigned>(index));
+  std::vector<char> text(static_cast<std::size_t>(bytes));
+  for (char& letter : text) letter = static_cast<char>(generator());
+  return text;
+}
+
+// Many blocks between any two ranks, in the transport's memory and in other memory, of which several batches are under
+// way.
+TEST_F(OverNccl, CarriesDeviceMemoryOfAnySize) {
+  const int size = ranks().sizes.back();
+  ranks().run(size, [&](const std::shared_ptr<Communicator>& communicator) {
+    const int rank = communicator->rank();
+    const DLDevice device = ranks().device(rank);
+    const InStream in_stream(device);
+    Random random(11);  // the same on all ranks
+    struct Received {
+      Tensor memory;
+      std::int64_t offset;
+      std::vector<char> expected;
+    };
+    std::vector<Tensor> sent;
+    std::vector<Received> received;
+    std::vector<std::unique_ptr<Pending>> pending;
+    std::int64_t wrong = 0;
+    std::int64_t total = 0;
+    for (int trial = 0; trial < 60; ++trial) {
+      std::vector<SendBlock> sends;
+      std::vector<ReceiveBlock> receives;
+      for (int from = 0; from < size; ++from) {
+        for (int to = 0; to < size; ++to) {
+          const std::int64_t blocks = trial % 10 == 9 ? 40 : random.number(0, 3);
+          for (std::size_t index = 0; index < static_cast<std::size_t>(blocks); ++index) {
+            const std::int64_t largest = random.number(0, 20) == 0 ? 3'000'000 : 5'000;
+            const std::int64_t bytes = random.number(blocks > 3 ? 1 : 0, largest);
+            const std::int64_t offset = random.number(0, 40);
+            const bool is_own = random.number(0, 3) > 0;
+            if (from == rank) {
+              const auto text = message(trial, from, to, index, bytes);
+              const Tensor host = empty({bytes}, kBool);
+              std::copy(text.begin(), text.end(), static_cast<char*>(host.data_ptr()));
+              sent.push_back(copy_to(host, device));
+              if (bytes > 0) sends.push_back({to, sent.back().data_ptr(), bytes});
+            }
+            if (to == rank) {
+              const Tensor memory = is_own ? communicator->receive_memory(offset + bytes, device)
+                                           : empty(std::array{offset + bytes}, kBool, device);
+              received.push_back({memory, offset, message(trial, from, to, index, bytes)});
+              if (bytes > 0) receives.push_back({from, static_cast<char*>(memory.data_ptr()) + offset, bytes});
+            }
+          }
+        }
+      }
+      pending.push_back(communicator->start(Operation::all_to_all, sends, receives, device));
+      if (trial % 3 != 2) continue;
+      for (auto& one : pending) one->wait();
+      for (const Received& one : received) {
+        const Tensor host = on(kCpu, one.memory);
+        total += static_cast<std::int64_t>(one.expected.size());
+        wrong +=
+            std::equal(one.expected.begin(), one.expected.end(), static_cast<const char*>(host.data_ptr()) + one.offset)
+                ? 0
+                : 1;
+      }
+      sent.clear();
+      received.clear();
+      pending.clear();
+    }
+    communicator->throw_if_failed();
+    EXPECT_EQ(wrong, 0);
+    EXPECT_GT(total, 0);
+    communicator->barrier();
+  });
+}
+
+TEST_F(OverNccl, GroupsThatAreSplitCarryBytesToo) {
+  const int size = ranks().sizes.back();
+  ranks().run(size, [&](const std::shared_ptr<Communicator>& communicator) {
+    const int rank = communicator->rank();
+    const DLDevice device = ranks().device(rank);
+    for (int round = 0; round < 3; ++round) {
+      const auto reversed = communicator->split(0, -rank);
+      ASSERT_EQ(reversed->rank(), size - 1 - rank);
+      const std::int64_t bytes = 100'000 + round;
+      const Tensor mine = copy_to(wrap(message(round, rank, 0, 0, bytes).data(), {bytes}, kBool), device);
+      const Tensor all = reversed->receive_memory(size * bytes, device);
+      reversed->all_gather(mine.data_ptr(), all.data_ptr(), std::vector<std::int64_t>(std::size_t(size), bytes), device)
+          ->wait();
+      const Tensor host = on(kCpu, all);
+      for (int from = 0; from < size; ++from) {
+        const auto expected = message(round, size - 1 - from, 0, 0, bytes);
+        EXPECT_TRUE(std::equal(expected.begin(), expected.end(), static_cast<char*>(host.data_ptr()) + from * bytes));
+      }
+    }
+    communicator->throw_if_failed();
+    communicator->barrier();
+  });
 }
 
 // Of 50 calls, whose input changes between replays.

@@ -1,7 +1,9 @@
-// Processes with a GPU each, of which the last kills itself in the middle, or, with the argument `late`, sleeps: the
-// others must end with a TimeoutError that names it, soon after the timeout.  Exit: 0 as it should be, 1 not, 77 fewer
-// than two GPUs.
+// Processes with a GPU each, of which the last is lost: the others must end with a TimeoutError, soon after the
+// timeout. Without an argument it kills itself in the middle, with `late` it sleeps, with `queued` it is killed when it
+// has queued its calls, of which its GPU has begun none. With `failed` it says that it gives up, which the others hear
+// where copy engines are used. Exit: 0 as it should be, 1 not, 77 fewer than two GPUs.
 
+#include <cuda_runtime.h>
 #include <ditattn/cuda.hpp>
 #include <ditattn/ditattn.hpp>
 #include <ditattn/nccl.hpp>
@@ -22,11 +24,27 @@ namespace {
 
 using namespace ditattn::parallel;
 
-constexpr int kTimedOut = 3;
+constexpr int kEnded = 3;  // with the error that it should
 constexpr int kSkipped = 77;
 constexpr Seconds kTimeout{5};
 
-int run_rank(int rank, int size, bool late, const std::filesystem::path& file) try {
+void kill_soon(void* /*nothing*/) {
+  std::this_thread::sleep_for(std::chrono::seconds(2));
+  ::raise(SIGKILL);
+}
+
+void be_lost(std::string_view how, Communicator& communicator, DLDevice device) {
+  if (how == "failed") return communicator.abort("of a test");
+  if (how == "queued") {
+    cudaSetDevice(device.device_id);
+    cudaLaunchHostFunc(static_cast<cudaStream_t>(ditattn::current_stream(device)), kill_soon, nullptr);
+    return;
+  }
+  if (how == "late") std::this_thread::sleep_for(3 * kTimeout);
+  ::raise(SIGKILL);
+}
+
+int run_rank(int rank, int size, std::string_view how, const std::filesystem::path& file) try {
   const DLDevice device{kDLCUDA, rank};
   const auto communicator = nccl_communicator(file, rank, size, rank, kTimeout);
   const auto group = std::make_shared<ParallelGroup>(communicator, Mesh{.ring = size});
@@ -40,17 +58,17 @@ int run_rank(int rank, int size, bool late, const std::filesystem::path& file) t
   layer.forward(tokens, tokens, tokens);
   ditattn::synchronize(device);
   communicator->throw_if_failed();
-  if (rank == size - 1) {
-    if (late) std::this_thread::sleep_for(3 * kTimeout);
-    ::raise(SIGKILL);
-  }
+  if (rank == size - 1) be_lost(how, *communicator, device);
   for (int call = 0; call < 3; ++call) layer.forward(tokens, tokens, tokens);
   ditattn::synchronize(device);
   communicator->throw_if_failed();
   return 0;
 } catch (const ditattn::TimeoutError& error) {
   fmt::print("rank {}: {}\n", rank, error.message());
-  return error.message().find("within 5 s") == std::string::npos ? 1 : kTimedOut;
+  return error.message().find("within 5 s") == std::string::npos ? 1 : kEnded;
+} catch (const ditattn::CommunicationError& error) {
+  fmt::print("rank {}: {}\n", rank, error.message());
+  return how == "failed" && error.message().find("of a test") != std::string::npos ? kEnded : 1;
 } catch (const std::exception& error) {
   fmt::print("rank {}: {}\n", rank, error.what());
   return 1;
@@ -68,7 +86,7 @@ int count_gpus() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool late = argc == 2 && std::string_view(argv[1]) == "late";
+  const std::string_view how = argc == 2 ? argv[1] : "killed";
   const int size = count_gpus();
   if (size < 2) {
     fmt::print("skipped: {} CUDA devices, two are needed\n", size);
@@ -80,7 +98,7 @@ int main(int argc, char** argv) {
   for (int rank = 0; rank < size; ++rank) {
     const pid_t child = ::fork();
     if (child == 0) {
-      const int status = run_rank(rank, size, late, file);
+      const int status = run_rank(rank, size, how, file);
       std::fflush(stdout);
       ::_exit(status);
     }
@@ -90,11 +108,11 @@ int main(int argc, char** argv) {
   for (int rank = 0; rank < size; ++rank) {
     int status = 0;
     ::waitpid(children[static_cast<std::size_t>(rank)], &status, 0);
-    as_it_should = as_it_should &&
-                   (rank == size - 1 ? WIFSIGNALED(status) : WIFEXITED(status) && WEXITSTATUS(status) == kTimedOut);
+    const bool is_killed = rank == size - 1 && how != "failed";
+    as_it_should =
+        as_it_should && (is_killed ? WIFSIGNALED(status) : WIFEXITED(status) && WEXITSTATUS(status) == kEnded);
   }
   const Seconds took = std::chrono::steady_clock::now() - start;
-  fmt::print("{} ranks, one {}: {}, {:.1f} s\n", size, late ? "late" : "killed",
-             as_it_should ? "the others timed out" : "WRONG", took.count());
+  fmt::print("{} ranks, one {}: {}, {:.1f} s\n", size, how, as_it_should ? "the others ended" : "WRONG", took.count());
   return as_it_should && took < kTimeout + Seconds(40) ? 0 : 1;
 }

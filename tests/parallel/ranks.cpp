@@ -5,7 +5,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "parallel/tokens.hpp"
+#include "parallel/group.hpp"
 
 namespace ditattn::parallel::testing {
 namespace {
@@ -79,10 +79,11 @@ bool same_bits(const Tensor& a, const Tensor& b) {
 }
 
 Whole compute(const conformance::Drawn& problem, const BackendClass& backend, const Mesh& mesh,
-              const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& keys, int repeats) {
+              const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& keys, int repeats, Cut cut) {
   Whole whole;
   ranks().run(mesh.ulysses * mesh.second(), [&](const std::shared_ptr<Communicator>& communicator) {
     const auto group = std::make_shared<ParallelGroup>(communicator, mesh);
+    GroupAccess::state(*group).cut = cut;
     ParallelAttention layer(backend, problem.config, group);
     const int rank = communicator->rank();
     const DLDevice device = ranks().device(rank);

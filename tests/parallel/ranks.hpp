@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "parallel/heads.hpp"
 #include "tests/conformance/random_problem.hpp"
 
 namespace ditattn::parallel::testing {
@@ -40,9 +41,10 @@ struct Whole {
 };
 
 /// Ranks get `rows[r]` and `keys[r]` tokens. Throws what the ranks throw. `repeats`: calls of the same layer, the last
-/// one's results are kept.
+/// one's results are kept. `cut`: in which parts Ulysses alone computes a rank's heads.
 Whole compute(const conformance::Drawn& problem, const BackendClass& backend, const Mesh& mesh,
-              const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& keys, int repeats = 1);
+              const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& keys, int repeats = 1,
+              Cut cut = {});
 
 /// A tensor, or metadata, in the memory of `device`.
 Tensor on(DLDevice device, const Tensor& tensor);

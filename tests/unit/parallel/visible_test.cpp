@@ -135,33 +135,76 @@ TEST(Visible, ADiagonalBlockIsOneCall) {
   }
 }
 
+// In how many calls, and whether each has the K/V heads that it has alone, come with its part or with one before.
+void check_heads(const Heads& heads, std::int64_t group) {
+  std::int64_t next = heads.query.begin;
+  std::int64_t next_kv = heads.kv.begin;
+  std::size_t run = 0;
+  for (const HeadPart& part : heads.parts) {
+    ASSERT_EQ(part.query.begin, next);
+    ASSERT_EQ(part.kv.begin, next_kv) << "sent twice, or never";
+    next_kv = part.kv.end;
+    const std::size_t first = run;
+    for (; run < heads.runs.size() && heads.runs[run].query.begin < part.query.end; ++run) {
+      const auto& [query, kv] = heads.runs[run];
+      ASSERT_EQ(query.begin, next);
+      ASSERT_GT(query.size(), 0);
+      ASSERT_EQ(query.size() % kv.size(), 0);
+      ASSERT_TRUE(kv.begin >= heads.kv.begin && kv.end <= next_kv);
+      ASSERT_TRUE(kv.begin >= part.kv.begin || kv.end <= part.kv.begin) << "of two parts";
+      const std::int64_t each = query.size() / kv.size();
+      for (std::int64_t i = 0; i < query.size(); ++i) {
+        ASSERT_EQ((query.begin + i) / group, kv.begin + i / each) << "another K/V head than alone";
+      }
+      next = query.end;
+    }
+    ASSERT_LE(run - first, 3U);
+    ASSERT_EQ(part.query.end, next);
+  }
+  ASSERT_EQ(heads.query.end, next);
+  ASSERT_EQ(heads.kv.end, next_kv);
+  ASSERT_EQ(run, heads.runs.size());
+}
+
 TEST(Heads, AreSharedOutOnceWithTheirOwnKeys) {
   for (std::int64_t kv_heads = 1; kv_heads <= 6; ++kv_heads) {
     for (std::int64_t group = 1; group <= 5; ++group) {
-      for (std::int64_t parts = 1; parts <= 9; ++parts) {
-        std::int64_t next = 0;
-        for (std::int64_t part = 0; part < parts; ++part) {
-          const Heads heads = heads_of(kv_heads * group, kv_heads, parts, part);
-          ASSERT_EQ(heads.query.begin, next);
-          ASSERT_LE(heads.runs.size(), 3U);
-          ASSERT_LE(heads.query.size(), (kv_heads * group + parts - 1) / parts);
-          for (const HeadRun& run : heads.runs) {
-            ASSERT_EQ(run.query.begin, next);
-            ASSERT_GT(run.query.size(), 0);
-            ASSERT_EQ(run.query.size() % run.kv.size(), 0);
-            ASSERT_TRUE(run.kv.begin >= heads.kv.begin && run.kv.end <= heads.kv.end);
-            const std::int64_t each = run.query.size() / run.kv.size();
-            for (std::int64_t i = 0; i < run.query.size(); ++i) {
-              ASSERT_EQ((run.query.begin + i) / group, run.kv.begin + i / each) << "another K/V head than alone";
-            }
-            next = run.query.end;
+      const std::int64_t all = kv_heads * group;
+      for (std::int64_t ranks = 1; ranks <= 9; ++ranks) {
+        for (const Cut cut :
+             {Cut{}, Cut{.first = 1}, Cut{.last = 2}, Cut{.first = 3, .last = 1}, Cut{.first = 2, .last = 5}}) {
+          SCOPED_TRACE(::testing::Message() << all << " heads, " << kv_heads << " of K/V, " << ranks << " ranks, cut "
+                                            << cut.first << ", " << cut.last);
+          std::int64_t next = 0;
+          for (std::int64_t rank = 0; rank < ranks; ++rank) {
+            const Heads heads = heads_of(all, kv_heads, ranks, rank, cut);
+            ASSERT_EQ(heads.query.begin, next);
+            ASSERT_LE(heads.query.size(), (all + ranks - 1) / ranks);
+            ASSERT_EQ(heads.parts.size(), static_cast<std::size_t>(cut.parts()));
+            ASSERT_NO_FATAL_FAILURE(check_heads(heads, group));
+            next = heads.query.end;
           }
-          ASSERT_EQ(heads.query.end, next);
+          ASSERT_EQ(next, all);
         }
-        ASSERT_EQ(next, kv_heads * group);
       }
     }
   }
+}
+
+// On 132 multiprocessors. 24 tiles of 192 rows, or 36 of 128, are a head of 4,608 rows.
+TEST(Heads, AreCutWhereNothingIsLost) {
+  const auto cut = [](std::int64_t heads, std::int64_t rows, std::int64_t multiprocessors = 132) {
+    return cut_that_pays(heads, 1, rows, multiprocessors);
+  };
+  EXPECT_EQ(cut(12, 4608), (Cut{.first = 2, .last = 5})) << "a round of 128 rows and two of 192, not three of 192";
+  EXPECT_EQ(cut(5, 4608), Cut{}) << "one round";
+  EXPECT_EQ(cut(20, 75'600), (Cut{.first = 4, .last = 4})) << "12, 36 and 12 rounds, as 60";
+  EXPECT_EQ(cut(6, 32'760), (Cut{.first = 3, .last = 0})) << "4 and 4 rounds, as 8";
+  EXPECT_EQ(cut(12, 64), Cut{});
+  EXPECT_EQ(cut(1, 1'000'000), Cut{});
+  EXPECT_EQ(cut(0, 4608), Cut{});
+  EXPECT_EQ(cut(12, 0), Cut{});
+  EXPECT_EQ(cut(12, 4608, 0), Cut{}) << "on a CPU";
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ RULES = {
     "src/selector": r'<|"(?:ditattn|core|registry|tuner|selector)/',
     "src/guard": r'<|"(?:ditattn|core|registry|guard)/',
     "src/parallel": r'<|"(?:ditattn|core|registry|parallel)/',
-    "src/nccl": r'<|"(?:ditattn|kernels|parallel|nccl)/',
+    "src/nccl": r'<|"(?:ditattn|core|kernels|parallel|nccl)/',
     "src/planner": r'<|"(?:ditattn|core|planner)/',
     "python": rf'{STD}|[<"](?:ditattn|tvm)/',
     "backends": r'<(?!core/|registry/|selector/|src/|tools/)|"(?:ditattn|kernels|backends)/',
