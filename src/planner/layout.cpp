@@ -117,14 +117,13 @@ std::int64_t Layout::workspace_bytes(int rank) const {
   if (ranks() == 1) return 0;
   const HeadShare& mine = heads(column(rank));
   std::int64_t sum = copied_keys(rank);
-  std::int64_t received = bytes(work_.text, work_.heads);
+  sum += bytes(work_.text, work_.heads);  // of the text's rows that others computed
   if (mesh_.ulysses > 1) {
     const std::int64_t rows_of_others = bytes(rows(rank), work_.heads - mine.query);
     sum += rows_of_others + 2 * bytes(keys(rank), kv_copies_ - mine.kv);  // put together to be sent
     sum += bytes(row_chunk(place(rank)).size(), mine.query) + 2 * bytes(key_chunk(place(rank)).size(), mine.kv);
-    received = std::max(received, rows_of_others);
+    sum += rows_of_others;  // and of the image's
   }
-  sum += received;
   if (places() == 1) return sum + bytes(work_.rows + work_.text, mine.query);
   return sum + arriving_bytes(rank) + result_bytes(rank);
 }

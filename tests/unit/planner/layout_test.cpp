@@ -19,15 +19,8 @@
 namespace ditattn::parallel {
 namespace {
 
-// An explicit instantiation may name private members: the way to a group's workspace, which nobody else needs.
-template <auto Member>
-struct Reach {
-  friend std::unique_ptr<GroupState>& state_of(ParallelGroup& group) { return group.*Member; }
-};
-std::unique_ptr<GroupState>& state_of(ParallelGroup& group);
-template struct Reach<&ParallelGroup::state_>;
-
-using Slots = std::array<Tensor, static_cast<std::size_t>(Slot::count)>;
+// An explicit instantiation may name private members: the way to a workspace's memory, which nobody else needs.
+using Slots = std::array<Tensor, static_cast<std::size_t>(Slot::count) * kMostParts>;
 template <auto Member>
 struct ReachSlots {
   friend Slots& slots_of(Workspace& workspace) { return workspace.*Member; }
@@ -37,7 +30,8 @@ template struct ReachSlots<&Workspace::memory_>;
 
 std::int64_t workspace_of(ParallelGroup& group) {
   std::int64_t sum = 0;
-  for (const Tensor& memory : slots_of(state_of(group)->workspace)) sum += memory.defined() ? memory.numel() : 0;
+  for (const Tensor& memory : slots_of(GroupAccess::state(group).workspace))
+    sum += memory.defined() ? memory.numel() : 0;
   return sum;
 }
 
