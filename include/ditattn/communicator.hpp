@@ -78,14 +78,6 @@ class DITATTN_API Communicator {
   virtual std::unique_ptr<Pending> start(Operation operation, std::span<const SendBlock> sends,
                                          std::span<const ReceiveBlock> receives, DLDevice device) = 0;
 
-  /// Bytes of a device that `start` takes, to receive into, not initialised. Any memory will do; some transports reach
-  /// their own sooner.
-  [[nodiscard]] virtual Tensor receive_memory(std::int64_t bytes, DLDevice device);
-
-  /// Whether what `start` moves in a device's memory takes nothing from what computes there: work is cut into parts
-  /// then, of which one moves while another is computed. The same on all ranks.
-  [[nodiscard]] virtual bool moves_beside_compute(DLDevice /*device*/) const { return false; }
-
   /// Throws what has failed among operations on a device, which the host does not wait for. After waiting for the
   /// device it tells whether results are what they should be. Thread-safe.
   virtual void throw_if_failed() {}
@@ -96,6 +88,14 @@ class DITATTN_API Communicator {
   /// For a rank that cannot go on: the others' operations, present and future, fail with a CommunicationError that has
   /// `reason`. Where a transport cannot tell them (MPI), they end with this rank's program, or by their timeout.
   virtual void abort(const std::string& reason) noexcept = 0;
+
+  /// Bytes of a device that `start` takes, to receive into, not initialised. Any memory will do; some transports reach
+  /// their own sooner.
+  [[nodiscard]] virtual Tensor receive_memory(std::int64_t bytes, DLDevice device);
+
+  /// Whether what `start` moves in a device's memory takes nothing from what computes there: work is cut into parts
+  /// then, of which one moves while another is computed. The same on all ranks.
+  [[nodiscard]] virtual bool moves_beside_compute(DLDevice /*device*/) const { return false; }
 
   /// Block r of `send`, `send_bytes[r]` long, goes to rank r; block r of `receive` comes from it. Blocks lie one after
   /// the other.

@@ -98,7 +98,8 @@ std::string layout() {
   layout.virtuals("ForwardObserver", &ForwardObserver::before, &ForwardObserver::instead, &ForwardObserver::after);
   using parallel::Communicator;
   layout.virtuals("Communicator", &Communicator::takes, &Communicator::start, &Communicator::throw_if_failed,
-                  &Communicator::split, &Communicator::abort);
+                  &Communicator::split, &Communicator::abort, &Communicator::receive_memory,
+                  &Communicator::moves_beside_compute);
   layout.type<AttentionBackend>("AttentionBackend");
   layout.type<AttentionImpl>("AttentionImpl");
   layout.type<AttentionCall>("AttentionCall");
