@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <set>
 #include <utility>
 
@@ -120,7 +121,7 @@ class NcclCommunicator final : public Communicator {
   ~NcclCommunicator() override {
     state_->release(handle_, ours_ && !of_graphs_);
     // Poisoned waits end soon. What does not is left to itself, with all that it uses.
-    if (peers_ && !drain()) static_cast<void>(new std::pair(state_, std::move(peers_)));
+    if (peers_ && !drain()) static_cast<void>(new (std::nothrow) std::pair(state_, std::move(peers_)));
     cudaStreamDestroy(stream_);
   }
   NcclCommunicator(const NcclCommunicator&) = delete;

@@ -51,7 +51,7 @@ std::runtime_error system_error(const std::string& what) {
 
 // Zero at first, which is a state of each.
 struct PeerPage::Layout {
-  static constexpr std::size_t kMostRanks = 64;
+  static constexpr int kMostRanks = 64;
 
   std::atomic<std::uint64_t> number;
   std::atomic<int> failed;
@@ -61,18 +61,14 @@ struct PeerPage::Layout {
   // Behind it: flags, then mailboxes, of all pairs.
 
   Word* flags() { return reinterpret_cast<Word*>(reinterpret_cast<char*>(this) + offset_of_flags()); }
-  Mailbox* mailboxes(int ranks) {
-    return reinterpret_cast<Mailbox*>(flags() + std::size_t(ranks) * std::size_t(ranks));
-  }
+  Mailbox* mailboxes(int ranks) { return reinterpret_cast<Mailbox*>(flags() + pairs_of(ranks)); }
+  static std::size_t pairs_of(int ranks) { return static_cast<std::size_t>(ranks) * static_cast<std::size_t>(ranks); }
   static std::size_t offset_of_flags() { return (sizeof(Layout) + kLine - 1) / kLine * kLine; }
-  static std::size_t bytes(int ranks) {
-    const std::size_t pairs = std::size_t(ranks) * std::size_t(ranks);
-    return offset_of_flags() + pairs * (sizeof(Word) + sizeof(Mailbox));
-  }
+  static std::size_t bytes(int ranks) { return offset_of_flags() + pairs_of(ranks) * (sizeof(Word) + sizeof(Mailbox)); }
 };
 
 PeerPage::PeerPage(int rank, int ranks) : rank_(rank), ranks_(ranks), bytes_(Layout::bytes(ranks)) {
-  if (std::size_t(ranks) > Layout::kMostRanks) throw std::runtime_error(fmt::format("{} ranks on one host", ranks));
+  if (ranks > Layout::kMostRanks) throw std::runtime_error(fmt::format("{} ranks on one host", ranks));
   file_ = ::memfd_create("ditattn", MFD_CLOEXEC);
   if (file_ < 0) throw system_error("memfd_create");
   try {
@@ -128,7 +124,7 @@ void PeerPage::attach_gpu() {
   if (found != cudaSuccess) cudaHostUnregister(layout_);
   check(found, "cudaHostGetDevicePointer");
   on_gpu_ = static_cast<char*>(address);
-  layout_->members[std::size_t(rank_)].process = ::getpid();
+  layout_->members[static_cast<std::size_t>(rank_)].process = ::getpid();
 }
 
 PeerPage::Ticket PeerPage::ticket() const { return {::getpid(), file_, layout_->number}; }
@@ -189,7 +185,7 @@ void PeerPage::poison() {
   }
 }
 
-void PeerPage::leave() { layout_->members[std::size_t(rank_)].has_left = true; }
+void PeerPage::leave() { layout_->members[static_cast<std::size_t>(rank_)].has_left = true; }
 
 bool PeerPage::have_all_left() const {
   return std::all_of(layout_->members.begin(), layout_->members.begin() + ranks_, [](const Member& member) {
