@@ -139,10 +139,20 @@ struct Produced {
   std::unique_ptr<char[]> memory;
 };
 
+// Whether tvm-ffi, which fills in strides where a producer gives none, multiplies past 64 bits over it. That is its
+// own.
+bool overflows_in_tvm_ffi(const Description& description) {
+  std::int64_t stride = 1;
+  return description.strides.empty() &&
+         std::any_of(description.shape.rbegin(), description.shape.rend(),
+                     [&](std::int64_t size) { return __builtin_mul_overflow(stride, size, &stride); });
+}
+
 // A tensor of the description; null where memory would be too large.
 Tensor produce(FuzzedDataProvider& bytes, const Description& description) {
   const auto reach = reach_of(description);
   if (!reach && !is_beyond_addresses(description)) return {};
+  if (overflows_in_tvm_ffi(description)) return {};
   auto* produced = new Produced{.managed = {}, .description = description, .memory = nullptr};
   char* first = nullptr;
   if (!description.is_null) {
