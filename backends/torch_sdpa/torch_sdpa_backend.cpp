@@ -78,8 +78,8 @@ class SDPAImpl : public AttentionImpl {
         throw NotImplementedError(
             "TORCH_SDPA: PyTorch does not take this call as it lies (LSE, spans, packed sequences, joint tokens, "
             "causal with a mask, a mask of another dtype, a scale that is not above 0, negative strides; on a GPU "
-            "starts or strides that are no "
-            "multiples of 16 bytes). Leave backend_kwargs['engine'] out, or give 'native'.");
+            "starts or strides that are no multiples of 16 bytes). Leave backend_kwargs['engine'] out, or give "
+            "'native'.");
       }
     }
 #ifdef DITATTN_CUDA
