@@ -17,19 +17,16 @@ if(DITATTN_MPI AND NOT DITATTN_SANITIZE)
   endif()
 endif()
 
-# Shared libraries, or headers alone, so that what comes out runs on machines without the libraries. One source has fmt's
-# functions then (cmake/fmt.cpp); the others are compiled as for the shared library: in 60 % of the time that they take with
-# the functions in each, and ccache knows them from other builds.
+# Shared libraries, or headers alone: the sources that use them take 60 % longer to compile then, but what comes out runs
+# on machines without the libraries.
+add_library(ditattn_fmt INTERFACE)
 add_library(ditattn_spdlog INTERFACE)
 if(DITATTN_HEADER_ONLY)
   set_target_properties(spdlog::spdlog_header_only PROPERTIES  # Debian's asks for the shared fmt even so
-                        INTERFACE_LINK_LIBRARIES "Threads::Threads;ditattn_fmt")
-  add_library(ditattn_fmt STATIC cmake/fmt.cpp)
-  target_compile_definitions(ditattn_fmt INTERFACE $<TARGET_PROPERTY:fmt::fmt,INTERFACE_COMPILE_DEFINITIONS>)
-  target_include_directories(ditattn_fmt SYSTEM PUBLIC $<TARGET_PROPERTY:fmt::fmt,INTERFACE_INCLUDE_DIRECTORIES>)
+                        INTERFACE_LINK_LIBRARIES "Threads::Threads;fmt::fmt-header-only")
+  target_link_libraries(ditattn_fmt INTERFACE fmt::fmt-header-only)
   target_link_libraries(ditattn_spdlog INTERFACE spdlog::spdlog_header_only)
 else()
-  add_library(ditattn_fmt INTERFACE)
   target_link_libraries(ditattn_fmt INTERFACE fmt::fmt)
   target_link_libraries(ditattn_spdlog INTERFACE spdlog::spdlog)
 endif()
