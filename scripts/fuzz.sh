@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the fuzzers and runs each, or those named, for so many seconds, from the seeds in the tree and from what earlier
-# runs found (build/fuzz/corpus). Stops at the first finding: its input lies in build/fuzz/found.
-# Usage: scripts/fuzz.sh SECONDS [TARGET…]
+# runs found (build/fuzz/corpus). Stops at the first finding: its input lies in build/fuzz/found. With SEED and RUNS, a run
+# goes the same way each time, as far as RUNS inputs.
+# Usage: [SEED=0] [RUNS=-1] scripts/fuzz.sh SECONDS [TARGET…]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -21,7 +22,7 @@ for target in "${targets[@]}"; do
   seeds=tests/fuzz/corpus/$target
   [ -d "$seeds" ] || { echo "fuzz: no fuzzer '$target'. There are: $(ls tests/fuzz/corpus | xargs)" >&2; exit 1; }
   mkdir -p "build/fuzz/corpus/$target"
-  options=(-max_total_time="$seconds" -timeout=25 -rss_limit_mb=2560 -max_len=1500 -print_final_stats=1 -seed="${SEED:-0}"
+  options=(-max_total_time="$seconds" -timeout=25 -rss_limit_mb=2560 -max_len=1500 -print_final_stats=1 -seed="${SEED:-0}" -runs="${RUNS:--1}"
            -artifact_prefix="build/fuzz/found/$target-")
   [ -e "tests/fuzz/$target.dict" ] && options+=(-dict="tests/fuzz/$target.dict")
   log=build/fuzz/$target.log

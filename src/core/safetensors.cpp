@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/atomic_file.hpp"
+#include "core/json_fields.hpp"
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
@@ -129,7 +130,7 @@ class Reader {
     const json dtype = value.value("dtype", json());
     const auto* type = std::ranges::find_if(kTypes, [&](const auto& t) { return dtype == t.first; });
     if (type == std::end(kTypes))
-      bad(fmt::format("dtype {} is not one of F64, F32, F16, BF16, I64, I32, BOOL", dtype.dump()));
+      bad(fmt::format("dtype {} is not one of F64, F32, F16, BF16, I64, I32, BOOL", shown(dtype)));
     entry.dtype = type->second;
 
     const json shape = value.value("shape", json());
@@ -140,7 +141,7 @@ class Reader {
     for (const json& extent : shape) {
       const auto size = extent.get<std::uint64_t>();
       if (__builtin_mul_overflow(bits, std::max<std::uint64_t>(size, 1), &bits)) {
-        bad(fmt::format("its shape {} overflows", shape.dump()));
+        bad(fmt::format("its shape {} overflows", shown(shape)));
       }
       bytes *= size;
       entry.shape.push_back(static_cast<std::int64_t>(size));
@@ -153,10 +154,10 @@ class Reader {
     entry.begin = offsets[0].get<std::uint64_t>();
     entry.end = offsets[1].get<std::uint64_t>();
     if (entry.begin > entry.end || entry.end > size_ - data_begin_) {
-      bad(fmt::format("data_offsets {} lie outside the {} bytes of data", offsets.dump(), size_ - data_begin_));
+      bad(fmt::format("data_offsets {} lie outside the {} bytes of data", shown(offsets), size_ - data_begin_));
     }
     if (entry.end - entry.begin != bytes) {
-      bad(fmt::format("shape {} needs {} bytes, data_offsets give {}", shape.dump(), bytes, entry.end - entry.begin));
+      bad(fmt::format("shape {} needs {} bytes, data_offsets give {}", shown(shape), bytes, entry.end - entry.begin));
     }
     return entry;
   }

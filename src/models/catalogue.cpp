@@ -5,15 +5,17 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <initializer_list>
 #include <utility>
 
+#include "core/json_fields.hpp"
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
 namespace {
 
 using nlohmann::json;
+
+constexpr const char* kDocument = "Catalogue of models:";
 
 // ASCII only, whatever the locale: names are.
 bool same_name(std::string_view a, std::string_view b) {
@@ -28,85 +30,8 @@ std::string names_of(const std::vector<Model>& all) {
   return fmt::format("{}", fmt::join(names, ", "));
 }
 
-// A name for messages, quoted; of anything, as nothing is checked yet.
-std::string label(const json& object, const char* key) {
-  const auto found = object.is_object() ? object.find(key) : object.end();
-  return found == object.end() ? "without a name"
-                               : fmt::format("'{}'", found->is_string() ? found->get<std::string>() : found->dump());
-}
-
-// One object of the catalogue with its place ("model 'X', role 'self'"), for messages. Keys that nothing reads would
-// be misspelt ones, so every object states all it may have.
-class Fields {
- public:
-  Fields(const json& object, std::string place, std::initializer_list<std::string_view> allowed)
-      : object_(object), place_(std::move(place)) {
-    if (!object.is_object()) fail("is no object");
-    for (const auto& [key, value] : object.items()) {
-      if (std::ranges::find(allowed, key) == allowed.end()) {
-        fail(fmt::format("has an unknown field '{}'; it may have: {}", key, fmt::join(allowed, ", ")));
-      }
-    }
-  }
-
-  [[noreturn]] void fail(const std::string& what) const {
-    throw ValueError(fmt::format("Catalogue of models: {} {}", place_, what));
-  }
-
-  [[nodiscard]] const std::string& place() const { return place_; }
-  [[nodiscard]] bool has(const char* key) const { return object_.contains(key); }
-
-  [[nodiscard]] const json& at(const char* key) const {
-    const auto found = object_.find(key);
-    if (found == object_.end()) fail(fmt::format("lacks the field '{}'", key));
-    return *found;
-  }
-
-  [[nodiscard]] std::string text(const char* key) const {
-    const json& value = at(key);
-    if (!value.is_string() || value.get_ref<const std::string&>().empty()) {
-      fail(fmt::format("has '{}': {}, not a text", key, value.dump()));
-    }
-    return value.get<std::string>();
-  }
-  [[nodiscard]] std::string optional_text(const char* key) const { return has(key) ? text(key) : std::string{}; }
-
-  /// Index of a text among the allowed ones.
-  [[nodiscard]] std::size_t choice(const char* key, std::initializer_list<std::string_view> allowed) const {
-    const std::string value = text(key);
-    const auto* found = std::ranges::find(allowed, value);
-    if (found == allowed.end()) {
-      fail(fmt::format("has '{}': '{}', which is none of: {}", key, value, fmt::join(allowed, ", ")));
-    }
-    return static_cast<std::size_t>(found - allowed.begin());
-  }
-  /// The text itself, one of the allowed ones.
-  [[nodiscard]] std::string one_of(const char* key, std::initializer_list<std::string_view> allowed) const {
-    return std::string(allowed.begin()[choice(key, allowed)]);
-  }
-
-  [[nodiscard]] std::int64_t count(const char* key) const { return count_in(at(key), key); }
-
-  [[nodiscard]] std::int64_t count_in(const json& value, std::string_view key) const {
-    if (!value.is_number_integer() || value.get<std::int64_t>() < 1) {
-      fail(fmt::format("has '{}': {}, not a whole number above 0", key, value.dump()));
-    }
-    return value.get<std::int64_t>();
-  }
-
-  [[nodiscard]] const json& list(const char* key) const {
-    const json& value = at(key);
-    if (!value.is_array() || value.empty()) fail(fmt::format("has '{}': {}, not a list", key, value.dump()));
-    return value;
-  }
-
- private:
-  const json& object_;
-  std::string place_;
-};
-
 // Text tokens that a joint role adds: the sum of context.text's parts.
-std::int64_t text_tokens(const Fields& model) {
+std::int64_t text_tokens(const JsonFields& model) {
   const json& context = model.at("context");
   if (!context.is_object() || !context.contains("text")) model.fail("joins text, but its 'context' has no 'text'");
   const json& parts = context["text"];
@@ -117,10 +42,10 @@ std::int64_t text_tokens(const Fields& model) {
 }
 
 // What a role says for every resolution.
-ModelRole parse_role(const json& object, const Fields& model) {
-  const Fields fields(object, fmt::format("{}, role {}", model.place(), label(object, "role")),
-                      {"role", "category", "layers", "heads", "kv_heads", "head_size", "hidden_size", "query", "key",
-                       "joint", "mask", "mask_note"});
+ModelRole parse_role(const json& object, const JsonFields& model) {
+  const JsonFields fields(object, fmt::format("{}, {}", model.place(), label("role", object, "role")),
+                          {"role", "category", "layers", "heads", "kv_heads", "head_size", "hidden_size", "query",
+                           "key", "joint", "mask", "mask_note"});
   ModelRole role;
   role.role = fields.text("role");
   role.category = fields.one_of("category", {"self", "cross"});
@@ -142,9 +67,9 @@ ModelRole parse_role(const json& object, const Fields& model) {
 }
 
 // Adds a resolution and, with its lengths, every role at it.
-void parse_resolution(const json& object, const Fields& fields, const std::vector<ModelRole>& roles, Model& model) {
-  const Fields own(object, fmt::format("{}, resolution {}", fields.place(), label(object, "name")),
-                   {"name", "width", "height", "frames", "fps", "lengths"});
+void parse_resolution(const json& object, const JsonFields& fields, const std::vector<ModelRole>& roles, Model& model) {
+  const JsonFields own(object, fmt::format("{}, {}", fields.place(), label("resolution", object, "name")),
+                       {"name", "width", "height", "frames", "fps", "lengths"});
   const ModelResolution resolution{.name = own.text("name"),
                                    .width = own.count("width"),
                                    .height = own.count("height"),
@@ -165,15 +90,13 @@ void parse_resolution(const json& object, const Fields& fields, const std::vecto
 }
 
 // The parts of a model that say where its figures come from.
-void parse_provenance(const Fields& fields, Model& model) {
+void parse_provenance(const JsonFields& fields, Model& model) {
   model.arithmetic = fields.text("arithmetic");
   for (const json& source : fields.list("source")) {
     if (!source.is_string() || source.get<std::string>().empty()) fields.fail("has a 'source' that is not a text");
     model.source.push_back(source.get<std::string>());
   }
-  const json& verified = fields.at("verified");
-  if (!verified.is_boolean()) fields.fail("has a 'verified' that is neither true nor false");
-  model.verified = verified.get<bool>();
+  model.verified = fields.flag("verified");
   model.unverified = fields.optional_text("unverified");
   if (model.verified != model.unverified.empty())
     fields.fail("must say what is 'unverified' exactly if not 'verified'");
@@ -181,10 +104,10 @@ void parse_provenance(const Fields& fields, Model& model) {
 }
 
 Model parse_model(const json& object) {
-  const Fields fields(object, fmt::format("model {}", label(object, "name")),
-                      {"name", "family", "hidden_size", "vae_spatial", "vae_temporal", "patch", "context",
-                       "text_length", "audio_latents_per_second", "batch", "guidance", "layout", "roles", "resolutions",
-                       "arithmetic", "source", "verified", "unverified", "notes"});
+  const JsonFields fields(object, fmt::format("{} {}", kDocument, label("model", object, "name")),
+                          {"name", "family", "hidden_size", "vae_spatial", "vae_temporal", "patch", "context",
+                           "text_length", "audio_latents_per_second", "batch", "guidance", "layout", "roles",
+                           "resolutions", "arithmetic", "source", "verified", "unverified", "notes"});
   Model model;
   model.name = fields.text("name");
   model.family = fields.text("family");
@@ -222,9 +145,9 @@ std::vector<Model> parse_models(std::string_view text) {
   try {
     document = json::parse(text);
   } catch (const json::exception& error) {
-    throw ValueError(fmt::format("Catalogue of models: not JSON: {}", error.what()));
+    throw ValueError(fmt::format("{} not JSON: {}", kDocument, error.what()));
   }
-  const Fields fields(document, "the document", {"models", "short_names"});
+  const JsonFields fields(document, fmt::format("{} the document", kDocument), {"models", "short_names"});
   std::vector<Model> all;
   for (const json& object : fields.list("models")) {
     Model model = parse_model(object);

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <string_view>
 
+#include "core/json_fields.hpp"
 #include "core/text.hpp"
 
 namespace ditattn {
@@ -50,7 +51,7 @@ Any to_any(const Json& json) {
   if (json.is_boolean()) return json.get<bool>();
   if (json.is_number_float()) return json.get<double>();
   if (json.is_number_unsigned() && json.get<std::uint64_t>() > INT64_MAX) {
-    throw ConfigError(fmt::format("AttentionConfig has the number {}, which is beyond {}.", json.dump(), INT64_MAX));
+    throw ConfigError(fmt::format("AttentionConfig has the number {}, which is beyond {}.", shown(json), INT64_MAX));
   }
   if (json.is_number()) return json.get<std::int64_t>();
   if (json.is_string()) return String(json.get<std::string>());
@@ -87,7 +88,7 @@ void parse_policy(const Json& entry, AttentionSpec& spec) {
       spec.on_unusable = OnUnusable::allow;
     } else {
       throw ConfigError(
-          fmt::format("AttentionSpec.on_unusable is {}. Valid values are: error, warn, allow", policy.dump()));
+          fmt::format("AttentionSpec.on_unusable is {}. Valid values are: error, warn, allow", shown(policy)));
     }
   }
   if (given("allowed")) {
@@ -95,7 +96,7 @@ void parse_policy(const Json& entry, AttentionSpec& spec) {
       throw ConfigError(
           fmt::format("AttentionSpec.allowed is {}, expected a list of backends' names. Without it, the "
                       "platform's order is meant.",
-                      entry["allowed"].dump()));
+                      shown(entry["allowed"])));
     }
     for (const Json& name : entry["allowed"]) {
       const auto parsed = parse_name(name, "AttentionSpec.allowed");
@@ -112,7 +113,7 @@ void parse_policy(const Json& entry, AttentionSpec& spec) {
   if (given("max_error")) {
     const Json& bound = entry["max_error"];
     if (!bound.is_number() || !(bound.get<double>() >= 0)) {
-      throw ConfigError(fmt::format("AttentionSpec.max_error is {}, expected a number from 0 on.", bound.dump()));
+      throw ConfigError(fmt::format("AttentionSpec.max_error is {}, expected a number from 0 on.", shown(bound)));
     }
     if (!spec.is_automatic()) {
       throw ConfigError(fmt::format("AttentionSpec.max_error is for backend \"auto\", but backend={}", spec.backend));

@@ -18,6 +18,7 @@
 #include <new>
 
 #include "core/atomic_file.hpp"
+#include "core/json_fields.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
 
@@ -65,26 +66,21 @@ MaskKind parse_mask(const std::string& name) {
   throw ValueError(fmt::format("the mask '{}'", name));
 }
 
-// A value of a file that may hold anything, for messages.
-std::string text_of(const Json& json) {
-  return json.dump(-1, ' ', true, Json::error_handler_t::replace).substr(0, 100);
-}
-
 // nlohmann's own conversion takes 1e30, 2.5 and true.
 std::int64_t parse_integer(const Json& json, const char* name) {
   const bool is_integer = json.is_number_integer() && json.get<double>() >= 0 && json.get<double>() <= INT32_MAX;
-  if (!is_integer) throw ValueError(fmt::format("{}={}", name, text_of(json)));
+  if (!is_integer) throw ValueError(fmt::format("{}={}", name, shown(json)));
   return json.get<std::int64_t>();
 }
 
 double parse_number(const Json& json, const char* name) {
-  if (!json.is_number() || !(json.get<double>() >= 0)) throw ValueError(fmt::format("{}={}", name, text_of(json)));
+  if (!json.is_number() || !(json.get<double>() >= 0)) throw ValueError(fmt::format("{}={}", name, shown(json)));
   return json.get<double>();
 }
 
 const Json& array_of(const Json& json, const char* name) {
   const Json& array = json.at(name);
-  if (!array.is_array()) throw ValueError(fmt::format("{}={}", name, text_of(array)));
+  if (!array.is_array()) throw ValueError(fmt::format("{}={}", name, shown(array)));
   return array;
 }
 
@@ -133,8 +129,8 @@ std::vector<TunedProblem> parse_cache(const fs::path& file, const TunedFor& envi
     return true;
   });
   if (json.at("format") != kFormat || json.at("version") != kVersion) {
-    throw ValueError(fmt::format("it is of the format {}, version {}, not \"{}\", version {}", text_of(json["format"]),
-                                 text_of(json["version"]), kFormat, kVersion));
+    throw ValueError(fmt::format("it is of the format {}, version {}, not \"{}\", version {}", shown(json["format"]),
+                                 shown(json["version"]), kFormat, kVersion));
   }
   if (const std::string other = differences(json.at("environment"), environment); !other.empty()) {
     throw ValueError(fmt::format("it was made for {}", other));

@@ -208,11 +208,11 @@ TEST(Catalogue, RefusesWhatIsWrong) {
       {"negative", [&](json& m) { role(m)["heads"] = -24; }, {"role 'self' has 'heads': -24", "above 0"}},
       {"a text for a number", [&](json& m) { role(m)["layers"] = "57"; }, {"'layers': \"57\""}},
       {"K/V heads", [&](json& m) { role(m)["kv_heads"] = 7; }, {"24 heads, not a multiple of its 7"}},
-      {"mask", [&](json& m) { role(m)["mask"] = "causal"; }, {"'mask': 'causal'", "none, padding, bool, additive"}},
-      {"joint", [&](json& m) { role(m)["joint"] = "left"; }, {"'joint': 'left'", "none, front, rear"}},
+      {"mask", [&](json& m) { role(m)["mask"] = "causal"; }, {"'mask': \"causal\"", "none, padding, bool, additive"}},
+      {"joint", [&](json& m) { role(m)["joint"] = "left"; }, {"'joint': \"left\"", "none, front, rear"}},
       {"joint without text", [](json& m) { m["context"] = json::object(); }, {"'context' has no 'text'"}},
       {"role is no object", [&](json& m) { role(m) = 3; }, {"role without a name is no object"}},
-      {"no roles", [](json& m) { m["roles"] = json::array(); }, {"'roles': []", "not a list"}},
+      {"no roles", [](json& m) { m["roles"] = json::array(); }, {"'roles': []", "a list with entries"}},
       {"lengths of no role",
        [&](json& m) {
          resolution(m)["lengths"] = {{"x", {1, 1}}};

@@ -32,15 +32,15 @@ TEST(PlannerFigures, BrokenOnesAreToldByPlace) {
     std::vector<std::string> words;
   };
   const std::vector<Break> breaks = {
-      {"/links/0/gb_per_s", 0, {"link \"nvlink\"", "'gb_per_s': 0", "a number above 0"}},
-      {"/links/1/latency_us", "20", {"link \"ib\"", "'latency_us': \"20\"", "from 0"}},
+      {"/links/0/gb_per_s", 0, {"link 'nvlink'", "'gb_per_s': 0", "a number above 0"}},
+      {"/links/1/latency_us", "20", {"link 'ib'", "'latency_us': \"20\"", "from 0"}},
       {"/links/0/speed", 1, {"unknown field 'speed'", "latency_us"}},
       {"/links", json::array(), {"'links': []", "a list with entries"}},
       {"/node_link", "pcie", {"'pcie'", "none of its links"}},
-      {"/gpus_per_node", 2.5, {"'gpus_per_node': 2.5", "a whole number from 1"}},
-      {"/gpus/0/units", -1, {"gpu \"H200\"", "'units': -1"}},
-      {"/gpus/0/kernels/0/tflops/0", 64, {"kernel \"FLASH_ATTN\"", "[head size, TFLOP/s]"}},
-      {"/gpus/0/kernels/0/hidden", 1.5, {"kernel \"FLASH_ATTN\"", "'hidden': 1.5", "a share from 0 to 1"}},
+      {"/gpus_per_node", 2.5, {"'gpus_per_node': 2.5", "a whole number above 0"}},
+      {"/gpus/0/units", -1, {"gpu 'H200'", "'units': -1"}},
+      {"/gpus/0/kernels/0/tflops/0", 64, {"gpu 'H200', kernel 'FLASH_ATTN'", "[head size, TFLOP/s]"}},
+      {"/gpus/0/kernels/0/hidden", 1.5, {"kernel 'FLASH_ATTN'", "'hidden': 1.5", "a share from 0 to 1"}},
       {"/gpus/0/kernels/0/tiles/0/rows", 0, {"a tile", "'rows': 0"}},
       {"/gpus/0/source", "", {"'source': \"\"", "a text"}},
       {"/gpus/0", 3, {"gpu without a name", "is no object"}},
@@ -52,7 +52,7 @@ TEST(PlannerFigures, BrokenOnesAreToldByPlace) {
   }
   json document = json::parse(figures_json());
   document["links"][1].erase("gb_per_s");
-  expect_contains(error_text<ValueError>([&] { parse_figures(document.dump()); }), {"\"ib\"", "lacks the field"});
+  expect_contains(error_text<ValueError>([&] { parse_figures(document.dump()); }), {"link 'ib'", "lacks the field"});
   expect_contains(error_text<ValueError>([] { parse_figures("{"); }), {"not JSON"});
 }
 

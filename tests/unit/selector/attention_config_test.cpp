@@ -206,6 +206,15 @@ TEST(AttentionFlags, DottedSettingsGoOnTopOfTheConfig) {
   EXPECT_EQ(roles(config), "cross=SAGE_ATTN ltx2.audio_to_video=CUDNN_ATTN self=CUSTOM");
 }
 
+// What a document says is UTF-8 once it is read; what a command line says need not be.
+TEST(AttentionFlags, ValuesThatAreNoUtf8AreShown) {
+  expect_contains(
+      error_text<ConfigError>([] {
+        config_from_flags({.settings = {{"per_role.a.backend", "SAGE_ATTN"}, {"per_role.a.allowed", "x\xe6"}}});
+      }),
+      {"AttentionSpec.allowed is \"x\\ufffd\", expected a list"});
+}
+
 TEST(AttentionFlags, DottedSettingsThatFitNowhere) {
   expect_contains(error_text<ConfigError>([] {
                     config_from_flags({.settings = {{"nothing", "x"}}});
