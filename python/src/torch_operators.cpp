@@ -60,6 +60,7 @@ struct Torch {
   int (*string_c_str)(void*, const char**);
   int (*delete_string)(void*);
   int (*get_current_cuda_stream)(std::int32_t, void**);  // null without CUDA
+  bool (*requires_grad)(const void* tensor);             // C++'s own; null where it cannot be trusted
 
   struct Type {
     std::int32_t torch;
@@ -74,6 +75,29 @@ template <class F>
 bool find(void* library, const char* name, F& function) {
   function = reinterpret_cast<F>(::dlsym(library, name));
   return function != nullptr;
+}
+
+// A handle is an at::Tensor, which is a pointer to a c10::TensorImpl.
+const void* implementation_of(TensorHandle handle) { return *static_cast<const void* const*>(handle); }
+
+// Whether a tensor requires a gradient, which the stable interface does not tell, and an operator in Python in 2 µs. So
+// it is c10::TensorImpl's member function that is asked, once it has answered right for a tensor with and without.
+void find_requires_grad(void* cpu, Torch& torch) {
+  void* c10 = ::dlopen("libc10.so", RTLD_NOW | RTLD_NOLOAD);
+  int (*set)(TensorHandle, bool) = nullptr;
+  bool (*function)(const void*) = nullptr;
+  if (c10 == nullptr || !find(cpu, "torch_set_requires_grad", set) ||
+      !find(c10, "_ZNK3c1010TensorImpl13requires_gradEv", function)) {
+    return;
+  }
+  const std::int64_t one = 1;
+  TensorHandle tensor = nullptr;
+  if (torch.empty_strided(1, &one, &one, torch.types[0].torch, torch.cpu_device, 0, &tensor) != 0) return;
+  const auto answers = [&](bool expected) {
+    return set(tensor, expected) == 0 && function(implementation_of(tensor)) == expected;
+  };
+  if (answers(true) && answers(false)) torch.requires_grad = function;
+  torch.delete_tensor_object(tensor);
 }
 
 std::optional<Torch> find_torch() {
@@ -109,6 +133,7 @@ std::optional<Torch> find_torch() {
   torch.cpu_device = constant("aoti_torch_device_type_cpu");
   torch.cuda_device = constant("aoti_torch_device_type_cuda");
   if (!found) return std::nullopt;
+  find_requires_grad(cpu, torch);
   if (void* gpu = ::dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD); gpu != nullptr) {
     find(gpu, "aoti_torch_get_current_cuda_stream", torch.get_current_cuda_stream);
   }
@@ -178,6 +203,7 @@ class Held {
     const auto count = static_cast<std::size_t>(rank);
     return wrap(data, {sizes, count}, dtype_of(dtype, what), {strides, count}, device());
   }
+  [[nodiscard]] bool requires_grad() const { return torch().requires_grad(implementation_of(handle_)); }
   [[nodiscard]] DLDevice device() const {
     std::int32_t type = 0;
     std::int32_t index = 0;
@@ -258,12 +284,21 @@ class StreamScope {
 constexpr const char* kForwardOnly =
     "it requires a gradient, and ditattn is forward only: call under torch.no_grad(), or give .detach()";
 
-// Gradients cannot be asked for in C: a small operator in Python does, where they may be wanted at all.
-void refuse_gradients(const Arguments& arguments) {
-  if (!torch().grad_mode_is_enabled()) return;
+// Which of the three requires a gradient; -1 for none.
+std::int64_t which_requires_gradient(const Arguments& arguments) {
+  if (torch().requires_grad != nullptr) {
+    if (arguments.query.requires_grad()) return 0;
+    if (arguments.key.requires_grad()) return 1;
+    return arguments.value.requires_grad() ? 2 : -1;
+  }
   std::array<StableIValue, 3> stack{arguments.query.another(), arguments.key.another(), arguments.value.another()};
   check(torch().call_dispatcher("ditattn::requires_gradient", "", stack.data(), kInterface), "A tensor");
-  const auto which = static_cast<std::int64_t>(stack[0]);
+  return static_cast<std::int64_t>(stack[0]);
+}
+
+void refuse_gradients(const Arguments& arguments) {
+  if (!torch().grad_mode_is_enabled()) return;
+  const std::int64_t which = which_requires_gradient(arguments);
   if (which < 0) return;
   throw NotImplementedError(std::string(which == 0   ? "query"
                                         : which == 1 ? "key"

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/json_fields.hpp"
+#include "core/text.hpp"
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
@@ -16,12 +17,6 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kDocument = "Catalogue of models:";
-
-// ASCII only, whatever the locale: names are.
-bool same_name(std::string_view a, std::string_view b) {
-  const auto lower = [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; };
-  return std::ranges::equal(a, b, {}, lower, lower);
-}
 
 std::string names_of(const std::vector<Model>& all) {
   std::vector<std::string_view> names;

@@ -48,9 +48,9 @@ void check_no_overlap(const char* what, const Tensor& out, const Tensor& query, 
 
 Problem check_call(const AttentionImpl& impl, const Tensor& query, const Tensor& key, const Tensor& value,
                    const AttentionMetadata& metadata) {
-  check_rank_4("query", query);
-  check_rank_4("key", key);
-  check_rank_4("value", value);
+  check_input("query", query);
+  check_input("key", key);
+  check_input("value", value);
   if (key.dtype() != query.dtype() || value.dtype() != query.dtype()) {
     throw ValueError(fmt::format("Query, key, and value must have the same dtype, got {}, {} and {}.",
                                  dtype_name(query.dtype()), dtype_name(key.dtype()), dtype_name(value.dtype())));

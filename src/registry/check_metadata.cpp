@@ -101,7 +101,7 @@ void check_joint(const AttentionMetadataFields& fields, const Tensor& query, con
   }
   if (!all) return;
   const auto check = [&](const char* what, const Tensor& tensor, const Tensor& like) {
-    check_rank_4(what, tensor);
+    check_input(what, tensor);
     if (tensor.dtype() != like.dtype() || !same_device(tensor.device(), like.device())) {
       throw ValueError(fmt::format("{} is {} on {}, expected {} on {} like the image's.", what,
                                    dtype_name(tensor.dtype()), device_name(tensor.device()), dtype_name(like.dtype()),

@@ -32,6 +32,10 @@ void check_rank_4(const char* what, const Tensor& tensor) {
     throw ValueError(fmt::format("{} must have 4 dimensions (batch, tokens, heads, head_size), got shape {}.", what,
                                  shape_name(tensor)));
   }
+}
+
+void check_input(const char* what, const Tensor& tensor) {
+  check_rank_4(what, tensor);
   if (tensor.dtype().lanes != 1 || tensor.dtype().bits % 8 != 0) {
     throw ValueError(
         fmt::format("{} has dtype {}, which is not a plain element type.", what, dtype_name(tensor.dtype())));

@@ -6,6 +6,8 @@
 #include <functional>
 #include <mutex>
 #include <shared_mutex>
+#include <string_view>
+#include <tuple>
 #include <unordered_map>
 
 #include "core/environment.hpp"
@@ -21,16 +23,18 @@ namespace {
 
 using Layer = std::shared_ptr<const AttentionImpl>;
 
-// All that a layer depends on beside the registrations. A class is kept alive by its layer: its address is its own.
+// All that a layer depends on beside the registrations; with `std::string`s to keep, with views to look up, which every
+// call does. A class is kept alive by its layer: its address is its own.
+template <class Text>
 struct Key {
   const AttentionBackend* backend_class;
-  std::string backend;
-  std::string role;
-  std::string role_category;
-  std::string environment;
-  std::string kwargs;
-  std::string config;
-  std::string device;
+  Text backend;
+  Text role;
+  Text role_category;
+  Text environment;
+  Text kwargs;
+  Text config;
+  Text device;
   std::optional<double> softmax_scale;
   std::optional<double> max_error;
   bool causal;
@@ -38,32 +42,61 @@ struct Key {
   std::int64_t num_kv_heads;
   std::int64_t head_size;
 
-  bool operator==(const Key&) const = default;
+  template <class Other>
+  bool operator==(const Key<Other>& other) const {
+    return as_tuple() == other.as_tuple();
+  }
+  [[nodiscard]] auto as_tuple() const {
+    const auto view = [](const Text& text) { return std::string_view(text); };
+    return std::tuple(num_heads, num_kv_heads, head_size, causal, backend_class, softmax_scale, max_error,
+                      view(backend), view(role), view(role_category), view(environment), view(kwargs), view(config),
+                      view(device));
+  }
 };
+using KeptKey = Key<std::string>;
+using SoughtKey = Key<std::string_view>;
 
+KeptKey to_keep(const SoughtKey& key) {
+  return {.backend_class = key.backend_class,
+          .backend = std::string(key.backend),
+          .role = std::string(key.role),
+          .role_category = std::string(key.role_category),
+          .environment = std::string(key.environment),
+          .kwargs = std::string(key.kwargs),
+          .config = std::string(key.config),
+          .device = std::string(key.device),
+          .softmax_scale = key.softmax_scale,
+          .max_error = key.max_error,
+          .causal = key.causal,
+          .num_heads = key.num_heads,
+          .num_kv_heads = key.num_kv_heads,
+          .head_size = key.head_size};
+}
+
+// Of what differs between the layers of a model; the rest is left to the comparison.
 struct KeyHash {
-  std::size_t operator()(const Key& key) const {
+  using is_transparent = void;
+  template <class Text>
+  std::size_t operator()(const Key<Text>& key) const {
     std::size_t seed = 0;
     const auto mix = [&](const auto& value) {
       seed = seed * 1'000'003 + std::hash<std::decay_t<decltype(value)>>()(value);
     };
     mix(key.backend_class);
-    mix(key.backend);
-    mix(key.role);
-    mix(key.kwargs);
-    mix(key.config);
-    mix(key.softmax_scale.value_or(0));
-    mix(key.max_error.value_or(0));
+    mix(std::string_view(key.backend));
+    mix(std::string_view(key.role));
     mix(key.num_heads);
     mix(key.head_size);
     return seed;
   }
 };
 
+using KeptLayers = std::unordered_map<KeptKey, Layer, KeyHash, std::equal_to<>>;
+
 struct Layers {
   std::shared_mutex mutex;
   std::uint64_t changes = 0;  // registrations when these were made
-  std::unordered_map<Key, Layer, KeyHash> kept;
+  KeptLayers kept;
 };
 
 Layers& layers() {
@@ -77,6 +110,7 @@ constexpr std::size_t kMostKept = 512;  // more than models have kinds of layers
 // Options as one text that differs where they do; none for values that cannot be compared.
 std::optional<std::string> text_of(const BackendKwargs& kwargs) {
   std::string text;
+  if (kwargs.empty()) return text;
   for (const auto& [key, value] : kwargs) {
     std::string entry;
     if (const auto flag = value.as<bool>()) {
@@ -98,6 +132,7 @@ std::optional<std::string> text_of(const BackendKwargs& kwargs) {
 // A configuration as one text that differs where they do.
 std::optional<std::string> text_of(const AttentionConfig& config) {
   std::string text;
+  if (!config.default_spec && config.per_role.empty()) return text;
   const auto add = [&](const std::string& role, const AttentionSpec& spec) {
     const auto kwargs = text_of(spec.backend_kwargs);
     text += fmt::format("{}:{}={};{};{};{};{};", role.size(), role, spec.backend, kwargs.value_or(""),
@@ -114,7 +149,7 @@ std::optional<std::string> text_of(const AttentionConfig& config) {
 }
 
 bool names_nobody(const AttentionOptions& options) {
-  return options.backend_class == nullptr && upper_case(options.backend) == kAutomatic;
+  return options.backend_class == nullptr && same_name(options.backend, kAutomatic);
 }
 
 // The configuration, with the call's own bound where it has no default.
@@ -168,37 +203,41 @@ Layer make(const AttentionOptions& options, const LayerShape& shape) {
 }  // namespace
 
 Layer attention_layer(const AttentionOptions& options, const LayerShape& shape) {
+  const bool is_free = names_nobody(options);
   const std::optional<std::string> kwargs = text_of(options.backend_kwargs);
-  const std::optional<std::string> config = names_nobody(options) ? text_of(options.config) : std::string();
+  const std::optional<std::string> config = is_free ? text_of(options.config) : std::string();
   if (!kwargs || !config) return make(options, shape);
+  const std::string environment_name =
+      is_free ? environment(Env::DIFFUSION_ATTENTION_BACKEND).value_or("") : std::string();
 
-  Key key{.backend_class = options.backend_class.get(),
-          .backend = options.backend,
-          .role = options.role,
-          .role_category = options.role_category,
-          .environment = environment(Env::DIFFUSION_ATTENTION_BACKEND).value_or(""),
-          .kwargs = *kwargs,
-          .config = *config,
-          .device = shape.device,
-          .softmax_scale = options.softmax_scale,
-          .max_error = options.max_error,
-          .causal = options.causal,
-          .num_heads = shape.num_heads,
-          .num_kv_heads = shape.num_kv_heads,
-          .head_size = shape.head_size};
+  const SoughtKey key{.backend_class = options.backend_class.get(),
+                      .backend = options.backend,
+                      .role = options.role,
+                      .role_category = options.role_category,
+                      .environment = environment_name,
+                      .kwargs = *kwargs,
+                      .config = *config,
+                      .device = shape.device,
+                      .softmax_scale = options.softmax_scale,
+                      .max_error = options.max_error,
+                      .causal = options.causal,
+                      .num_heads = shape.num_heads,
+                      .num_kv_heads = shape.num_kv_heads,
+                      .head_size = shape.head_size};
   const std::uint64_t changes = registration_changes();
+  Layers& all = layers();
   {
-    const std::shared_lock lock(layers().mutex);
-    if (layers().changes == changes) {
-      if (const auto found = layers().kept.find(key); found != layers().kept.end()) return found->second;
+    const std::shared_lock lock(all.mutex);
+    if (all.changes == changes) {
+      if (const auto found = all.kept.find(key); found != all.kept.end()) return found->second;
     }
   }
-  Layer made = make(options, shape);                // may load a plug-in, which may come back here: no lock is held
-  std::unordered_map<Key, Layer, KeyHash> dropped;  // destroyed when the lock is free again, for the same reason
-  const std::unique_lock lock(layers().mutex);
-  if (layers().changes != changes || layers().kept.size() == kMostKept) layers().kept.swap(dropped);
-  layers().changes = changes;
-  layers().kept.emplace(std::move(key), made);
+  Layer made = make(options, shape);  // may load a plug-in, which may come back here: no lock is held
+  KeptLayers dropped;                 // destroyed when the lock is free again, for the same reason
+  const std::unique_lock lock(all.mutex);
+  if (all.changes != changes || all.kept.size() == kMostKept) all.kept.swap(dropped);
+  all.changes = changes;
+  all.kept.emplace(to_keep(key), made);
   return made;
 }
 
