@@ -162,15 +162,8 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
   RingPlace<Config::kStages> value_place;
   int query_parity = 0;
   bool broken = false;  // an output of this warp is not finite
-  // Turns: a warpgroup's products are issued between its own barrier and the arrival at the next one's.
-  constexpr bool kTurns = Config::kWarpgroups > 1;
-  const auto take_turn = [&] {
-    if constexpr (kTurns) hopper::sync_named(1 + group, 256);
-  };
-  const auto pass_turn = [&] {
-    if constexpr (kTurns) hopper::arrive_named(1 + (group + 1) % Config::kWarpgroups, 256);
-  };
-  if (group == Config::kWarpgroups - 1) pass_turn();
+  const WarpgroupTurns<Config::kWarpgroups> turns{group};
+  turns.begin();
 
   while (tiles.next()) {
     const Tile& tile = tiles.tile();
@@ -217,12 +210,12 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
     hopper::wait(memory.query_full(group), query_parity);
     query_parity ^= 1;
     hopper::wait(memory.key_full(key_place.stage), key_place.parity);
-    take_turn();
+    turns.take();
     hopper::pin(logits);
     hopper::fence_products();
     multiply_keys<Config>(logits, query, memory.key(key_place.stage), kMasked);
     hopper::commit_products();
-    pass_turn();
+    turns.pass();
     hopper::wait_products<0>();
     hopper::pin(logits);
     release(memory.key_empty(key_place.stage));
@@ -238,7 +231,7 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
     const auto step = [&](int i, auto exact) {
       if constexpr (decltype(exact)::value) look_at_keys(i);
       hopper::wait(memory.key_full(key_place.stage), key_place.parity);
-      take_turn();
+      turns.take();
       hopper::pin(logits);
       hopper::pin(out);
       hopper::pin(probabilities);
@@ -249,7 +242,7 @@ __device__ __forceinline__ void consume(const FlashSm90Arguments& a, const Flash
       hopper::fence_products();
       multiply_values<Config>(out, probabilities, memory.value(value_place.stage), i > 1);
       hopper::commit_products();
-      pass_turn();
+      turns.pass();
       hopper::wait_products<1>();
       hopper::pin(logits);
       release(memory.key_empty(key_place.stage));

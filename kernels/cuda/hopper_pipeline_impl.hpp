@@ -49,6 +49,22 @@ class TileWalk {
   unsigned round_ = 0;
 };
 
+/// Turns of a block's warpgroups that compute: a group's products are issued between its own barrier and the arrival at
+/// the next one's. None where there is but one.
+template <int kGroups>
+struct WarpgroupTurns {
+  int group;
+  __device__ void begin() const {
+    if (group == kGroups - 1) pass();
+  }
+  __device__ void take() const {
+    if constexpr (kGroups > 1) hopper::sync_named(1 + group, 256);
+  }
+  __device__ void pass() const {
+    if constexpr (kGroups > 1) hopper::arrive_named(1 + (group + 1) % kGroups, 256);
+  }
+};
+
 /// A ring of stages: which one is next, and the parity of its phase.
 template <int kStages>
 struct RingPlace {

@@ -56,15 +56,8 @@ __device__ __forceinline__ void consume_sage3(const Sage3Sm90Arguments& a, const
   RingPlace<Config::kStages> value_place;
   int query_parity = 0;
   bool broken = false;  // an output of this warp is not finite
-  // Turns: a warpgroup's products are issued between its own barrier and the arrival at the next one's.
-  constexpr bool kTurns = Config::kWarpgroups > 1;
-  const auto take_turn = [&] {
-    if constexpr (kTurns) hopper::sync_named(1 + group, 256);
-  };
-  const auto pass_turn = [&] {
-    if constexpr (kTurns) hopper::arrive_named(1 + (group + 1) % Config::kWarpgroups, 256);
-  };
-  if (group == Config::kWarpgroups - 1) pass_turn();
+  const WarpgroupTurns<Config::kWarpgroups> turns{group};
+  turns.begin();
 
   while (tiles.next()) {
     const Tile& tile = tiles.tile();
@@ -119,13 +112,13 @@ __device__ __forceinline__ void consume_sage3(const Sage3Sm90Arguments& a, const
     const auto attend = [&](int i, auto first, auto hides) {
       constexpr bool overlaps = !decltype(first)::value;
       hopper::wait(memory.key_full(key_place.stage), key_place.parity);
-      take_turn();
+      turns.take();
       hopper::pin(logits);
       hopper::fence_products();
       multiply_keys<Config>(logits, query, memory.key(key_place.stage), false);
       hopper::commit_products();
       if constexpr (overlaps) start_values(i > 1);
-      pass_turn();
+      turns.pass();
       hopper::wait_products<overlaps ? 1 : 0>();
       hopper::pin(logits);
       to_probabilities(i, hides);

@@ -134,15 +134,8 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
   int query_parity = 0;
   bool broken = false;  // an output of this warp is not finite
   const hopper::Address scratch = memory.output(group) + warp_row % 64 * Config::kHead * 4;
-  // Turns: a warpgroup's products are issued between its own barrier and the arrival at the next one's.
-  constexpr bool kTurns = Config::kWarpgroups > 1;
-  const auto take_turn = [&] {
-    if constexpr (kTurns) hopper::sync_named(1 + group, 256);
-  };
-  const auto pass_turn = [&] {
-    if constexpr (kTurns) hopper::arrive_named(1 + (group + 1) % Config::kWarpgroups, 256);
-  };
-  if (group == Config::kWarpgroups - 1) pass_turn();
+  const WarpgroupTurns<Config::kWarpgroups> turns{group};
+  turns.begin();
 
   while (tiles.next()) {
     const Tile& tile = tiles.tile();
@@ -222,13 +215,13 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
     hopper::wait(memory.key_full(key_place.stage), key_place.parity);
     read_scale();
     start_products();
-    take_turn();
+    turns.take();
     hopper::pin(products);
     if constexpr (Config::kHoldsQuery) hopper::pin(query);
     hopper::fence_products();
     multiply_bytes<Config>(products, query, memory.query(group), memory.key(key_place.stage));
     hopper::commit_products();
-    pass_turn();
+    turns.pass();
     find_scale();
     hopper::wait_products<0>();
     hopper::pin(products);
@@ -247,7 +240,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
       hopper::wait(memory.key_full(key_place.stage), key_place.parity);
       read_scale();
       start_products();
-      take_turn();
+      turns.take();
       hopper::pin(products);
       if constexpr (Config::kHoldsQuery) hopper::pin(query);
       hopper::pin(out);
@@ -259,7 +252,7 @@ __device__ __forceinline__ void consume_sage(const SageSm90Arguments& a, const S
       hopper::fence_products();
       multiply_values<Config>(out, probabilities, memory.value(value_place.stage), added);
       hopper::commit_products();
-      pass_turn();
+      turns.pass();
       find_scale();
       hopper::wait_products<1>();
       hopper::pin(products);
