@@ -53,12 +53,12 @@ Tensor HeadScatter::add(Slot sent, Slot kept, const Tensor& mine, std::span<cons
     const Tensor theirs = slice(mine, 2, heads[rank]);
     const Tensor place_of_theirs = slice(collected, 1, chunks[rank]);
     if (rank == place) {
-      copies_.push_back({.to = place_of_theirs, .from = theirs});
+      own_.push_back({.to = place_of_theirs, .from = theirs});
       continue;
     }
     const Tensor packed = make(at, mine.size(1), heads[rank]);
     at += bytes_of(packed);
-    copies_.push_back({.to = packed, .from = theirs});
+    packing_.push_back({.to = packed, .from = theirs});
     send(sends_, static_cast<int>(rank), packed);
     receive(receives_, static_cast<int>(rank), place_of_theirs);
   }
@@ -66,8 +66,10 @@ Tensor HeadScatter::add(Slot sent, Slot kept, const Tensor& mine, std::span<cons
 }
 
 std::unique_ptr<Pending> HeadScatter::start() {
-  copy(copies_);
-  return ulysses_.start(Operation::all_to_all, sends_, receives_, copies_.front().to.device());
+  copy(packing_);
+  auto pending = ulysses_.start(Operation::all_to_all, sends_, receives_, own_.front().to.device());
+  copy(own_);
+  return pending;
 }
 
 void HeadGather::add_rows(Slot received, const Tensor& mine, const Tensor& to, std::span<const Range> heads,
@@ -80,7 +82,7 @@ void HeadGather::add_rows(Slot received, const Tensor& mine, const Tensor& to, s
     const Tensor of_theirs = slice(to, 2, heads[rank]);
     if (rank == place) {
       if (data_pointer(theirs) == data_pointer(of_theirs)) continue;  // computed where it belongs
-      copies_.push_back({.to = of_theirs, .from = theirs});
+      own_.push_back({.to = of_theirs, .from = theirs});
       continue;
     }
     send(sends_, static_cast<int>(rank), theirs);
@@ -88,7 +90,7 @@ void HeadGather::add_rows(Slot received, const Tensor& mine, const Tensor& to, s
         token_major(at, to.size(0), to.size(1), heads[rank].size(), to.size(3), to.dtype(), to.device());
     at += bytes_of(part);
     receive(receives_, static_cast<int>(rank), part);
-    copies_.push_back({.to = of_theirs, .from = part});
+    unpacking_.push_back({.to = of_theirs, .from = part});
   }
 }
 
@@ -101,7 +103,7 @@ void HeadGather::add_shared(Slot received, const Tensor& mine, const Tensor& to,
   for (std::size_t rank = 0; rank < rows.size(); ++rank) {
     const Tensor of_theirs = slice(slice(to, 1, rows[rank]), 2, heads[rank]);
     if (rank == place_of(ranks_)) {
-      copies_.push_back({.to = of_theirs, .from = mine});
+      own_.push_back({.to = of_theirs, .from = mine});
       continue;
     }
     send(sends_, static_cast<int>(rank), mine);
@@ -109,18 +111,20 @@ void HeadGather::add_shared(Slot received, const Tensor& mine, const Tensor& to,
         token_major(at, to.size(0), rows[rank].size(), heads[rank].size(), to.size(3), to.dtype(), to.device());
     at += bytes_from(rank);
     receive(receives_, static_cast<int>(rank), part);
-    copies_.push_back({.to = of_theirs, .from = part});
+    unpacking_.push_back({.to = of_theirs, .from = part});
   }
 }
 
 void HeadGather::start(Operation operation) {
-  if (ranks_.size() == 1 || copies_.empty()) return;
-  pending_ = ranks_.start(operation, sends_, receives_, copies_.front().to.device());
+  if (!unpacking_.empty()) {
+    pending_ = ranks_.start(operation, sends_, receives_, unpacking_.front().to.device());
+  }
+  copy(own_);
 }
 
 void HeadGather::finish() {
   if (pending_) pending_->wait();
-  copy(copies_);
+  copy(unpacking_);
 }
 
 std::unique_ptr<Pending> pass_on(Communicator& ring, std::span<const Tensor> mine, std::span<const Tensor> theirs) {

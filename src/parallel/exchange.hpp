@@ -11,7 +11,7 @@
 namespace ditattn::parallel {
 
 /// Gives each rank of `ulysses` its heads of this rank's tokens, and collects this rank's heads of everybody's: several
-/// tensors in one batch. What stays on this rank is copied and not sent.
+/// tensors in one batch. What stays on this rank is not sent but copied, while the rest is on its way.
 class HeadScatter {
  public:
   HeadScatter(Communicator& ulysses, Workspace& workspace, int part)
@@ -28,12 +28,13 @@ class HeadScatter {
   Communicator& ulysses_;
   Workspace& workspace_;
   int part_;
-  std::vector<TokenCopy> copies_;
+  std::vector<TokenCopy> packing_;
+  std::vector<TokenCopy> own_;
   std::vector<SendBlock> sends_;
   std::vector<ReceiveBlock> receives_;
 };
 
-/// The way back.
+/// The way back, which what stays on this rank is not sent either.
 class HeadGather {
  public:
   HeadGather(Communicator& ranks, Workspace& workspace, int part) : ranks_(ranks), workspace_(workspace), part_(part) {}
@@ -53,7 +54,8 @@ class HeadGather {
   Communicator& ranks_;
   Workspace& workspace_;
   int part_;
-  std::vector<TokenCopy> copies_;
+  std::vector<TokenCopy> own_;
+  std::vector<TokenCopy> unpacking_;
   std::vector<SendBlock> sends_;
   std::vector<ReceiveBlock> receives_;
   std::unique_ptr<Pending> pending_;
