@@ -45,7 +45,7 @@ struct KernelCall {
 /// A dimension of one has the stride it would have in a contiguous tensor: whatever stands there is never used, but
 /// engines look at it.
 inline kernels::Strides strides_of(const Tensor& tensor) {
-  const std::int64_t* size = tensor.shape().data();  // not checked at each look, as tensor.size(i) is
+  const std::int64_t* size = tensor.shape().data();
   const std::int64_t* stride = tensor.strides().data();
   const std::int64_t token = size[2] * size[3];
   return {.batch = size[0] == 1 ? size[1] * token : stride[0],
@@ -81,12 +81,13 @@ inline KernelCall to_kernel_call(const AttentionCall& call, const AttentionImpl&
   KernelCall result{.plan = call.plan(impl.config().causal, alignment), .problem = {}};
   const CallPlan& plan = result.plan;
   kernels::AttentionProblem& problem = result.problem;
-  problem.batch = call.query.size(0);
-  problem.heads = call.query.size(2);
-  problem.kv_heads = call.key.size(2);
+  const std::int64_t* query = call.query.shape().data();  // not checked at each look, as call.query.size(i) is
+  problem.batch = query[0];
+  problem.heads = query[2];
+  problem.kv_heads = call.key.shape().data()[2];
   problem.rows = plan.total_rows;
   problem.keys = plan.total_keys;
-  problem.head_size = call.query.size(3);
+  problem.head_size = query[3];
   problem.type = problem.out_type = element_type(call.query.dtype());
   problem.scale = static_cast<float>(impl.softmax_scale());
   problem.num_queries = plan.num_queries;
@@ -101,7 +102,8 @@ inline KernelCall to_kernel_call(const AttentionCall& call, const AttentionImpl&
   problem.out_strides = strides_of(call.out);
   if (call.lse.defined()) {
     problem.lse = static_cast<float*>(data_pointer(call.lse));
-    problem.lse_strides = {.batch = call.lse.stride(0), .token = call.lse.stride(2), .head = call.lse.stride(1)};
+    const std::int64_t* stride = call.lse.strides().data();
+    problem.lse_strides = {.batch = stride[0], .token = stride[2], .head = stride[1]};
   }
   problem.causal = plan.causal;
   problem.causal_offset = plan.causal_offset;

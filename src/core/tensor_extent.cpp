@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <cmath>
+
 #include "ditattn/errors.hpp"
 
 namespace ditattn {
@@ -10,22 +12,20 @@ std::string strides_name(const Tensor& tensor) {
   return shape_name({tensor.strides().data(), static_cast<std::size_t>(tensor.ndim())});
 }
 
+// In float64, which is exact enough for a bound and cannot overflow here: this is done for each tensor of each call.
 void check_extent(const char* what, const Tensor& tensor) {
+  constexpr auto most = static_cast<double>(std::int64_t{1} << 62);
   const Extent extent(tensor);
-  const std::int64_t item = tensor.dtype().bits / 8;
-  std::int64_t count = 1;
-  std::int64_t reach = item;
-  bool overflow = false;
+  const double item = tensor.dtype().bits / 8;
+  double count = 1;
+  double reach = item;
   for (int i = 0; i < extent.rank; ++i) {
     const std::int64_t size = extent.sizes[i];
     if (size < 0) throw ValueError(fmt::format("{} has a negative size: {}.", what, shape_name(tensor)));
-    std::int64_t span = 0;
-    const std::int64_t stride = extent.strides[i];
-    overflow |= stride == INT64_MIN || __builtin_mul_overflow(count, size, &count) ||
-                __builtin_mul_overflow(stride < 0 ? -stride : stride, size > 0 ? size - 1 : 0, &span) ||
-                __builtin_mul_overflow(span, item, &span) || __builtin_add_overflow(reach, span, &reach);
+    count *= static_cast<double>(size);
+    if (size > 1) reach += std::abs(static_cast<double>(extent.strides[i])) * static_cast<double>(size - 1) * item;
   }
-  if (overflow) {
+  if (!(count < most && reach < most)) {
     throw ValueError(fmt::format("{} of shape {} and strides {} reaches past what can be addressed.", what,
                                  shape_name(tensor), strides_name(tensor)));
   }

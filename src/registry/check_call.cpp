@@ -27,8 +27,10 @@ void check_no_overlap(const char* what, const Tensor& out, const Tensor& query, 
     throw ValueError(
         fmt::format("{} of shape {} has strides {}: its elements overlap.", what, shape_name(out), strides_name(out)));
   }
+  const MemoryRange range = range_of(out);
   const auto check = [&](const char* other, const Tensor& tensor) {
-    if (share_memory(out, tensor)) throw ValueError(fmt::format("{} shares memory with {}.", what, other));
+    if (range.meets(range_of(tensor)) && share_memory(out, tensor))
+      throw ValueError(fmt::format("{} shares memory with {}.", what, other));
   };
   check("query", query);
   check("key", key);

@@ -10,27 +10,10 @@
 namespace ditattn {
 namespace {
 
-struct Range {
-  std::intptr_t begin;
-  std::intptr_t end;
-};
-
 std::int64_t item_size(const Tensor& tensor) { return tensor.dtype().bits / 8; }
 
-Range whole_range(const Tensor& tensor) {
-  const auto base = reinterpret_cast<std::intptr_t>(data_pointer(tensor));
-  Range range{base, base};
-  const Extent extent(tensor);
-  for (int i = 0; i < extent.rank; ++i) {
-    const std::int64_t reach = extent.strides[i] * (extent.sizes[i] - 1) * item_size(tensor);
-    (reach < 0 ? range.begin : range.end) += reach;
-  }
-  range.end += item_size(tensor);
-  return range;
-}
-
 // The rows of the last dimension as byte ranges, sorted. Broadcast dimensions repeat rows: visited once.
-std::vector<Range> row_ranges(const Tensor& tensor) {
+std::vector<MemoryRange> row_ranges(const Tensor& tensor) {
   const int last = tensor.ndim() - 1;
   std::vector<std::int64_t> offsets{0};
   for (int i = 0; i < last; ++i) {
@@ -43,7 +26,7 @@ std::vector<Range> row_ranges(const Tensor& tensor) {
     offsets = std::move(next);
   }
   const auto base = reinterpret_cast<std::intptr_t>(data_pointer(tensor));
-  std::vector<Range> rows;
+  std::vector<MemoryRange> rows;
   rows.reserve(offsets.size());
   const std::int64_t length = ((tensor.size(last) - 1) * std::abs(tensor.stride(last)) + 1) * item_size(tensor);
   for (std::int64_t offset : offsets) {
@@ -51,7 +34,7 @@ std::vector<Range> row_ranges(const Tensor& tensor) {
     const std::intptr_t begin = base + first * item_size(tensor);
     rows.push_back({begin, begin + length});
   }
-  std::ranges::sort(rows, {}, &Range::begin);
+  std::ranges::sort(rows, {}, &MemoryRange::begin);
   return rows;
 }
 
@@ -73,13 +56,23 @@ bool overlaps_itself(const Tensor& tensor) {
   return false;
 }
 
+MemoryRange range_of(const Tensor& tensor) {
+  const auto base = reinterpret_cast<std::intptr_t>(data_pointer(tensor));
+  const std::int64_t item = item_size(tensor);
+  MemoryRange range{base, base + item};
+  const Extent extent(tensor);
+  for (int i = 0; i < extent.rank; ++i) {
+    if (extent.sizes[i] == 0) return {};
+    const std::int64_t reach = extent.strides[i] * (extent.sizes[i] - 1) * item;
+    (reach < 0 ? range.begin : range.end) += reach;
+  }
+  return range;
+}
+
 bool share_memory(const Tensor& a, const Tensor& b) {
-  if (a.numel() == 0 || b.numel() == 0 || a.ndim() == 0 || b.ndim() == 0) return false;
-  const Range range_a = whole_range(a);
-  const Range range_b = whole_range(b);
-  if (range_a.end <= range_b.begin || range_b.end <= range_a.begin) return false;
-  const std::vector<Range> rows_a = row_ranges(a);
-  const std::vector<Range> rows_b = row_ranges(b);
+  if (a.ndim() == 0 || b.ndim() == 0 || !range_of(a).meets(range_of(b))) return false;
+  const std::vector<MemoryRange> rows_a = row_ranges(a);
+  const std::vector<MemoryRange> rows_b = row_ranges(b);
   for (std::size_t i = 0, j = 0; i < rows_a.size() && j < rows_b.size();) {
     if (rows_a[i].end <= rows_b[j].begin) {
       ++i;
