@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "core/cuda_driver.hpp"
+#include "core/interrupt.hpp"
 #include "core/row_reference.hpp"
 #include "core/text.hpp"
 #include "ditattn/errors.hpp"
@@ -176,6 +177,7 @@ bool Guard::Watch::try_replacement(const ForwardEvent& event, const Place& place
     if (again.failed()) reasons.push_back(again.text());
     return !again.failed();
   } catch (const std::exception& error) {
+    if (is_interrupt(error)) throw;
     reasons.push_back(fmt::format("{}: {}", backend->get_name(), text_of(error)));
     return false;
   }

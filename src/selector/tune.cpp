@@ -7,6 +7,7 @@
 
 #include "core/cuda_driver.hpp"
 #include "core/fork_locks.hpp"
+#include "core/interrupt.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/selector.hpp"
@@ -27,7 +28,8 @@ std::vector<Candidate> all_candidates(const std::string& device) {
   for (const Member member : platform_candidates(device)) {
     try {
       candidates.push_back(candidate_of(member));
-    } catch (const tvm::ffi::Error&) {  // of any language: not to be had here
+    } catch (const tvm::ffi::Error& error) {  // of any language: not to be had here
+      if (is_interrupt(error)) throw;
     }
   }
   const std::vector<Candidate> others = available_beside(candidates);
@@ -133,6 +135,7 @@ void tune_at_first_call(const AttentionCall& call, const Problem& problem, const
     measured = measure_call(call, problem, config, contenders_of(candidates, {}, problem), {});
     add_tuned(problem.device, measured, true);
   } catch (const Error& error) {
+    if (is_interrupt(error)) throw;
     log(LogLevel::warning, fmt::format("Measuring at the first call failed: {}", error.message()));
     if (measured.results.empty()) add_tuned(problem.device, measured, false);
   }

@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 
+#include "core/interrupt.hpp"
 #include "core/row_reference.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
@@ -103,6 +104,7 @@ class Measurement {
     try {
       guard(results_[result].backend, body);
     } catch (const Error& error) {
+      if (is_interrupt(error)) throw;
       results_[result].reason = error.message().empty() ? error.kind() : error.message();
     }
   }

@@ -11,6 +11,7 @@
 #include <shared_mutex>
 
 #include "core/fork_locks.hpp"
+#include "core/interrupt.hpp"
 #include "core/log_once.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/threads.hpp"
@@ -54,6 +55,7 @@ class StillHolds {
       }
       return member;
     } catch (const tvm::ffi::Error& error) {  // of any language
+      if (is_interrupt(error)) throw;
       reason = std::string(error.message());
       return std::nullopt;
     }
