@@ -59,13 +59,6 @@ Json to_json(const TunedProblem& tuned) {
   return {{"problem", problem}, {"results", results}};
 }
 
-MaskKind parse_mask(const std::string& name) {
-  for (const MaskKind kind : {MaskKind::none, MaskKind::padding, MaskKind::boolean, MaskKind::additive}) {
-    if (name == mask_kind_name(kind)) return kind;
-  }
-  throw ValueError(fmt::format("the mask '{}'", name));
-}
-
 // nlohmann's own conversion takes 1e30, 2.5 and true.
 std::int64_t parse_integer(const Json& json, const char* name) {
   const bool is_integer = json.is_number_integer() && json.get<double>() >= 0 && json.get<double>() <= INT32_MAX;
@@ -88,7 +81,7 @@ TunedProblem parse_problem(const Json& json) {
   TunedProblem tuned;
   const Json& problem = json.at("problem");
   tuned.problem.dtype = parse_dtype(problem.at("dtype").get<std::string>());
-  tuned.problem.mask = parse_mask(problem.at("mask").get<std::string>());
+  tuned.problem.mask = parse_mask_kind(problem.at("mask").get<std::string>());
   for (const auto& [name, field] : kSizes) tuned.problem.*field = parse_integer(problem.at(name), name);
   if (tuned.problem.num_kv_heads == 0) throw ValueError("num_kv_heads=0");
   for (const auto& [name, field] : kFlags) tuned.problem.*field = problem.at(name).get<bool>();

@@ -241,7 +241,7 @@ def test_the_commands_of_the_docs(tuner):
     for arguments in commands:
         text = tuner.ok(*arguments)
         if arguments[:2] == ["tune", "--list"]:
-            assert "2 problems in" in text and "1,8,512,512,64" in text
+            assert "2 problems in" in text and "H=8 Sq=512 Skv=512 D=64, float32 on cpu" in text
         if "--diffusion-attention-config" in arguments:
             assert "FLASH_ATTN" in text
 

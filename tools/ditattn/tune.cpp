@@ -142,14 +142,6 @@ Json to_json(const Tuned& tuned, std::optional<double> max_error) {
   return json;
 }
 
-std::string describe(const Problem& p) {
-  return fmt::format("{},{},{},{},{}{}{}{}{}{} {}", p.batch, p.num_heads, p.seq_q, p.seq_kv, p.head_size,
-                     p.num_kv_heads == p.num_heads ? "" : fmt::format(" Hkv={}", p.num_kv_heads),
-                     p.mask == MaskKind::none ? "" : fmt::format(" {} mask", mask_kind_name(p.mask)),
-                     p.causal ? " causal" : "", p.joint ? " joint" : "", p.packed ? " packed" : "",
-                     dtype_name(p.dtype));
-}
-
 std::vector<Cell> row(const Tuned& tuned, std::optional<double> max_error) {
   if (!tuned.skipped.empty()) return {{printable(tuned.name)}, {}, {"skipped"}, {}, {}, {}, {}, {tuned.skipped}};
   const auto choice = choice_of(tuned, max_error);
