@@ -15,6 +15,7 @@
 #include "ditattn/errors.hpp"
 #include "registry/table_backend.hpp"
 #include "tuner/rounds.hpp"
+#include "tuner/tune_cache.hpp"
 
 namespace ditattn {
 namespace {
@@ -86,9 +87,7 @@ class Measurement {
       if (results_[running.result].reason.empty())
         results_[running.result].median_ms = rounds_.median_ms(running.entry);
     }
-    std::ranges::stable_sort(results_, {}, [](const TunedResult& result) {
-      return result.reason.empty() ? result.median_ms : std::numeric_limits<double>::infinity();
-    });
+    sort_results(results_);
     return std::move(results_);
   }
 

@@ -166,6 +166,19 @@ def test_only_those_that_are_named(tuner):
     assert "has an empty name" in tuner.fails(2, "tune", "--shape", SHAPE, "--backends", "flash_attn,")
 
 
+def test_what_is_known_of_others_is_kept(tuner):
+    (before,) = tuner.tune("--shape", SHAPE)["cases"]
+    tuner.rewrite(make_fastest("TORCH_SDPA"))
+    (case,) = tuner.tune("--shape", SHAPE, "--backends", "sage_attn,flash_attn")["cases"]
+    times = {result["backend"]: result["median_ms"] for result in usable(case)}
+    assert set(times) == {result["backend"] for result in usable(before)} and case["chosen"] == "TORCH_SDPA"
+    assert times["TORCH_SDPA"] == 0.001 and times["SAGE_ATTN_3"] == 1000
+    assert times["SAGE_ATTN"] != 1000 and times["FLASH_ATTN"] != 1000
+    assert tuner.json("tune", "--list")["cases"][0]["results"] == case["results"]
+    text = tuner.ok("tune", "--shape", SHAPE, "--backends", "flash_attn", *BUDGET)
+    assert re.search(r"TORCH_SDPA +0\.001 ", text), text
+
+
 @pytest.mark.parametrize("arguments, status, text", [
     ((), 2, "Nothing to tune: give --shape B,H,Sq,Skv,D, --model NAME, --input FILE or --catalogue."),
     (("--shape", "1,2,3"), 2, "1,2,3"),
