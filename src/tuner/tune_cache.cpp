@@ -219,6 +219,10 @@ std::vector<TunedProblem> read_tune_cache(const fs::path& file, const TunedFor& 
   return {};
 }
 
+void publish_tuned(const fs::path& file, const TunedFor& environment, const std::vector<TunedProblem>& problems) {
+  publish_tuned(file, environment, problems, Others::dropped);
+}
+
 void publish_tuned(const fs::path& file, const TunedFor& environment, const std::vector<TunedProblem>& problems,
                    Others others) {
   std::error_code error;

@@ -33,6 +33,10 @@ DITATTN_API std::vector<TunedProblem> read_tune_cache(const std::filesystem::pat
 /// take turns, so that both have their say; readers see the file as it was or as it is. FileError where it cannot be
 /// written, or is there and cannot be opened.
 DITATTN_API void publish_tuned(const std::filesystem::path& file, const TunedFor& environment,
-                               const std::vector<TunedProblem>& problems, Others others = Others::dropped);
+                               const std::vector<TunedProblem>& problems, Others others);
+
+/// The same, of measurements of everybody.
+DITATTN_API void publish_tuned(const std::filesystem::path& file, const TunedFor& environment,
+                               const std::vector<TunedProblem>& problems);
 
 }  // namespace ditattn
