@@ -42,12 +42,6 @@ void check(GuardOptions& options) {
   DiffusionAttentionBackendEnum::from_name(options.safer).get_class()->validate_available();
 }
 
-std::string problem_name(const ForwardEvent& event) {
-  const Problem& p = event.problem;
-  return fmt::format("B={} H={} Hkv={} Sq={} Skv={} D={} {}{} on {}", p.batch, p.num_heads, p.num_kv_heads, p.seq_q,
-                     p.seq_kv, p.head_size, dtype_name(p.dtype), p.causal ? " causal" : "", device_name(p.device));
-}
-
 // Without the backtrace that tvm-ffi's errors show.
 std::string text_of(const std::exception& error) {
   const auto* own = dynamic_cast<const tvm::ffi::Error*>(&error);
@@ -125,7 +119,7 @@ GuardFinding Guard::Watch::look(const ForwardEvent& event, const AttentionImpl& 
   return {.layer = place.layer.name,
           .role = place.layer.role,
           .backend = computed.backend().get_name(),
-          .problem = problem_name(event),
+          .problem = describe(event.problem),
           .call = place.call,
           .error = errors.worst_row,
           .bound = options_.max_error.value_or(default_bound(event.call.out.dtype(), errors.logit_size)),

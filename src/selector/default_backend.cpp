@@ -114,8 +114,12 @@ class DefaultImpl final : public AttentionImpl {
     Problem problem = problem_of(*this, call.query, call.key, call.value, call.metadata);
     problem.lse = call.lse.defined();
     problem.alignment = std::min(problem.alignment, alignment_of(call.out));
-    if (chooser_(problem).is_online) tune_at_first_call(call, problem, config());
-    const DispatchChoice& choice = chooser_(problem).choice;
+    const Chooser::Answer* answer = &chooser_(problem);
+    if (answer->is_online) {
+      tune_at_first_call(call, problem, config());
+      answer = &chooser_(problem);
+    }
+    const DispatchChoice& choice = answer->choice;
     // `forward` asked explain(): one takes it, or a backend changed its mind.
     if (!choice.index) throw ValueError(fmt::format("{}", fmt::join(choice.refusals, "; ")));
     const std::size_t index = *choice.index;

@@ -81,8 +81,9 @@ TunedProblem tune_call(const ImplConfig& config, const Tensor& query, const Tens
   const AttentionCall call{.query = query, .key = key, .value = value, .out = none, .lse = none, .metadata = metadata};
   TunedProblem measured =
       measure_call(call, problem, config, contenders_of(candidates, options.members, problem), options);
-  add_tuned(problem.device, measured, options.publish);
-  return measured;
+  const Others others = options.members.empty() ? Others::dropped : Others::kept;
+  add_tuned(problem.device, measured, others, options.publish);
+  return others == Others::dropped ? measured : tuned(problem).value_or(measured);
 }
 
 TunedProblem tune(const Problem& problem, const TuneOptions& options) {
@@ -133,11 +134,11 @@ void tune_at_first_call(const AttentionCall& call, const Problem& problem, const
   try {
     const std::vector<Candidate> candidates = all_candidates(std::string(device_type_name(problem.device)));
     measured = measure_call(call, problem, config, contenders_of(candidates, {}, problem), {});
-    add_tuned(problem.device, measured, true);
+    add_tuned(problem.device, measured, Others::dropped, true);
   } catch (const Error& error) {
     if (is_interrupt(error)) throw;
     log(LogLevel::warning, fmt::format("Measuring at the first call failed: {}", error.message()));
-    if (measured.results.empty()) add_tuned(problem.device, measured, false);
+    if (measured.results.empty()) add_tuned(problem.device, measured, Others::dropped, false);
   }
 }
 
