@@ -66,15 +66,15 @@ std::vector<std::int64_t> global_rows(const std::vector<QueryRange>& ranges, std
   return positions;
 }
 
-KeyRanges span_ranges(const AttentionMetadataFields& fields, const RangeRequest& request) {
-  const auto& samples = *fields.full_attn_spans;
+KeyRanges span_ranges(const std::vector<std::vector<Span>>& samples, const std::vector<QueryRange>& rows,
+                      const RangeRequest& request) {
   const auto count = static_cast<std::int64_t>(samples.size());
   if (count != 1 && count != request.batch) {
     throw ValueError(
         fmt::format("full_attn_spans has {} samples, the batch {}. Give one list per sample, or one for all.", count,
                     request.batch));
   }
-  const std::vector<std::int64_t> positions = global_rows(fields.query_ranges, request.rows);
+  const std::vector<std::int64_t> positions = global_rows(rows, request.rows);
   KeyRanges result{.bounds = {}, .batch_stride = count > 1 ? 2 * request.rows : 0};
   for (const std::vector<Span>& spans : samples) {
     check_spans(spans, request.keys);
@@ -223,11 +223,12 @@ std::int64_t AttentionMetadataObj::valid_kv_length(std::int64_t keys) const {
 }
 
 std::shared_ptr<const KeyRanges> AttentionMetadataObj::key_ranges(const RangeRequest& request) const {
-  const bool packed = !fields.full_attn_spans && is_packed();
-  if (!fields.full_attn_spans && !packed) return nullptr;
+  const auto& spans = fields.full_attn_spans;
+  if (!spans && !is_packed()) return nullptr;
   std::lock_guard lock(ranges_mutex_);
   if (!ranges_ || ranges_request_ != request) {
-    ranges_ = std::make_shared<const KeyRanges>(packed ? packed_ranges(fields, request) : span_ranges(fields, request));
+    ranges_ = std::make_shared<const KeyRanges>(spans ? span_ranges(*spans, fields.query_ranges, request)
+                                                      : packed_ranges(fields, request));
     ranges_request_ = request;
   }
   return ranges_;
