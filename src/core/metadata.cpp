@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "core/tensor_extent.hpp"
 #include "ditattn/cuda.hpp"
@@ -45,7 +46,7 @@ std::vector<std::int64_t> global_rows(const std::vector<QueryRange>& ranges, std
   std::vector<std::int64_t> positions;
   positions.reserve(static_cast<std::size_t>(rows));
   for (const QueryRange& range : ranges) {
-    if (range.local_start != static_cast<std::int64_t>(positions.size()) || range.local_end < range.local_start ||
+    if (std::cmp_not_equal(range.local_start, positions.size()) || range.local_end < range.local_start ||
         range.local_end > rows || range.global_start < 0 ||
         range.global_start > INT64_MAX - (range.local_end - range.local_start)) {
       throw ValueError(
@@ -59,7 +60,7 @@ std::vector<std::int64_t> global_rows(const std::vector<QueryRange>& ranges, std
   if (ranges.empty()) {
     for (std::int64_t row = 0; row < rows; ++row) positions.push_back(row);
   }
-  if (static_cast<std::int64_t>(positions.size()) != rows) {
+  if (std::cmp_not_equal(positions.size(), rows)) {
     throw ValueError(
         fmt::format("query_ranges must cover local query contiguously, got {} of {} rows.", positions.size(), rows));
   }
