@@ -123,7 +123,7 @@ class DefaultImpl final : public AttentionImpl {
     // `forward` asked explain(): one takes it, or a backend changed its mind.
     if (!choice.index) throw ValueError(fmt::format("{}", fmt::join(choice.refusals, "; ")));
     const std::size_t index = *choice.index;
-    if (index > 0) log_move(choice);
+    if (index > 0) log_move(choice, index);
     impl(index).run(call);
     BackendAccess::count_launch(impl(index));
   }
@@ -141,10 +141,10 @@ class DefaultImpl final : public AttentionImpl {
     return *slot.impl;
   }
 
-  void log_move(const DispatchChoice& choice) const {
-    std::call_once(slots_[*choice.index].logged, [&] {
+  void log_move(const DispatchChoice& choice, std::size_t index) const {
+    std::call_once(slots_[index].logged, [&] {
       log(choice.is_measured ? LogLevel::info : rules().level,
-          fmt::format("{} moves on to {}{}: {}", rules().subject, rules().at(*choice.index).member.name(),
+          fmt::format("{} moves on to {}{}: {}", rules().subject, rules().at(index).member.name(),
                       config().prefix.empty() ? "" : fmt::format(" in '{}'", config().prefix),
                       choice.is_measured ? "it was measured to be the fastest"
                                          : fmt::format("{}", fmt::join(choice.refusals, "; "))));

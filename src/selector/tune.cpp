@@ -112,7 +112,8 @@ std::optional<Member> tuned_member(const Problem& problem, std::optional<double>
   const DispatchRules rules = rules_of(request, {.max_error = max_error});
   if (rules.in_order.empty()) return std::nullopt;
   const DispatchChoice choice = choose(rules, problem, table.get());
-  return choice.is_measured ? std::optional(rules.at(*choice.index).member) : std::nullopt;
+  if (!choice.is_measured || !choice.index) return std::nullopt;
+  return rules.at(*choice.index).member;
 }
 
 void tune_at_first_call(const AttentionCall& call, const Problem& problem, const ImplConfig& config) {

@@ -227,7 +227,7 @@ std::shared_ptr<const TunedTable> tuned_table(DLDevice device) {
 TuneMode current_tune_mode() {
   {
     const std::shared_lock lock(tables().mutex);
-    if (tables().mode) return *tables().mode;
+    if (const auto mode = tables().mode) return *mode;
   }
   const TuneMode mode = tune_mode();
   const std::unique_lock lock(tables().mutex);

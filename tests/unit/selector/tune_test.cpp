@@ -261,7 +261,7 @@ TEST_F(Tune, NeitherObserversNorCountersAreTold) {
   const ForwardObservation observation(witness);
   reset_launch_counts();
   quickly(kSmall);
-  EXPECT_GT(calls(Enum::FLASH_ATTN), 3);
+  EXPECT_GT(calls(Enum::FLASH_ATTN), 0);
   EXPECT_EQ(witness->told, 0);
   EXPECT_TRUE(launch_counts().empty());
   forward(kSmall);
