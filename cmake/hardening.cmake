@@ -9,9 +9,12 @@ include(CheckPIESupported)
 option(DITATTN_HARDENING "Stack protection, control-flow protection, checked C functions, read-only relocations" ON)
 
 # The same tree gives the same files wherever it lies: __FILE__ (tvm-ffi's headers use it) and debug information name
-# places inside it. The last map that fits wins, and the build folder lies inside the source's.
+# places inside it. The last map that fits wins, and the build folder lies inside the source's. Not where coverage is
+# measured: gcov opens the sources by these names.
 function(ditattn_map_folder folder name)
-  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${folder}=${name}>)
+  if(NOT CMAKE_CXX_FLAGS_DEBUG MATCHES --coverage)
+    add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${folder}=${name}>)
+  endif()
 endfunction()
 ditattn_map_folder(${PROJECT_SOURCE_DIR} .)
 ditattn_map_folder(${PROJECT_BINARY_DIR} build)

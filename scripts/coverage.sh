@@ -19,5 +19,5 @@ $build/bin/kernels_cpu --problems=1 --gtest_brief=1 '--gtest_filter=-Sage3.Error
 
 $build/gcovr/bin/gcovr --root . --object-directory $build --gcov-ignore-parse-errors=all \
   --filter 'src/' --filter 'backends/' --filter 'kernels/cpu/' --filter 'tools/' --filter 'include/' \
-  --merge-mode-functions=separate -j 2 --json-summary $build/summary.json --html-details $build/lines.html >$build/gcovr.log
+  --merge-mode-functions=separate --json-summary $build/summary.json --html-details $build/lines.html >$build/gcovr.log
 python3 scripts/coverage_by_folder.py $build/summary.json 85
