@@ -70,7 +70,8 @@ std::vector<std::int64_t> AttentionBackend::get_supported_head_sizes() const {
   const HeadSizes& sizes = capabilities().head_sizes;
   if (!sizes.list.empty() || sizes.max == 0) return sizes.list;
   std::vector<std::int64_t> result;
-  for (std::int64_t size = sizes.min; size <= sizes.max; ++size) {
+  const std::int64_t largest = std::min(sizes.max, kMaxHeadSize);  // plug-ins say anything
+  for (std::int64_t size = std::max<std::int64_t>(sizes.min, 1); size <= largest; ++size) {
     if (sizes.contains(size)) result.push_back(size);
   }
   return result;

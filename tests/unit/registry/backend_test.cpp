@@ -99,6 +99,13 @@ TEST(SupportedHeadSizes, ListsAndRanges) {
   EXPECT_EQ(toy(can)->get_supported_head_sizes(), (std::vector<std::int64_t>{8, 16, 24, 32}));
 }
 
+// Plug-ins may say anything; layers have at most 2^16.
+TEST(SupportedHeadSizes, RangesWithoutEndAreThoseOfLayers) {
+  Capabilities can = testing::toy_capabilities();
+  can.head_sizes = {.list = {}, .min = INT64_MIN, .max = INT64_MAX, .multiple = 1 << 14};
+  EXPECT_EQ(toy(can)->get_supported_head_sizes(), (std::vector<std::int64_t>{1 << 14, 2 << 14, 3 << 14, 4 << 14}));
+}
+
 TEST(SupportsAttentionMask, WhereAnyKindIs) {
   Capabilities can = testing::toy_capabilities();
   for (const char* kind : {"padding", "bool", "additive"}) {
