@@ -16,7 +16,8 @@ std::string strides_name(const Tensor& tensor) {
 void check_extent(const char* what, const Tensor& tensor) {
   constexpr auto most = static_cast<double>(std::int64_t{1} << 62);
   const Extent extent(tensor);
-  const double item = tensor.dtype().bits / 8;
+  const std::int64_t bytes = tensor.dtype().bits / 8;
+  const auto item = static_cast<double>(bytes);
   double count = 1;
   double reach = item;
   for (int i = 0; i < extent.rank; ++i) {

@@ -153,19 +153,22 @@ class CaseMeasurement {
 // Notes on those that are beyond the bound.
 void note_excess(std::vector<BackendResult>& results, double bound) {
   for (BackendResult& entry : results) {
-    if (entry.status != Status::ok || !entry.timing || is_within(entry, bound)) continue;
+    if (entry.status != Status::ok || !entry.timing || !entry.accuracy || is_within(entry, bound)) continue;
     entry.reason = fmt::format("rel_l2 {:.3e} exceeds the bound {:.3e}", entry.accuracy->rel_l2, bound);
   }
 }
 
 // The fastest backend within the bound.
 std::optional<std::string> recommend(const CaseResult& result) {
-  const BackendResult* best = nullptr;
+  std::optional<std::string> best;
+  double best_ms = 0;
   for (const BackendResult& entry : result.results) {
     if (!entry.timing || !is_within(entry, result.error_bound)) continue;
-    if (best == nullptr || entry.timing->median_ms < best->timing->median_ms) best = &entry;
+    if (best && best_ms <= entry.timing->median_ms) continue;
+    best = entry.backend;
+    best_ms = entry.timing->median_ms;
   }
-  return best == nullptr ? std::nullopt : std::optional(best->backend);
+  return best;
 }
 
 }  // namespace
