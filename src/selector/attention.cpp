@@ -3,11 +3,12 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+#include <array>
 #include <functional>
 #include <mutex>
 #include <shared_mutex>
 #include <string_view>
-#include <tuple>
 #include <unordered_map>
 
 #include "core/environment.hpp"
@@ -23,18 +24,9 @@ namespace {
 
 using Layer = std::shared_ptr<const AttentionImpl>;
 
-// All that a layer depends on beside the registrations; with `std::string`s to keep, with views to look up, which every
-// call does. A class is kept alive by its layer: its address is its own.
-template <class Text>
-struct Key {
+// All that a layer depends on beside the registrations. A class is kept alive by its layer: its address is its own.
+struct Numbers {
   const AttentionBackend* backend_class;
-  Text backend;
-  Text role;
-  Text role_category;
-  Text environment;
-  Text kwargs;
-  Text config;
-  Text device;
   std::optional<double> softmax_scale;
   std::optional<double> max_error;
   bool causal;
@@ -42,38 +34,33 @@ struct Key {
   std::int64_t num_kv_heads;
   std::int64_t head_size;
 
-  template <class Other>
-  bool operator==(const Key<Other>& other) const {
-    return as_tuple() == other.as_tuple();
-  }
-  [[nodiscard]] auto as_tuple() const {
-    const auto view = [](const Text& text) { return std::string_view(text); };
-    return std::tuple(num_heads, num_kv_heads, head_size, causal, backend_class, softmax_scale, max_error,
-                      view(backend), view(role), view(role_category), view(environment), view(kwargs), view(config),
-                      view(device));
-  }
+  bool operator==(const Numbers&) const = default;
+};
+
+// With strings to keep, with views to look up, which every call does: backend and role first, which differ between the
+// layers of a model; then the role's category, the environment's backend, options, configuration and device.
+template <class Text>
+struct Key {
+  Numbers numbers;
+  std::array<Text, 7> texts;
 };
 using KeptKey = Key<std::string>;
 using SoughtKey = Key<std::string_view>;
 
 KeptKey to_keep(const SoughtKey& key) {
-  return {.backend_class = key.backend_class,
-          .backend = std::string(key.backend),
-          .role = std::string(key.role),
-          .role_category = std::string(key.role_category),
-          .environment = std::string(key.environment),
-          .kwargs = std::string(key.kwargs),
-          .config = std::string(key.config),
-          .device = std::string(key.device),
-          .softmax_scale = key.softmax_scale,
-          .max_error = key.max_error,
-          .causal = key.causal,
-          .num_heads = key.num_heads,
-          .num_kv_heads = key.num_kv_heads,
-          .head_size = key.head_size};
+  KeptKey kept{.numbers = key.numbers, .texts = {}};
+  std::ranges::copy(key.texts, kept.texts.begin());
+  return kept;
 }
 
-// Of what differs between the layers of a model; the rest is left to the comparison.
+struct SameKey {
+  using is_transparent = void;
+  template <class A, class B>
+  bool operator()(const Key<A>& a, const Key<B>& b) const {
+    return a.numbers == b.numbers && std::ranges::equal(a.texts, b.texts);
+  }
+};
+
 struct KeyHash {
   using is_transparent = void;
   template <class Text>
@@ -82,16 +69,16 @@ struct KeyHash {
     const auto mix = [&](const auto& value) {
       seed = seed * 1'000'003 + std::hash<std::decay_t<decltype(value)>>()(value);
     };
-    mix(key.backend_class);
-    mix(std::string_view(key.backend));
-    mix(std::string_view(key.role));
-    mix(key.num_heads);
-    mix(key.head_size);
+    mix(key.numbers.backend_class);
+    mix(key.numbers.num_heads);
+    mix(key.numbers.head_size);
+    mix(std::string_view(key.texts[0]));
+    mix(std::string_view(key.texts[1]));
     return seed;
   }
 };
 
-using KeptLayers = std::unordered_map<KeptKey, Layer, KeyHash, std::equal_to<>>;
+using KeptLayers = std::unordered_map<KeptKey, Layer, KeyHash, SameKey>;
 
 struct Layers {
   std::shared_mutex mutex;
@@ -210,20 +197,15 @@ Layer attention_layer(const AttentionOptions& options, const LayerShape& shape) 
   const std::string environment_name =
       is_free ? environment(Env::DIFFUSION_ATTENTION_BACKEND).value_or("") : std::string();
 
-  const SoughtKey key{.backend_class = options.backend_class.get(),
-                      .backend = options.backend,
-                      .role = options.role,
-                      .role_category = options.role_category,
-                      .environment = environment_name,
-                      .kwargs = *kwargs,
-                      .config = *config,
-                      .device = shape.device,
-                      .softmax_scale = options.softmax_scale,
-                      .max_error = options.max_error,
-                      .causal = options.causal,
-                      .num_heads = shape.num_heads,
-                      .num_kv_heads = shape.num_kv_heads,
-                      .head_size = shape.head_size};
+  const SoughtKey key{.numbers = {.backend_class = options.backend_class.get(),
+                                  .softmax_scale = options.softmax_scale,
+                                  .max_error = options.max_error,
+                                  .causal = options.causal,
+                                  .num_heads = shape.num_heads,
+                                  .num_kv_heads = shape.num_kv_heads,
+                                  .head_size = shape.head_size},
+                      .texts = {options.backend, options.role, options.role_category, environment_name, *kwargs,
+                                *config, shape.device}};
   const std::uint64_t changes = registration_changes();
   Layers& all = layers();
   {
