@@ -3,8 +3,9 @@
 
 #include <fmt/format.h>
 
+#include <charconv>
 #include <chrono>
-#include <cstdlib>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -44,9 +45,11 @@ double gflops(const TileKernel& kernel, int threads) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
-  if (threads < 1 || threads > 1024) {
-    fmt::print(stderr, "ditattn_ceilings: '{}' is not a number of threads from 1 to 1024.\n", argv[1]);
+  int threads = 1;
+  const std::string_view given = argc > 1 ? argv[1] : "1";
+  const auto [rest, error] = std::from_chars(given.begin(), given.end(), threads);
+  if (error != std::errc() || rest != given.end() || threads < 1 || threads > 1024) {
+    fmt::print(stderr, "ditattn_ceilings: '{}' is not a number of threads from 1 to 1024.\n", given);
     return 2;
   }
   const CpuLevel level = detect_cpu_level();

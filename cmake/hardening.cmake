@@ -1,5 +1,5 @@
 # Hardening of every program and shared library of this build, and what keeps the build folder's path out of them.
-# SECURITY.md says what it is for; tests/install/test_hardening.py looks at what comes out.
+# SECURITY.md says what it is for and what it costs; tests/install/test_hardening.py looks at what comes out.
 #
 # Set for the directory, not in ditattn_options, so that no target is forgotten. GPU code has no such options; the host
 # code beside it, which only launches kernels, is linked like the rest.

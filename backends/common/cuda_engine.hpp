@@ -46,11 +46,12 @@ inline void require_cuda(const std::string& backend, std::int64_t compute_capabi
 
 /// ValueError for scales that engines which look for the largest product, not the largest logit, get wrong.
 inline void require_positive_scale(const std::string& backend, const ImplConfig& config) {
-  if (config.softmax_scale.value_or(1) > 0) return;
+  const double scale = config.softmax_scale.value_or(1);
+  if (scale > 0) return;
   throw ValueError(
       fmt::format("{} needs a softmax_scale above 0, got {}: its engine takes the largest product for the largest "
                   "logit. Select TORCH_SDPA or another backend.",
-                  backend, *config.softmax_scale));
+                  backend, scale));
 }
 
 /// The packed sequences of a call, in the device's memory; none where it has none that see keys.

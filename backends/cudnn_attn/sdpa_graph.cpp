@@ -77,7 +77,10 @@ cudnnHandle_t handle_of(int device, void* stream) {
   struct Handles {
     std::map<int, Handle> of_device;
     ~Handles() {
-      for (const auto& [device, of] : of_device) fe::detail::destroy_handle(of.handle);
+      try {
+        for (const auto& [device, of] : of_device) fe::detail::destroy_handle(of.handle);
+      } catch (const std::exception&) {  // where cuDNN lacks the function: a thread that ends must not end the process
+      }
     }
   };
   thread_local Handles handles;
@@ -180,7 +183,7 @@ class GraphPlan final : public SdpaPlan {
   // What a run is given, in the order of the numbers, as cuDNN wants it.
   struct Pack {
     std::array<void*, kLastUid> pointers{};
-    std::array<Uid, kLastUid> uids{};
+    std::array<std::int64_t, kLastUid> uids{};
     int count = 0;
     void add(Uid uid, const void* pointer) {
       uids[static_cast<std::size_t>(count)] = uid;

@@ -183,7 +183,7 @@ class FlashInferAttentionImpl final : public AttentionImpl {
       for (std::int64_t b = 0; b < problem.batch; ++b) {
         PrefillMemory of_entry = of_call;
         if (packed) {
-          of_entry.sequences = sequences_of_entry(sequences, *kernel.plan.ranges->sequences, problem, b);
+          of_entry.sequences = sequences_of_entry(sequences, kernel.plan.ranges->sequences.value(), problem, b);
           if (of_entry.sequences.count == 0) continue;
         }
         of_entry.out = static_cast<char*>(of_call.out) + b * of_call.out_strides.batch * kElementBytes;

@@ -48,18 +48,20 @@ Place Rules::place(std::int64_t position, std::int64_t image, std::int64_t joint
 }
 
 bool Rules::sees(std::int64_t batch, std::int64_t row, std::int64_t key) const {
-  if (fields_ != nullptr && fields_->full_attn_spans) return sees_in_spans(batch, row, key);
+  if (fields_ != nullptr && fields_->full_attn_spans) {
+    return sees_in_spans(*fields_->full_attn_spans, batch, row, key);
+  }
   if (!cu_q_.empty()) return sees_in_pack(batch, row, key);
   if (!causal_) return true;
   return key <= row + (alignment_ == CausalAlignment::bottom_right ? keys() - rows() : 0);
 }
 
-bool Rules::sees_in_spans(std::int64_t batch, std::int64_t row, std::int64_t key) const {
+bool Rules::sees_in_spans(const std::vector<std::vector<Span>>& samples, std::int64_t batch, std::int64_t row,
+                          std::int64_t key) const {
   std::int64_t position = row;
   for (const QueryRange& range : fields_->query_ranges) {
     if (row >= range.local_start && row < range.local_end) position = range.global_start + row - range.local_start;
   }
-  const auto& samples = *fields_->full_attn_spans;
   for (const Span& span : samples[samples.size() == 1 ? 0 : static_cast<std::size_t>(batch)]) {
     if (position >= span.begin && position < span.end) return key < span.end;
   }

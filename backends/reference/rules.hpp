@@ -33,7 +33,8 @@ class Rules {
 
  private:
   [[nodiscard]] Place place(std::int64_t position, std::int64_t image, std::int64_t joint) const;
-  [[nodiscard]] bool sees_in_spans(std::int64_t batch, std::int64_t row, std::int64_t key) const;
+  [[nodiscard]] bool sees_in_spans(const std::vector<std::vector<Span>>& samples, std::int64_t batch, std::int64_t row,
+                                   std::int64_t key) const;
   [[nodiscard]] bool sees_in_pack(std::int64_t batch, std::int64_t row, std::int64_t key) const;
   [[nodiscard]] double element(const Tensor& mask, std::int64_t batch, std::int64_t head, std::int64_t row,
                                std::int64_t column) const;

@@ -161,7 +161,7 @@ class Rank {
     communicator_->barrier();
     return clock_->milliseconds([&] {
       for (int i = 0; i < calls; ++i) call();
-    }) / calls;
+    }) / static_cast<float>(calls);
   }
 
   // The same on every rank: a block of numbers, over and over.

@@ -159,7 +159,7 @@ class Contender {
     graph_ = Graph(clock, [&] { launch(clock, launches_); });
   }
 
-  void measure(const Clock& clock) { times_.push_back(graph_.milliseconds(clock) / launches_); }
+  void measure(const Clock& clock) { times_.push_back(graph_.milliseconds(clock) / static_cast<float>(launches_)); }
 
   bool is_measured() const { return !times_.empty(); }
 

@@ -131,8 +131,7 @@ class Worker {
   };
 
   void prepare(const std::string& name) {
-    const auto found = std::find_if(configurations_.begin(), configurations_.end(),
-                                    [&](const Configuration& c) { return c.name() == name; });
+    const auto found = std::ranges::find(configurations_, name, &Configuration::name);
     if (found == configurations_.end()) throw ValueError(fmt::format("There is no configuration '{}'.", name));
     const DLDataType dtype = kDtypes.at(found->dtype);
     Layer layer{
@@ -191,7 +190,7 @@ int main() {
       std::cout << answer << std::endl;
     } catch (const std::exception& error) {
       std::string text = error.what();
-      std::replace(text.begin(), text.end(), '\n', ' ');
+      std::ranges::replace(text, '\n', ' ');
       std::cout << "err " << text << std::endl;
     }
   }

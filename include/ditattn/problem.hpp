@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "ditattn/export.hpp"
@@ -21,6 +22,8 @@ enum class MaskKind : std::int32_t {
 };
 /// "none", "padding", "bool" or "additive".
 DITATTN_API const char* mask_kind_name(MaskKind kind);
+/// The kind of that name; ValueError for another.
+DITATTN_API MaskKind parse_mask_kind(std::string_view name);
 
 /// One attention problem: query (B, Sq, H, D), key and value (B, Skv, Hkv, D).
 struct Problem {
@@ -42,6 +45,9 @@ struct Problem {
   /// Bytes, 16 at most, of which every tensor's first element and strides are multiples; 0: some stride is negative.
   std::int64_t alignment = 16;
 };
+/// For people: "B=1 H=24 Hkv=8 Sq=512 Skv=77 D=64, bfloat16 on cpu, mask padding, causal". What is as by default is
+/// left out.
+DITATTN_API std::string describe(const Problem& problem);
 
 /// Where causal's diagonal ends when Sq ≠ Skv: row i sees keys j ≤ i (top_left, PyTorch's rule) or
 /// j ≤ i + Skv − Sq (bottom_right, FlashAttention's).

@@ -36,7 +36,7 @@ struct TunedResult {
 /// What was measured for one problem: usable results first, the fastest of them first.
 struct TunedProblem {
   Problem problem;                   ///< exactly this one
-  std::vector<TunedResult> results;  ///< one per back end that was asked
+  std::vector<TunedResult> results;  ///< one per back end that was asked, now or before
 };
 
 /// The largest `TunedResult::error` of a backend that counts as exact: some times what rounding inputs, probabilities
@@ -45,7 +45,8 @@ DITATTN_API double exact_error(DLDataType dtype);
 
 /// How `tune` measures.
 struct TuneOptions {
-  /// Who is measured; empty: all members that can run here.
+  /// Who is measured; empty: all members that can run here. What was measured of others before is kept, and returned
+  /// with the rest.
   std::vector<DiffusionAttentionBackendEnum> members = {};
   /// Milliseconds of timed rounds, of all backends together; they are stretched to three rounds at least.
   double budget_ms = 600;
@@ -59,7 +60,7 @@ struct TuneOptions {
 /// Measures a problem with standard normal tensors (where it has a padding mask: with the last quarter of the keys
 /// padded; a dense one: a quarter of it masked, at random): every backend that takes it and keeps the causal rule of
 /// the platform's default, in interleaved rounds. One that is over three times slower than another that is no less
-/// exact is timed once. The result replaces an older one of the same problem. NotImplementedError for packed sequences
+/// exact is timed once. Results replace older ones of the same problem. NotImplementedError for packed sequences
 /// and spans, which have no typical shape: `tune_call` takes real ones. MemoryError where memory cannot be had.
 /// Thread-safe.
 DITATTN_API TunedProblem tune(const Problem& problem, const TuneOptions& options = {});

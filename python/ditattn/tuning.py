@@ -56,7 +56,8 @@ def tune(
     """Measures a problem, given whole or by its fields, on standard normal tensors; defaults choose by the result.
 
     Every back end (or those of `backends`) that takes it is timed in interleaved rounds of `budget_ms` together, and its
-    error measured. `publish` False keeps the result to this process. Seconds, and for as long the GPU, are this call's.
+    error measured. What was measured of others than `backends` before is kept, and returned with the rest. `publish`
+    False keeps the result to this process. Seconds, and for as long the GPU, are this call's.
     """
     problem = dataclasses.replace(problem or Problem(), **fields)
     return _problem(_tune(problem.to_native(), _names(backends), budget_ms, seed, publish))

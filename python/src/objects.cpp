@@ -14,17 +14,6 @@ using tvm::ffi::String;
 
 namespace {
 
-MaskKind mask_kind(const std::string& name) {
-  for (MaskKind kind : {MaskKind::none, MaskKind::padding, MaskKind::boolean, MaskKind::additive}) {
-    if (name == mask_kind_name(kind)) return kind;
-  }
-  std::string allowed;
-  for (MaskKind kind : {MaskKind::none, MaskKind::padding, MaskKind::boolean, MaskKind::additive}) {
-    allowed += (allowed.empty() ? "" : ", ") + std::string(mask_kind_name(kind));
-  }
-  throw ValueError("mask is '" + name + "'. Valid values are: " + allowed);
-}
-
 // None for any, a list, or {"min", "max", "multiple"}.
 Any head_sizes(const HeadSizes& sizes) {
   if (sizes.any()) return {};
@@ -97,7 +86,7 @@ Problem problem_from(const Dict& fields) {
           .head_size = get_or<std::int64_t>(fields, "head_size", 1),
           .dtype = parse_dtype(std::string(get_or(fields, "dtype", String("float32")))),
           .device = get_or(fields, "device", DLDevice(kCpu)),
-          .mask = mask_kind(get_or(fields, "mask", String("none"))),
+          .mask = parse_mask_kind(std::string(get_or(fields, "mask", String("none")))),
           .causal = get_or(fields, "causal", false),
           .lse = get_or(fields, "lse", false),
           .packed = get_or(fields, "packed", false),

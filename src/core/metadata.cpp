@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "core/tensor_extent.hpp"
 #include "ditattn/cuda.hpp"
@@ -45,7 +46,7 @@ std::vector<std::int64_t> global_rows(const std::vector<QueryRange>& ranges, std
   std::vector<std::int64_t> positions;
   positions.reserve(static_cast<std::size_t>(rows));
   for (const QueryRange& range : ranges) {
-    if (range.local_start != static_cast<std::int64_t>(positions.size()) || range.local_end < range.local_start ||
+    if (std::cmp_not_equal(range.local_start, positions.size()) || range.local_end < range.local_start ||
         range.local_end > rows || range.global_start < 0 ||
         range.global_start > INT64_MAX - (range.local_end - range.local_start)) {
       throw ValueError(
@@ -59,22 +60,22 @@ std::vector<std::int64_t> global_rows(const std::vector<QueryRange>& ranges, std
   if (ranges.empty()) {
     for (std::int64_t row = 0; row < rows; ++row) positions.push_back(row);
   }
-  if (static_cast<std::int64_t>(positions.size()) != rows) {
+  if (std::cmp_not_equal(positions.size(), rows)) {
     throw ValueError(
         fmt::format("query_ranges must cover local query contiguously, got {} of {} rows.", positions.size(), rows));
   }
   return positions;
 }
 
-KeyRanges span_ranges(const AttentionMetadataFields& fields, const RangeRequest& request) {
-  const auto& samples = *fields.full_attn_spans;
+KeyRanges span_ranges(const std::vector<std::vector<Span>>& samples, const std::vector<QueryRange>& rows,
+                      const RangeRequest& request) {
   const auto count = static_cast<std::int64_t>(samples.size());
   if (count != 1 && count != request.batch) {
     throw ValueError(
         fmt::format("full_attn_spans has {} samples, the batch {}. Give one list per sample, or one for all.", count,
                     request.batch));
   }
-  const std::vector<std::int64_t> positions = global_rows(fields.query_ranges, request.rows);
+  const std::vector<std::int64_t> positions = global_rows(rows, request.rows);
   KeyRanges result{.bounds = {}, .batch_stride = count > 1 ? 2 * request.rows : 0};
   for (const std::vector<Span>& spans : samples) {
     check_spans(spans, request.keys);
@@ -232,11 +233,12 @@ std::int64_t AttentionMetadataObj::valid_kv_length(std::int64_t keys) const {
 }
 
 std::shared_ptr<const KeyRanges> AttentionMetadataObj::key_ranges(const RangeRequest& request) const {
-  const bool packed = !fields.full_attn_spans && is_packed();
-  if (!fields.full_attn_spans && !packed) return nullptr;
+  const auto& spans = fields.full_attn_spans;
+  if (!spans && !is_packed()) return nullptr;
   std::lock_guard lock(ranges_mutex_);
   if (!ranges_ || ranges_request_ != request) {
-    ranges_ = std::make_shared<const KeyRanges>(packed ? packed_ranges(fields, request) : span_ranges(fields, request));
+    ranges_ = std::make_shared<const KeyRanges>(spans ? span_ranges(*spans, fields.query_ranges, request)
+                                                      : packed_ranges(fields, request));
     ranges_request_ = request;
   }
   return ranges_;

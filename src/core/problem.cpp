@@ -4,6 +4,9 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <utility>
+
+#include "ditattn/errors.hpp"
 
 namespace ditattn {
 namespace {
@@ -35,6 +38,30 @@ std::string names(const std::vector<DLDataType>& dtypes) {
 const char* mask_kind_name(MaskKind kind) {
   const char* needed = needed_mask(kind);
   return needed != nullptr ? needed : "none";
+}
+
+MaskKind parse_mask_kind(std::string_view name) {
+  constexpr MaskKind kinds[] = {MaskKind::none, MaskKind::padding, MaskKind::boolean, MaskKind::additive};
+  if (const auto* found = std::ranges::find(kinds, name, mask_kind_name); found != std::end(kinds)) return *found;
+  std::vector<std::string_view> allowed(std::size(kinds));
+  std::ranges::transform(kinds, allowed.begin(), mask_kind_name);
+  throw ValueError(fmt::format("mask is '{}'. Valid values are: {}", name, fmt::join(allowed, ", ")));
+}
+
+std::string describe(const Problem& problem) {
+  const auto& [batch, num_heads, num_kv_heads, seq_q, seq_kv, head_size, dtype, device, mask, causal, lse, packed,
+               joint, spans, fp8_kv, alignment] = problem;
+  std::string text = fmt::format("B={} H={}", batch, num_heads);
+  if (num_kv_heads != num_heads) text += fmt::format(" Hkv={}", num_kv_heads);
+  text += fmt::format(" Sq={} Skv={} D={}, {} on {}", seq_q, seq_kv, head_size, dtype_name(dtype), device_name(device));
+  if (mask != MaskKind::none) text += fmt::format(", mask {}", mask_kind_name(mask));
+  for (const auto& [is_set, name] :
+       {std::pair{causal, "causal"}, std::pair{lse, "LSE"}, std::pair{joint, "joint text"},
+        std::pair{packed, "packed sequences"}, std::pair{spans, "spans"}, std::pair{fp8_kv, "FP8 K and V"}}) {
+    if (is_set) text += fmt::format(", {}", name);
+  }
+  if (alignment == 0) return text + ", a negative stride";
+  return alignment == Problem().alignment ? text : text + fmt::format(", aligned to {} bytes", alignment);
 }
 
 bool HeadSizes::contains(std::int64_t head_size) const {

@@ -69,7 +69,10 @@ Squares compare(std::span<const double> out, const RowAnswer& answer, RowErrors&
 
 RowErrors check_rows(const AttentionCall& call, double softmax_scale, bool causal, CausalAlignment alignment,
                      std::span<const Row> rows) {
-  const std::vector<RowAnswer> answers = answer_rows(call, softmax_scale, causal, alignment, rows);
+  return compare_rows(call, rows, answer_rows(call, softmax_scale, causal, alignment, rows));
+}
+
+RowErrors compare_rows(const AttentionCall& call, std::span<const Row> rows, std::span<const RowAnswer> answers) {
   const std::vector<double> out = read_out(call, rows);
   const auto size = static_cast<std::size_t>(call.query.size(3));
   const double normal = smallest_normal(call.out.dtype());

@@ -56,7 +56,11 @@ struct RowErrors {
 DITATTN_API std::vector<RowAnswer> answer_rows(const AttentionCall& call, double softmax_scale, bool causal,
                                                CausalAlignment alignment, std::span<const Row> rows);
 
-/// How far `call.out` is from `answer_rows` in these rows.
+/// How far `call.out` is from the answers to these rows.
+DITATTN_API RowErrors compare_rows(const AttentionCall& call, std::span<const Row> rows,
+                                   std::span<const RowAnswer> answers);
+
+/// Both at once.
 DITATTN_API RowErrors check_rows(const AttentionCall& call, double softmax_scale, bool causal,
                                  CausalAlignment alignment, std::span<const Row> rows);
 

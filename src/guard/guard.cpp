@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "core/cuda_driver.hpp"
+#include "core/interrupt.hpp"
 #include "core/row_reference.hpp"
 #include "core/text.hpp"
 #include "ditattn/errors.hpp"
@@ -39,12 +40,6 @@ void check(GuardOptions& options) {
   if (options.safer.empty()) return;
   options.safer = upper_case(options.safer);
   DiffusionAttentionBackendEnum::from_name(options.safer).get_class()->validate_available();
-}
-
-std::string problem_name(const ForwardEvent& event) {
-  const Problem& p = event.problem;
-  return fmt::format("B={} H={} Hkv={} Sq={} Skv={} D={} {}{} on {}", p.batch, p.num_heads, p.num_kv_heads, p.seq_q,
-                     p.seq_kv, p.head_size, dtype_name(p.dtype), p.causal ? " causal" : "", device_name(p.device));
 }
 
 // Without the backtrace that tvm-ffi's errors show.
@@ -124,7 +119,7 @@ GuardFinding Guard::Watch::look(const ForwardEvent& event, const AttentionImpl& 
   return {.layer = place.layer.name,
           .role = place.layer.role,
           .backend = computed.backend().get_name(),
-          .problem = problem_name(event),
+          .problem = describe(event.problem),
           .call = place.call,
           .error = errors.worst_row,
           .bound = options_.max_error.value_or(default_bound(event.call.out.dtype(), errors.logit_size)),
@@ -176,6 +171,7 @@ bool Guard::Watch::try_replacement(const ForwardEvent& event, const Place& place
     if (again.failed()) reasons.push_back(again.text());
     return !again.failed();
   } catch (const std::exception& error) {
+    if (is_interrupt(error)) throw;
     reasons.push_back(fmt::format("{}: {}", backend->get_name(), text_of(error)));
     return false;
   }

@@ -55,8 +55,7 @@ ModelRole parse_role(const json& object, const JsonFields& model) {
   constexpr JointStrategy strategies[] = {JointStrategy::none, JointStrategy::front, JointStrategy::rear};
   role.joint = strategies[fields.choice("joint", {"none", "front", "rear"})];
   if (role.joint != JointStrategy::none) role.joint_tokens = text_tokens(model);
-  constexpr MaskKind masks[] = {MaskKind::none, MaskKind::padding, MaskKind::boolean, MaskKind::additive};
-  role.mask = masks[fields.choice("mask", {"none", "padding", "bool", "additive"})];
+  role.mask = parse_mask_kind(fields.one_of("mask", {"none", "padding", "bool", "additive"}));
   role.mask_note = fields.optional_text("mask_note");
   return role;
 }

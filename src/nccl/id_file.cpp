@@ -17,13 +17,14 @@ IdFile::IdFile(std::filesystem::path file, const NcclId& id) : file_(std::move(f
   std::ofstream stream(draft, std::ios::binary);
   stream.write(id.data(), static_cast<std::streamsize>(id.size()));
   stream.close();
+  const std::string unwritten = stream ? "" : std::strerror(errno);
   std::error_code error;
-  if (!stream) {
-    throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}", draft, std::strerror(errno)));
-  }
-  std::filesystem::create_hard_link(draft, file_, error);
+  if (unwritten.empty()) std::filesystem::create_hard_link(draft, file_, error);
   std::error_code ignored;
   std::filesystem::remove(draft, ignored);
+  if (!unwritten.empty()) {
+    throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}", draft, unwritten));
+  }
   if (error) {
     throw FileError(fmt::format("The id of the ranks cannot be written to {}: {}. Name a file that is not there.",
                                 file_.string(), error.message()));

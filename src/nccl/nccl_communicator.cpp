@@ -220,7 +220,7 @@ class NcclCommunicator final : public Communicator {
   std::shared_ptr<const Event> queue(Operation operation, const PeerCopies::Left& blocks,
                                      const std::shared_ptr<const Event>& began, bool watched, const std::string& text) {
     if (!blocks.sends.empty() || !blocks.receives.empty()) {
-      state_->call(operation_name(operation).data(), handle_, text, [&] { return call_nccl(blocks); });
+      state_->call(operation_name(operation), handle_, text, [&] { return call_nccl(blocks); });
     }
     auto end = std::make_shared<Event>();
     end->record(stream_);

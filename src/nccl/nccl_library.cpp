@@ -57,7 +57,7 @@ const NcclLibrary& nccl() {
       opened.problem));
 }
 
-std::string nccl_error(const char* what, ncclResult_t result) {
+std::string nccl_error(std::string_view what, ncclResult_t result) {
   const char* last = nccl().get_last_error(nullptr);
   return fmt::format("{}: {}{}{}", what, nccl().get_error_string(result), last != nullptr && *last != '\0' ? ": " : "",
                      last != nullptr ? last : "");

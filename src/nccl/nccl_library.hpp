@@ -3,6 +3,7 @@
 #include <nccl.h>
 
 #include <string>
+#include <string_view>
 
 namespace ditattn::parallel {
 
@@ -30,6 +31,6 @@ struct NcclLibrary {
 const NcclLibrary& nccl();
 
 /// "what: NCCL's words for the result, and for what happened".
-std::string nccl_error(const char* what, ncclResult_t result);
+std::string nccl_error(std::string_view what, ncclResult_t result);
 
 }  // namespace ditattn::parallel

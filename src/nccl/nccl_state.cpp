@@ -47,7 +47,7 @@ NcclState::~NcclState() {
   thread_.join();
 }
 
-void NcclState::call(const char* what, const ncclComm_t& handle, const std::string& text,
+void NcclState::call(std::string_view what, const ncclComm_t& handle, const std::string& text,
                      const std::function<ncclResult_t()>& function) {
   const auto start = Clock::now();
   ncclResult_t result = ncclSuccess;

@@ -13,6 +13,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -62,7 +63,7 @@ class NcclState {
 
   /// Calls NCCL, not while handles are being aborted, and waits for what it does in the background, which is not the
   /// GPU's work. `handle` may be set by the call, and after it. `text`: as Watched's.
-  void call(const char* what, const ncclComm_t& handle, const std::string& text,
+  void call(std::string_view what, const ncclComm_t& handle, const std::string& text,
             const std::function<ncclResult_t()>& function);
 
   /// Handles to be aborted with the others; `release`: no longer, and ended in order where it is ours, after what is

@@ -75,12 +75,12 @@ AllLeftBehind& left_behind() {
 }  // namespace
 
 PeerCopiesMode peer_copies_mode() {
-  const auto text = environment(Env::DITATTN_PEER_COPIES);
-  const std::string mode = upper_case(text.value_or("auto"));
+  const std::string text = environment(Env::DITATTN_PEER_COPIES).value_or("auto");
+  const std::string mode = upper_case(text);
   if (mode == "AUTO") return PeerCopiesMode::automatic;
   if (mode == "ON") return PeerCopiesMode::on;
   if (mode == "OFF") return PeerCopiesMode::off;
-  throw ValueError(fmt::format("DITATTN_PEER_COPIES is '{}'. Valid values are: auto, on, off", *text));
+  throw ValueError(fmt::format("DITATTN_PEER_COPIES is '{}'. Valid values are: auto, on, off", text));
 }
 
 std::optional<std::string> first_problem(Communicator& ranks, const std::function<void()>& body) {

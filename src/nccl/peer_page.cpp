@@ -91,7 +91,7 @@ PeerPage::PeerPage(int rank, int ranks, const Ticket& ticket)
   if (file < 0) throw system_error(name);
   try {
     struct stat found {};
-    if (::fstat(file, &found) != 0 || found.st_size != static_cast<off_t>(bytes_)) {
+    if (::fstat(file, &found) != 0 || std::cmp_not_equal(found.st_size, bytes_)) {
       throw std::runtime_error(name + " is another rank's on another host");
     }
     map(file);

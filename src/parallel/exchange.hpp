@@ -34,7 +34,7 @@ class HeadScatter {
   std::vector<ReceiveBlock> receives_;
 };
 
-/// The way back, which what stays on this rank is not sent either.
+/// The way back. What stays on this rank is copied meanwhile too.
 class HeadGather {
  public:
   HeadGather(Communicator& ranks, Workspace& workspace, int part) : ranks_(ranks), workspace_(workspace), part_(part) {}

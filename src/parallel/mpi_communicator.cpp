@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <exception>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -33,7 +34,7 @@ bool& has_failed() {
   throw CommunicationError("parallel: " + text + ".");
 }
 
-void check(int code, const char* what) {
+void check(int code, std::string_view what) {
   if (code == MPI_SUCCESS) return;
   std::string text(MPI_MAX_ERROR_STRING, '\0');
   int length = 0;
@@ -82,7 +83,7 @@ class MpiPending final : public Pending {
       MPI_Status status;
       const bool came = poll(timeout_, [&] {
         int done = 0;
-        check(MPI_Test(&transfer.request, &done, &status), operation_name(operation_).data());
+        check(MPI_Test(&transfer.request, &done, &status), operation_name(operation_));
         return done != 0;
       });
       if (!came) {

@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "core/fork_locks.hpp"
+#include "core/interrupt.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/log.hpp"
 #include "ditattn/plugin.hpp"
@@ -117,6 +118,7 @@ class Search {
     } catch (const MemoryError&) {
       throw;
     } catch (const Error& error) {
+      if (is_interrupt(error)) throw;
       reason_ = error.message();
       tried_.push_back(fmt::format("{}: {}", importer.name, reason_));
     }

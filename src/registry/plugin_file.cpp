@@ -48,7 +48,7 @@ bool is_cut_short(const fs::path& file) {
   std::error_code error;
   const std::uintmax_t size = fs::file_size(file, error);
   stream.seekg(static_cast<std::streamoff>(header.e_phoff));
-  for (int i = 0; i < header.e_phnum; ++i) {
+  for (unsigned i = 0; i < header.e_phnum; ++i) {
     ElfW(Phdr) segment{};
     if (!stream.read(reinterpret_cast<char*>(&segment), sizeof segment)) return true;
     if (segment.p_type == PT_LOAD && (segment.p_offset > size || segment.p_filesz > size - segment.p_offset))

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "core/interrupt.hpp"
+
 namespace ditattn {
 namespace {
 
@@ -37,7 +39,8 @@ std::vector<Candidate> available_beside(std::span<const Candidate> others) {
     if (std::ranges::find(others, member, &Candidate::member) != others.end()) continue;
     try {
       more.push_back(candidate_of(member));
-    } catch (const tvm::ffi::Error&) {  // of any language: not to be had here
+    } catch (const tvm::ffi::Error& error) {  // of any language: not to be had here
+      if (is_interrupt(error)) throw;
     }
   }
   return more;

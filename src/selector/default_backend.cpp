@@ -114,12 +114,16 @@ class DefaultImpl final : public AttentionImpl {
     Problem problem = problem_of(*this, call.query, call.key, call.value, call.metadata);
     problem.lse = call.lse.defined();
     problem.alignment = std::min(problem.alignment, alignment_of(call.out));
-    if (chooser_(problem).is_online) tune_at_first_call(call, problem, config());
-    const DispatchChoice& choice = chooser_(problem).choice;
+    const Chooser::Answer* answer = &chooser_(problem);
+    if (answer->is_online) {
+      tune_at_first_call(call, problem, config());
+      answer = &chooser_(problem);
+    }
+    const DispatchChoice& choice = answer->choice;
     // `forward` asked explain(): one takes it, or a backend changed its mind.
     if (!choice.index) throw ValueError(fmt::format("{}", fmt::join(choice.refusals, "; ")));
     const std::size_t index = *choice.index;
-    if (index > 0) log_move(choice);
+    if (index > 0) log_move(choice, index);
     impl(index).run(call);
     BackendAccess::count_launch(impl(index));
   }
@@ -137,10 +141,10 @@ class DefaultImpl final : public AttentionImpl {
     return *slot.impl;
   }
 
-  void log_move(const DispatchChoice& choice) const {
-    std::call_once(slots_[*choice.index].logged, [&] {
+  void log_move(const DispatchChoice& choice, std::size_t index) const {
+    std::call_once(slots_[index].logged, [&] {
       log(choice.is_measured ? LogLevel::info : rules().level,
-          fmt::format("{} moves on to {}{}: {}", rules().subject, rules().at(*choice.index).member.name(),
+          fmt::format("{} moves on to {}{}: {}", rules().subject, rules().at(index).member.name(),
                       config().prefix.empty() ? "" : fmt::format(" in '{}'", config().prefix),
                       choice.is_measured ? "it was measured to be the fastest"
                                          : fmt::format("{}", fmt::join(choice.refusals, "; "))));

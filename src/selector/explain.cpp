@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/interrupt.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/selector.hpp"
 #include "selector/choice.hpp"
@@ -23,6 +24,7 @@ MemberVerdict ask(Enum member, const Problem& problem, std::optional<Candidate>&
     answer.verdict = verdict_on(candidate, *first, problem);
     if (answer.verdict) answer.kernel = answer.backend->kernel_name(problem);
   } catch (const tvm::ffi::Error& error) {  // of any language
+    if (is_interrupt(error)) throw;
     answer.verdict.reasons.push_back(std::string(error.message()));
   }
   return answer;
@@ -88,7 +90,8 @@ Explanation explain(const Problem& problem, const std::string& role, const Atten
   } else if (!rules.in_order.empty()) {
     try {
       add_choice(rules, problem, explanation);
-    } catch (const tvm::ffi::Error&) {  // a candidate's, which is its verdict: `select_backend` would throw it
+    } catch (const tvm::ffi::Error& error) {  // a candidate's, which is its verdict: `select_backend` would throw it
+      if (is_interrupt(error)) throw;
     }
   }
   return explanation;

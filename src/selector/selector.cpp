@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "core/environment.hpp"
+#include "core/interrupt.hpp"
 #include "core/log_once.hpp"
 #include "core/text.hpp"
 #include "ditattn/errors.hpp"
@@ -42,6 +43,7 @@ std::optional<Candidate> usable_candidate(Enum member, const Request& request, s
     }
     return candidate;
   } catch (const tvm::ffi::Error& error) {  // of any language
+    if (is_interrupt(error)) throw;
     refusals.push_back(fmt::format("{}: {}", member.name(), std::string(error.message())));
     return std::nullopt;
   }

@@ -7,6 +7,7 @@
 
 #include "core/cuda_driver.hpp"
 #include "core/fork_locks.hpp"
+#include "core/interrupt.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/selector.hpp"
@@ -27,7 +28,8 @@ std::vector<Candidate> all_candidates(const std::string& device) {
   for (const Member member : platform_candidates(device)) {
     try {
       candidates.push_back(candidate_of(member));
-    } catch (const tvm::ffi::Error&) {  // of any language: not to be had here
+    } catch (const tvm::ffi::Error& error) {  // of any language: not to be had here
+      if (is_interrupt(error)) throw;
     }
   }
   const std::vector<Candidate> others = available_beside(candidates);
@@ -79,8 +81,9 @@ TunedProblem tune_call(const ImplConfig& config, const Tensor& query, const Tens
   const AttentionCall call{.query = query, .key = key, .value = value, .out = none, .lse = none, .metadata = metadata};
   TunedProblem measured =
       measure_call(call, problem, config, contenders_of(candidates, options.members, problem), options);
-  add_tuned(problem.device, measured, options.publish);
-  return measured;
+  const Others others = options.members.empty() ? Others::dropped : Others::kept;
+  add_tuned(problem.device, measured, others, options.publish);
+  return others == Others::dropped ? measured : tuned(problem).value_or(measured);
 }
 
 TunedProblem tune(const Problem& problem, const TuneOptions& options) {
@@ -109,7 +112,8 @@ std::optional<Member> tuned_member(const Problem& problem, std::optional<double>
   const DispatchRules rules = rules_of(request, {.max_error = max_error});
   if (rules.in_order.empty()) return std::nullopt;
   const DispatchChoice choice = choose(rules, problem, table.get());
-  return choice.is_measured ? std::optional(rules.at(*choice.index).member) : std::nullopt;
+  if (!choice.is_measured || !choice.index) return std::nullopt;
+  return rules.at(*choice.index).member;
 }
 
 void tune_at_first_call(const AttentionCall& call, const Problem& problem, const ImplConfig& config) {
@@ -131,10 +135,11 @@ void tune_at_first_call(const AttentionCall& call, const Problem& problem, const
   try {
     const std::vector<Candidate> candidates = all_candidates(std::string(device_type_name(problem.device)));
     measured = measure_call(call, problem, config, contenders_of(candidates, {}, problem), {});
-    add_tuned(problem.device, measured, true);
+    add_tuned(problem.device, measured, Others::dropped, true);
   } catch (const Error& error) {
+    if (is_interrupt(error)) throw;
     log(LogLevel::warning, fmt::format("Measuring at the first call failed: {}", error.message()));
-    if (measured.results.empty()) add_tuned(problem.device, measured, false);
+    if (measured.results.empty()) add_tuned(problem.device, measured, Others::dropped, false);
   }
 }
 

@@ -10,20 +10,27 @@
 #include <limits>
 #include <memory>
 
+#include "core/interrupt.hpp"
 #include "core/row_reference.hpp"
 #include "ditattn/cuda.hpp"
 #include "ditattn/errors.hpp"
 #include "registry/table_backend.hpp"
 #include "tuner/rounds.hpp"
+#include "tuner/tune_cache.hpp"
 
 namespace ditattn {
 namespace {
 
-constexpr std::int64_t kRows = 32;     // errors are measured on: their mean varies by a few percent
 constexpr double kTooSlow = 3;         // times a rival's time: timed once, by its quickest call that warmed up
 constexpr double kHopelessMs = 1000;   // a first call that is longer, and far slower than a rival's: timed by itself
 constexpr double kFinalists = 1.1;     // times a rival's time at most: timed again, to tell apart
 constexpr double kFinalsBudget = 0.5;  // of the budget
+
+// Errors are measured on; docs/tuning.md says by how much they vary. Fewer where a head's logits would fill memory.
+std::int64_t num_rows(const Problem& p) {
+  constexpr std::int64_t most_logits = std::int64_t{1} << 26;
+  return std::clamp<std::int64_t>(most_logits / std::max<std::int64_t>(p.seq_kv, 1), 32, 512);
+}
 
 std::array<std::int64_t, 4> out_shape(const Problem& p) { return {p.batch, p.seq_q, p.num_heads, p.head_size}; }
 
@@ -44,7 +51,7 @@ class Measurement {
       : problem_(problem),
         config_(config),
         options_(options),
-        rows_(sample_rows(problem, kRows, options.seed)),
+        rows_(sample_rows(problem, num_rows(problem), options.seed)),
         out_(empty(out_shape(problem), problem.dtype, problem.device)),
         lse_(problem.lse ? empty(std::array{problem.batch, problem.num_heads, problem.seq_q}, kFloat32, problem.device)
                          : Tensor()),
@@ -86,9 +93,7 @@ class Measurement {
       if (results_[running.result].reason.empty())
         results_[running.result].median_ms = rounds_.median_ms(running.entry);
     }
-    std::ranges::stable_sort(results_, {}, [](const TunedResult& result) {
-      return result.reason.empty() ? result.median_ms : std::numeric_limits<double>::infinity();
-    });
+    sort_results(results_);
     return std::move(results_);
   }
 
@@ -103,13 +108,14 @@ class Measurement {
     try {
       guard(results_[result].backend, body);
     } catch (const Error& error) {
+      if (is_interrupt(error)) throw;
       results_[result].reason = error.message().empty() ? error.kind() : error.message();
     }
   }
 
   // Runs the first call, whose error is the result's, and returns its milliseconds. The output is filled with NaN
   // before (all bits set, in every float type): elements left unwritten show.
-  double run_first(const AttentionImpl& impl, CausalAlignment alignment, TunedResult& result) const {
+  double run_first(const AttentionImpl& impl, CausalAlignment alignment, TunedResult& result) {
     const Tensor unwritten = empty(out_shape(problem_), problem_.dtype);
     std::memset(unwritten.data_ptr(), 0xFF, tvm::ffi::GetDataSize(*unwritten.GetDLTensorPtr()));
     const Tensor out = problem_.device.device_type == kDLCPU ? unwritten : copy_to(unwritten, problem_.device);
@@ -124,7 +130,9 @@ class Measurement {
     synchronize(problem_.device);
     const double first_ms = ms_since(start);
     const double scale = config_.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(config_.head_size)));
-    const RowErrors errors = check_rows(call, scale, config_.causal, alignment, rows_);
+    // For all contenders: their causal rules come to the same here.
+    if (answers_.empty()) answers_ = answer_rows(call, scale, config_.causal, alignment, rows_);
+    const RowErrors errors = compare_rows(call, rows_, answers_);
     const bool is_wrong = errors.wrong_non_finite > 0 || errors.nonzero_without_keys > 0;
     result.error = is_wrong ? std::numeric_limits<double>::quiet_NaN() : errors.rel_l2;
     return first_ms;
@@ -167,6 +175,7 @@ class Measurement {
   const ImplConfig& config_;
   const TuneOptions& options_;
   std::vector<Row> rows_;
+  std::vector<RowAnswer> answers_;  // in these rows, once somebody was run
   Tensor out_;
   Tensor lse_;
   AttentionCall call_;

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <limits>
 #include <new>
 
@@ -59,13 +60,6 @@ Json to_json(const TunedProblem& tuned) {
   return {{"problem", problem}, {"results", results}};
 }
 
-MaskKind parse_mask(const std::string& name) {
-  for (const MaskKind kind : {MaskKind::none, MaskKind::padding, MaskKind::boolean, MaskKind::additive}) {
-    if (name == mask_kind_name(kind)) return kind;
-  }
-  throw ValueError(fmt::format("the mask '{}'", name));
-}
-
 // nlohmann's own conversion takes 1e30, 2.5 and true.
 std::int64_t parse_integer(const Json& json, const char* name) {
   const bool is_integer = json.is_number_integer() && json.get<double>() >= 0 && json.get<double>() <= INT32_MAX;
@@ -88,7 +82,7 @@ TunedProblem parse_problem(const Json& json) {
   TunedProblem tuned;
   const Json& problem = json.at("problem");
   tuned.problem.dtype = parse_dtype(problem.at("dtype").get<std::string>());
-  tuned.problem.mask = parse_mask(problem.at("mask").get<std::string>());
+  tuned.problem.mask = parse_mask_kind(problem.at("mask").get<std::string>());
   for (const auto& [name, field] : kSizes) tuned.problem.*field = parse_integer(problem.at(name), name);
   if (tuned.problem.num_kv_heads == 0) throw ValueError("num_kv_heads=0");
   for (const auto& [name, field] : kFlags) tuned.problem.*field = problem.at(name).get<bool>();
@@ -195,6 +189,27 @@ bool same_measurement(const Problem& a, const Problem& b) {
          std::ranges::all_of(kFlags, [&](const auto& flag) { return a.*flag.second == b.*flag.second; });
 }
 
+void sort_results(std::vector<TunedResult>& results) {
+  std::ranges::stable_sort(results, {}, [](const TunedResult& result) {
+    return result.reason.empty() ? result.median_ms : std::numeric_limits<double>::infinity();
+  });
+}
+
+void put_tuned(std::vector<TunedProblem>& all, TunedProblem measured, Others others) {
+  const auto is_same = [&](const TunedProblem& old) { return same_measurement(old.problem, measured.problem); };
+  if (const auto old = std::ranges::find_if(all, is_same); old != all.end()) {
+    if (others == Others::kept) {
+      std::erase_if(old->results, [&](const TunedResult& result) {
+        return std::ranges::find(measured.results, result.backend, &TunedResult::backend) != measured.results.end();
+      });
+      std::ranges::move(old->results, std::back_inserter(measured.results));
+      sort_results(measured.results);
+    }
+    all.erase(old);
+  }
+  all.push_back(std::move(measured));
+}
+
 std::vector<TunedProblem> read_tune_cache(const fs::path& file, const TunedFor& environment, bool is_frozen) {
   try {
     return read_or_set_aside(file, environment, is_frozen);
@@ -205,6 +220,11 @@ std::vector<TunedProblem> read_tune_cache(const fs::path& file, const TunedFor& 
 }
 
 void publish_tuned(const fs::path& file, const TunedFor& environment, const std::vector<TunedProblem>& problems) {
+  publish_tuned(file, environment, problems, Others::dropped);
+}
+
+void publish_tuned(const fs::path& file, const TunedFor& environment, const std::vector<TunedProblem>& problems,
+                   Others others) {
   std::error_code error;
   fs::create_directories(file.parent_path(), error);
   if (error) {
@@ -218,10 +238,7 @@ void publish_tuned(const fs::path& file, const TunedFor& environment, const std:
   } catch (const FileError& unread) {  // what is in it must not be lost
     throw FileError(fmt::format("Cannot add to the tuned choices '{}': {}.", file.string(), unread.message()));
   }
-  for (const TunedProblem& added : problems) {
-    std::erase_if(all, [&](const TunedProblem& old) { return same_measurement(old.problem, added.problem); });
-    all.push_back(added);
-  }
+  for (const TunedProblem& added : problems) put_tuned(all, added, others);
   Json entries = Json::array();
   for (const TunedProblem& tuned : all) entries.push_back(to_json(tuned));
   const Json json{

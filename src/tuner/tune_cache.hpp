@@ -11,7 +11,16 @@ namespace ditattn {
 
 /// Whether two problems are measured alike: all but their device, and whether an LSE is wanted, which no backend's
 /// speed depends on to speak of.
-DITATTN_API DITATTN_API bool same_measurement(const Problem& a, const Problem& b);
+DITATTN_API bool same_measurement(const Problem& a, const Problem& b);
+
+/// What becomes of older results of the same problem, of back ends that were not asked this time.
+enum class Others { dropped, kept };
+
+/// Puts a measurement at the end, in the place of the same problem's older one, with its results in order.
+DITATTN_API void put_tuned(std::vector<TunedProblem>& all, TunedProblem measured, Others others);
+
+/// Orders results as `TunedProblem` has them.
+void sort_results(std::vector<TunedResult>& results);
 
 /// Reads a cache's file: what was measured for `environment`, in the file's order; nothing where there is no file. A
 /// file that is damaged, of another format or of another environment is logged (warning) and put aside under its name
@@ -20,9 +29,13 @@ DITATTN_API DITATTN_API bool same_measurement(const Problem& a, const Problem& b
 DITATTN_API std::vector<TunedProblem> read_tune_cache(const std::filesystem::path& file, const TunedFor& environment,
                                                       bool is_frozen);
 
-/// Adds problems to the file, in the place of the same ones that are there. Processes that publish at the same time
+/// Adds problems to the file, as `put_tuned` does. Processes that publish at the same time
 /// take turns, so that both have their say; readers see the file as it was or as it is. FileError where it cannot be
 /// written, or is there and cannot be opened.
+DITATTN_API void publish_tuned(const std::filesystem::path& file, const TunedFor& environment,
+                               const std::vector<TunedProblem>& problems, Others others);
+
+/// The same, of measurements of everybody.
 DITATTN_API void publish_tuned(const std::filesystem::path& file, const TunedFor& environment,
                                const std::vector<TunedProblem>& problems);
 

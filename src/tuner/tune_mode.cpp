@@ -11,13 +11,13 @@
 namespace ditattn {
 
 TuneMode tune_mode() {
-  const std::string mode = upper_case(environment(Env::DITATTN_TUNE).value_or("use"));
+  const std::string value = environment(Env::DITATTN_TUNE).value_or("use");
+  const std::string mode = upper_case(value);
   if (mode == "USE") return TuneMode::use;
   if (mode == "OFF") return TuneMode::off;
   if (mode == "FROZEN") return TuneMode::frozen;
   if (mode == "ONLINE") return TuneMode::online;
-  throw ValueError(
-      fmt::format("DITATTN_TUNE is '{}'. Valid modes are: use, off, frozen, online", *environment(Env::DITATTN_TUNE)));
+  throw ValueError(fmt::format("DITATTN_TUNE is '{}'. Valid modes are: use, off, frozen, online", value));
 }
 
 std::filesystem::path tune_cache_folder() {

@@ -11,11 +11,11 @@
 #include <shared_mutex>
 
 #include "core/fork_locks.hpp"
+#include "core/interrupt.hpp"
 #include "core/log_once.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/threads.hpp"
 #include "registry/enum.hpp"
-#include "tuner/tune_cache.hpp"
 #include "tuner/tuned_for.hpp"
 
 namespace ditattn {
@@ -54,6 +54,7 @@ class StillHolds {
       }
       return member;
     } catch (const tvm::ffi::Error& error) {  // of any language
+      if (is_interrupt(error)) throw;
       reason = std::string(error.message());
       return std::nullopt;
     }
@@ -226,7 +227,7 @@ std::shared_ptr<const TunedTable> tuned_table(DLDevice device) {
 TuneMode current_tune_mode() {
   {
     const std::shared_lock lock(tables().mutex);
-    if (tables().mode) return *tables().mode;
+    if (const auto mode = tables().mode) return *mode;
   }
   const TuneMode mode = tune_mode();
   const std::unique_lock lock(tables().mutex);
@@ -234,19 +235,17 @@ TuneMode current_tune_mode() {
   return mode;
 }
 
-void add_tuned(DLDevice device, const TunedProblem& problem, bool publish) {
+void add_tuned(DLDevice device, const TunedProblem& problem, Others others, bool publish) {
   std::filesystem::path file;
   TunedFor environment;
   with_state(device, [&](DeviceState& state) {
-    std::erase_if(state.problems,
-                  [&](const TunedProblem& old) { return same_measurement(old.problem, problem.problem); });
-    state.problems.push_back(problem);
+    put_tuned(state.problems, problem, others);
     state.changes = kNever;  // the table is made anew
     file = state.file;
     environment = state.environment;
   });
   forget_resolved_members();  // who was passed over without measurements may be the best now
-  if (publish && !file.empty()) publish_tuned(file, environment, {problem});
+  if (publish && !file.empty()) publish_tuned(file, environment, {problem}, others);
 }
 
 std::vector<TunedProblem> tuned_problems(DLDevice device) {

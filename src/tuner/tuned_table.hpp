@@ -12,6 +12,7 @@
 #include "ditattn/export.hpp"
 #include "ditattn/registry.hpp"
 #include "ditattn/tuner.hpp"
+#include "tuner/tune_cache.hpp"
 #include "tuner/tune_mode.hpp"
 
 namespace ditattn {
@@ -72,9 +73,9 @@ DITATTN_API std::shared_ptr<const TunedTable> tuned_table(DLDevice device);
 /// DITATTN_TUNE as it was when the tables were read.
 TuneMode current_tune_mode();
 
-/// Adds what was measured to the device's table and, if asked, to its file. FileError where that cannot be written: it
-/// is known to this process all the same.
-void add_tuned(DLDevice device, const TunedProblem& problem, bool publish);
+/// Adds what was measured to the device's table and, if asked, to its file, as `put_tuned` does. FileError where that
+/// cannot be written: it is known to this process all the same.
+void add_tuned(DLDevice device, const TunedProblem& problem, Others others, bool publish);
 
 /// The best of a measured problem's members: the fastest whose error is at most `max_error`, or the first of `order`
 /// (things with a `member`) that is at most 2 % slower. `may_take` is asked about members that would be chosen. None

@@ -173,26 +173,34 @@ TEST_F(BadPlugin, TruncatedLibrary) {
   for (std::size_t size : kSizes) {
     write_late(bytes.substr(0, size));
     expect_contains(import_error(late_module() + ".Doubler"),
-                    {"/TruncatedLibrary.so: module failed to load (the file is cut short)"});
+                    {late_file().string() + ": module failed to load (the file is cut short)"});
     Enum::CUSTOM.clear_override();  // forget the failure
   }
 }
 
 TEST_F(BadPlugin, RelativeEntryIsIgnoredAndSaidSo) {
+  install_late();
   const fs::path before = fs::current_path();
-  fs::current_path(ABI_ZOO);
+  fs::current_path(late_file().parent_path().parent_path());
   const testing::ScopedEnvironment variable("DITATTN_PLUGIN_PATH", ".:" ABI_FIRST);
-  const std::string text = error_text<ImportError>([] { return resolve_class_path("zoo.deep.er.good.Odd"); });
+  const std::string text = error_text<ImportError>([&] { return resolve_class_path(late_module() + ".Doubler"); });
   fs::current_path(before);
   expect_contains(text, {"no such module", "DITATTN_PLUGIN_PATH entry '.': ignored, because it is not absolute"});
 }
 
 TEST_F(BadPlugin, BrokenCopyGivesWayToAGoodOneWithAWarning) {
+  install_late();
+  const fs::path root = late_file().parent_path().parent_path();
+  const fs::path broken = root / "earlier" / "late" / late_file().filename();
+  fs::create_directories(broken.parent_path());
+  std::ofstream(broken) << "This is no shared library.\n";
+  const testing::ScopedEnvironment path("DITATTN_PLUGIN_PATH",
+                                        ((root / "earlier").string() + ":" + root.string()).c_str());
   const testing::LogRecorder log;
-  EXPECT_EQ(resolve_class_path("zoo.shadowed.Doubler")->get_name(), "DOUBLER");
+  EXPECT_EQ(resolve_class_path(late_module() + ".Doubler")->get_name(), "DOUBLER");
   const std::vector<std::string> warnings = log.of(LogLevel::warning);
   ASSERT_EQ(warnings.size(), 1U);
-  expect_contains(warnings[0], {"Skipped a broken plug-in: " ABI_FIRST "/zoo/shadowed.so: module failed to load ("});
+  expect_contains(warnings[0], {"Skipped a broken plug-in: " + broken.string() + ": module failed to load ("});
 }
 
 TEST_F(BadPlugin, FailureIsRememberedUntilARegistrationChanges) {

@@ -14,16 +14,27 @@
 #include "ditattn/observer.hpp"
 #include "ditattn/version.hpp"
 #include "tests/abi/plugin_fixture.hpp"
+#include "tests/abi/plugins/good_backends.hpp"
 
 namespace ditattn {
 namespace {
 
-class FrozenPlugin : public testing::PluginTest {
- protected:
-  BackendClass backend_ = resolve_class_path("zoo.frozen_v3.Mean");
-};
+void skip_without_other_compiler() {
+  if (!ABI_OTHER_COMPILER) GTEST_SKIP() << "needs clang++ beside g++ (make sanitize installs it), when CMake is run";
+}
 
-TEST_F(FrozenPlugin, StillLoadsAndComputes) {
+// Compiled by the library's compiler, and by another one with another layout of the standard library's types.
+class FrozenPlugin : public testing::PluginTest, public ::testing::WithParamInterface<const char*> {
+ protected:
+  void SetUp() override {
+    if (GetParam() != std::string("frozen_v3")) skip_without_other_compiler();
+    if (!IsSkipped()) backend_ = resolve_class_path(std::string("zoo.") + GetParam() + ".Mean");
+  }
+  BackendClass backend_;
+};
+INSTANTIATE_TEST_SUITE_P(Binaries, FrozenPlugin, ::testing::Values("frozen_v3", "frozen_v3_other"));
+
+TEST_P(FrozenPlugin, StillLoadsAndComputes) {
   EXPECT_EQ(backend_->get_name(), "MEAN");
   EXPECT_EQ(backend_->capabilities().engine, "frozen");
   EXPECT_EQ(backend_->kernel_name({}), "") << "the entry is optional";
@@ -46,13 +57,46 @@ TEST_F(FrozenPlugin, StillLoadsAndComputes) {
   EXPECT_FLOAT_EQ(static_cast<const float*>(lse.data_ptr())[29], std::log(7.F));
 }
 
-TEST_F(FrozenPlugin, GetsArgumentsAsItKnowsThem) {
+TEST_P(FrozenPlugin, GetsArgumentsAsItKnowsThem) {
   EXPECT_EQ(backend_->explain({.batch = 3, .mask = MaskKind::boolean, .causal = true, .lse = true}).reasons,
             (std::vector<std::string>{"batch 3", "mask 2", "features 3"}));
   EXPECT_EQ(testing::error_text<ValueError>([&] {
               return backend_->make({.num_heads = 3, .head_size = 8, .softmax_scale = 2, .prefix = "refused"});
             }),
             "3 8 1 0 0 0");
+}
+
+// Classes that another compiler laid out: objects, virtual functions, exceptions both ways.
+class OtherCompiler : public testing::PluginTest {
+ protected:
+  void SetUp() override { skip_without_other_compiler(); }
+};
+
+TEST_F(OtherCompiler, ComputesAndDescribes) {
+  testing::expect_doubles(*resolve_class_path("zoo.good_other.Doubler"));
+  const BackendClass odd = resolve_class_path("zoo.good_other.Odd");
+  EXPECT_EQ(odd->capabilities().engine, odd_capabilities().engine);
+  EXPECT_EQ(odd->capabilities().head_sizes.list, odd_capabilities().head_sizes.list);
+  EXPECT_EQ(odd->kernel_name({.seq_kv = 2}), "odd kernel of 2");
+  EXPECT_EQ(odd->explain({.seq_kv = 1}).reasons,
+            (std::vector<std::string>{"one key is too few", "and so is one reason"}));
+}
+
+TEST_F(OtherCompiler, ReadsMetadataAndThrows) {
+  const BackendClass backend = resolve_class_path("zoo.good_other.Doubler");
+  const auto attention = backend->make({.num_heads = 2, .head_size = 2, .softmax_scale = 0.5});
+  const Tensor mask = empty({1, 1, 1, 3}, kBool);
+  for (int key = 0; key < 3; ++key) store_element(data_pointer(mask), key, kBool, key != 1);
+  const Tensor lse = empty({1, 2, 4}, kFloat32);
+  const Tensor out = testing::forward_doubler(*attention, AttentionMetadata({.attn_mask = mask}), {.lse = lse});
+  EXPECT_EQ(load_element(data_pointer(out), 0, kFloat32), 2.5);
+  EXPECT_EQ(load_element(data_pointer(lse), 0, kFloat32), 1) << "a dense mask to be read";
+  const auto make = [&](const char* prefix) {
+    return [=] { return backend->make({.num_heads = 2, .head_size = 2, .prefix = prefix}); };
+  };
+  EXPECT_EQ(testing::error_text<ValueError>(make("ValueError")), "a wrong value");
+  EXPECT_EQ(testing::error_text<NotImplementedError>(make("NotImplementedError")), "not on this chip");
+  testing::expect_contains(testing::error_text<Error>(make("int")), {"something that is not a std::exception"});
 }
 
 // The Itanium C++ ABI, which GCC and Clang follow on x86-64: a pointer to a data member is its offset, a pointer to a

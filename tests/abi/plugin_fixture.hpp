@@ -37,8 +37,8 @@ class PluginTest : public RegistryTest {
   }
   ~PluginTest() override { std::filesystem::remove_all(folder_); }
 
-  /// A module path that no other test uses ("late.<test>"): a library once opened is never closed.
-  [[nodiscard]] std::string late_module() const { return "late." + test_name(); }
+  /// A module path that no other test uses ("late.<test><number>"): a library once opened is never closed.
+  [[nodiscard]] std::string late_module() const { return "late." + name_; }
   /// Puts `bytes` where `late_module` is looked for.
   void write_late(const std::string& bytes) const {
     std::filesystem::remove(late_file());
@@ -50,7 +50,7 @@ class PluginTest : public RegistryTest {
     std::filesystem::copy_file(ABI_ZOO "/zoo/good.so", late_file());
   }
 
-  [[nodiscard]] std::filesystem::path late_file() const { return folder_ / "late" / (test_name() + ".so"); }
+  [[nodiscard]] std::filesystem::path late_file() const { return folder_ / "late" / (name_ + ".so"); }
 
   /// The ImportError of `class_path`; other backends still give right numbers after it.
   static std::string import_error(const std::string& class_path) {
@@ -61,10 +61,9 @@ class PluginTest : public RegistryTest {
   }
 
  private:
-  static std::string test_name() { return ::testing::UnitTest::GetInstance()->current_test_info()->name(); }
-
+  const std::string name_ = unused(::testing::UnitTest::GetInstance()->current_test_info()->name());
   const std::filesystem::path folder_ =
-      std::filesystem::temp_directory_path() / ("ditattn-abi-" + test_name() + "-" + std::to_string(::getpid()));
+      std::filesystem::temp_directory_path() / ("ditattn-abi-" + name_ + "-" + std::to_string(::getpid()));
   const ScopedEnvironment path_{"DITATTN_PLUGIN_PATH",
                                 (ABI_FIRST ":" ABI_SECOND ":" ABI_ZOO ":" + folder_.string()).c_str()};
 };

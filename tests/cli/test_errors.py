@@ -345,6 +345,19 @@ def test_failure_leaves_the_old_output(ditattn, good, tmp_path):
     assert output.read_text() == "mine"
 
 
+@pytest.mark.parametrize("status, arguments", [
+    (2, ["nonsense"]),
+    (2, ["list", "--nonsense"]),
+    (3, ["compare", "--backends", "CUSTOM", "--shape", "1,1,8,8,16"]),
+    (4, ["run", "--input", "/none", "--output", "/none"]),
+])  # fmt: skip
+def test_where_no_error_can_be_written_the_status_tells(ditattn, status, arguments):
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([str(ditattn.program), *arguments], stderr=full).returncode == status
+    closed = subprocess.run([str(ditattn.program), *arguments], preexec_fn=lambda: os.close(2))
+    assert closed.returncode == status
+
+
 def test_full_disk_behind_stdout(ditattn):
     with open("/dev/full", "w") as full:
         done = subprocess.run([str(ditattn.program), "list"], stdout=full, stderr=subprocess.PIPE, text=True)

@@ -86,7 +86,7 @@ def test_a_back_end_that_cannot_be_had(ditattn):
     ((), 2, "Nothing to explain: give --shape B,H,Sq,Skv,D or --model NAME."),
     (("--shape", "1,2,3"), 2, "1,2,3"),
     (("--shape", "1,8,4,4,4", "--kv-heads", "3"), 2, "--kv-heads 3 does not divide the 8 heads"),
-    (("--shape", "1,8,4,4,4", "--mask", "dense"), 2, "--mask is 'dense'. Valid kinds are: none, padding, bool, additive"),
+    (("--shape", "1,8,4,4,4", "--mask", "dense"), 2, "--mask: dense not in {none,padding,bool,additive}"),
     (("--shape", "1,8,4,4,4", "--backend", "nope"), 2, "Unknown diffusion attention backend: 'NOPE'"),
     (("--shape", "1,8,4,4,4", "--device", "tpu"), 2, "tpu"),
     (("--model", "no such model"), 2, "no such model"),

@@ -166,6 +166,59 @@ def test_only_those_that_are_named(tuner):
     assert "has an empty name" in tuner.fails(2, "tune", "--shape", SHAPE, "--backends", "flash_attn,")
 
 
+def test_what_is_known_of_others_is_kept(tuner):
+    (before,) = tuner.tune("--shape", SHAPE)["cases"]
+    tuner.rewrite(make_fastest("TORCH_SDPA"))
+    (case,) = tuner.tune("--shape", SHAPE, "--backends", "sage_attn,flash_attn")["cases"]
+    times = {result["backend"]: result["median_ms"] for result in usable(case)}
+    assert set(times) == {result["backend"] for result in usable(before)} and case["chosen"] == "TORCH_SDPA"
+    assert times["TORCH_SDPA"] == 0.001 and times["SAGE_ATTN_3"] == 1000
+    assert times["SAGE_ATTN"] != 1000 and times["FLASH_ATTN"] != 1000
+    assert tuner.json("tune", "--list")["cases"][0]["results"] == case["results"]
+    text = tuner.ok("tune", "--shape", SHAPE, "--backends", "flash_attn", *BUDGET)
+    assert re.search(r"TORCH_SDPA +0\.001 ", text), text
+
+
+def problems_of_the_catalogue(ditattn, max_tflop):
+    """Shape, heads of K/V and kind of mask of each problem that is no larger, in the order of `ditattn models`."""
+    problems = {}
+    for model in ditattn.json("models")["models"]:
+        for role in model["roles"]:
+            batch, heads, rows, keys, size = role["shape"]
+            if 4 * batch * heads * rows * keys * size <= max_tflop * 1e12:
+                joint = role["joint"] != "none"
+                problems[*role["shape"], role["kv_heads"], role["mask"], joint] = None
+    return list(problems)
+
+
+def test_the_catalogue(tuner, ditattn):
+    expected = problems_of_the_catalogue(ditattn, 0.001)
+    assert 2 < len(expected) < 10
+    cases = tuner.tune("--catalogue", "--max-tflop", "0.001", "--backends", "flash_attn")["cases"]
+    assert [(*case["shape"], case["num_kv_heads"], case["mask"], case["joint"]) for case in cases] == expected
+    for case in cases:
+        (result,) = case["results"]
+        assert case["chosen"] == "FLASH_ATTN" and result["error"] <= EXACT["float32"] and result["median_ms"] > 0
+        assert re.fullmatch(r"[\w./-]+@[\w.]+:[\w.]+", case["case"])
+    assert len(tuner.json("tune", "--list")["cases"]) == len(expected)
+    (more,) = tuner.tune("--catalogue", "--max-tflop", "0.0003", "--shape", SHAPE, "--backends", "flash_attn")["cases"][1:]
+    assert more["case"] in {case["case"] for case in cases}
+
+
+def test_a_catalogue_that_cannot_be_tuned(tuner, tmp_path):
+    small = ("--catalogue", "--max-tflop", "0.0003")
+    assert "no such model" in tuner.fails(2, "tune", *small, "--model", "no such model")
+    assert "--max-tflop requires --catalogue" in tuner.fails(2, "tune", "--shape", SHAPE, "--max-tflop", "1")
+    error = tuner.fails(2, "tune", "--catalogue", "--max-tflop", "1e-9")
+    assert "--max-tflop 1e-09 leaves nothing of the catalogue: its smallest problem takes 0.00026 TFLOP" in error
+    for wrong in ("-1", "nan", "much"):
+        assert "--max-tflop" in tuner.fails(2, "tune", "--catalogue", "--max-tflop", wrong)
+    assert not tuner.folder.exists()
+    (tmp_path / "file").write_text("x")
+    error = tuner.fails(4, "tune", *small, *BUDGET, DITATTN_TUNE_CACHE=str(tmp_path / "file" / "cache"))
+    assert "Cannot make the folder" in error and "DITATTN_TUNE_CACHE names another." in error
+
+
 @pytest.mark.parametrize("arguments, status, text", [
     ((), 2, "Nothing to tune: give --shape B,H,Sq,Skv,D, --model NAME, --input FILE or --catalogue."),
     (("--shape", "1,2,3"), 2, "1,2,3"),
@@ -241,7 +294,7 @@ def test_the_commands_of_the_docs(tuner):
     for arguments in commands:
         text = tuner.ok(*arguments)
         if arguments[:2] == ["tune", "--list"]:
-            assert "2 problems in" in text and "1,8,512,512,64" in text
+            assert "2 problems in" in text and "H=8 Sq=512 Skv=512 D=64, float32 on cpu" in text
         if "--diffusion-attention-config" in arguments:
             assert "FLASH_ATTN" in text
 

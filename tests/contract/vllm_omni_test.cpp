@@ -334,21 +334,23 @@ TEST_F(VllmOmniSelection, EnvironmentIsReadAtEachResolution) {
 
 // Members of their own, for each text is logged once in a process.
 TEST_F(VllmOmniSelection, LogWithoutARole) {
-  Enum::define("LOGGED_ATTN", Enum::TORCH_SDPA.value());
+  const std::string name = testing::unused("LOGGED_ATTN");
+  Enum::define(name, Enum::TORCH_SDPA.value());
   const testing::LogRecorder log;
-  get_attn_backend_for_role("", 64, config_from_flags({.backend = "logged_attn"}));
-  EXPECT_EQ(log.of(LogLevel::info),
-            std::vector<std::string>{
-                "Resolved diffusion attention backend 'LOGGED_ATTN' for role=None via attention_config.default"});
+  get_attn_backend_for_role("", 64, config_from_flags({.backend = name}));
+  EXPECT_EQ(log.of(LogLevel::info), std::vector<std::string>{"Resolved diffusion attention backend '" + name +
+                                                             "' for role=None via attention_config.default"});
 }
 
 TEST_F(VllmOmniSelection, LogLeavesTheCategoryToTheSource) {
-  Enum::define("CATEGORY_ATTN", Enum::TORCH_SDPA.value());
+  const std::string name = testing::unused("CATEGORY_ATTN");
+  Enum::define(name, Enum::TORCH_SDPA.value());
   const testing::LogRecorder log;
-  const AttentionConfig config = AttentionConfig::from_json(R"({"per_role": {"cat": "category_attn"}})");
+  const AttentionConfig config = AttentionConfig::from_json(R"({"per_role": {"cat": ")" + name + R"("}})");
   get_attn_backend_for_role("x", 64, config, "cat");
   EXPECT_EQ(log.of(LogLevel::info),
-            std::vector<std::string>{"Resolved diffusion attention backend 'CATEGORY_ATTN' for role='x' via "
+            std::vector<std::string>{"Resolved diffusion attention backend '" + name +
+                                     "' for role='x' via "
                                      "attention_config.per_role['cat'] (role_category fallback)"});
 }
 

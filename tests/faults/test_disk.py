@@ -56,6 +56,20 @@ def test_tuned_choices_on_a_full_disk(command, environment, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_online_tuning_on_a_full_disk_goes_on(run_python, tmp_path):
+    folder = tmp_path / "tuned"
+    done = run_python(
+        "import os, resource, signal, numpy as np, ditattn\nos.environ['DITATTN_TUNE'] = 'online'\n"
+        "q = np.ones((1, 8, 1, 16), 'float32')\nditattn.attention(q, q, q, backend='flash_attn')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "for _ in range(2): print((ditattn.attention(q, q, q) == 1).all())\n"
+    )
+    assert done.stdout == "True\nTrue\n", done.stderr
+    assert done.stderr.count("Measuring at the first call failed: Cannot write tuned choices") == 1, done.stderr
+    assert str(folder) in done.stderr and "File too large" in done.stderr
+    assert [name for name in os.listdir(folder) if not name.endswith(".lock")] == []
+
+
 def test_tuned_choices_where_there_can_be_no_folder(command, environment, tmp_path):
     (tmp_path / "tuned").write_text("a file")
     done = tune(command, environment)

@@ -7,7 +7,6 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 
 #include "core/environment.hpp"
@@ -63,7 +62,7 @@ void install_log(bool verbose) {
 // Help and version are "errors" of the parser too, with status 0 and text for stdout.
 int report_parse_error(const CLI::App& app, const CLI::ParseError& error) {
   if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return app.exit(error);
-  fmt::print(stderr, "ditattn: error: {}\nRun `ditattn --help`, or `ditattn VERB --help`.\n", printable(error.what()));
+  print_error(fmt::format("{}\nRun `ditattn --help`, or `ditattn VERB --help`.", error.what()));
   return kUsage;
 }
 
@@ -121,7 +120,7 @@ int ditattn_command(int argc, char** argv) {
     return parse_and_do(argc, argv);
   } catch (...) {
     const Failure failure = current_failure();
-    fmt::print(stderr, "ditattn: error: {}\n", printable(failure.message));
+    print_error(failure.message);
     return failure.status;
   }
 }

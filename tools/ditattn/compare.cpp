@@ -124,8 +124,7 @@ ExitStatus verdict(const Comparison& comparison, const MeasureOptions& options) 
     exceeded |= too_far;
     refused |= entry.status == Status::unsupported;
     failed |= entry.status == Status::failed;
-    fmt::print(stderr, "ditattn: error: {} on {}{}: {}\n", entry.backend, printable(result.name), where,
-               printable(entry.reason));
+    print_error(fmt::format("{} on {}{}: {}", entry.backend, result.name, where, entry.reason));
   };
   for (const CaseResult& result : comparison.cases) {
     for (const BackendResult& entry : result.results) judge(result, entry, "");

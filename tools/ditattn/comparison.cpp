@@ -131,17 +131,8 @@ Json to_json(const Comparison& comparison) {
 }
 
 std::string describe(const CaseResult& result) {
-  const Problem& p = result.problem;
-  std::string text = fmt::format("{}: B={} H={} Sq={} Skv={} D={}, {} on {}", result.name, p.batch, p.num_heads,
-                                 p.seq_q, p.seq_kv, p.head_size, dtype_name(p.dtype), device_name(p.device));
-  if (p.num_kv_heads != p.num_heads) text += fmt::format(", {} K/V heads", p.num_kv_heads);
-  if (p.mask != MaskKind::none) text += fmt::format(", {} mask", mask_kind_name(p.mask));
-  if (p.causal) text += ", causal";
-  if (p.joint) text += ", joint text";
-  if (p.packed) text += ", packed sequences";
-  text +=
-      result.sample_rows ? fmt::format("; errors over {} sampled rows", *result.sample_rows) : "; errors over all rows";
-  return text + fmt::format(", bound {:.1e}", result.error_bound);
+  return fmt::format("{}: {}; errors over {} rows, bound {:.1e}", result.name, describe(result.problem),
+                     result.sample_rows ? fmt::format("{} sampled", *result.sample_rows) : "all", result.error_bound);
 }
 
 Table results_table(const CaseResult& result) {

@@ -39,13 +39,6 @@ struct Explained {
   Explanation explanation;
 };
 
-MaskKind parse_mask(const std::string& name) {
-  for (const MaskKind kind : {MaskKind::none, MaskKind::padding, MaskKind::boolean, MaskKind::additive}) {
-    if (name == mask_kind_name(kind)) return kind;
-  }
-  throw UsageError(fmt::format("--mask is '{}'. Valid kinds are: none, padding, bool, additive", name));
-}
-
 Problem problem_of(const std::string& text, const Options& options, DLDevice device) {
   const std::vector<std::int64_t> shape = parse_shape(text);
   const std::int64_t kv_heads = options.kv_heads == 0 ? shape[1] : options.kv_heads;
@@ -61,7 +54,7 @@ Problem problem_of(const std::string& text, const Options& options, DLDevice dev
           .head_size = shape[4],
           .dtype = parse_float_dtype(options.dtype),
           .device = device,
-          .mask = parse_mask(options.mask),
+          .mask = parse_mask_kind(options.mask),
           .causal = options.causal,
           .lse = options.lse};
 }
@@ -136,18 +129,6 @@ Json to_json(const Explained& entry) {
           {"backends", backends}};
 }
 
-std::string describe(const Problem& problem) {
-  std::string text = fmt::format("B={} H={}", problem.batch, problem.num_heads);
-  if (problem.num_kv_heads != problem.num_heads) text += fmt::format(" Hkv={}", problem.num_kv_heads);
-  text += fmt::format(" Sq={} Skv={} D={}, {} on {}", problem.seq_q, problem.seq_kv, problem.head_size,
-                      dtype_name(problem.dtype), device_name(problem.device));
-  if (problem.mask != MaskKind::none) text += fmt::format(", mask {}", mask_kind_name(problem.mask));
-  if (problem.causal) text += ", causal";
-  if (problem.lse) text += ", LSE";
-  if (problem.joint) text += ", joint text";
-  return text;
-}
-
 // What computes, or what speaks against it; of a class that cannot be had, without the places looked in.
 std::string detail_of(const MemberVerdict& answer) {
   if (!answer.backend) return short_reason(answer.verdict.text());
@@ -206,7 +187,9 @@ void add_explain_verb(CLI::App& app, Action& action) {
                    "A model's problems: NAME[@RESOLUTION][:ROLE], as `ditattn models` has it");
   verb->add_option("--dtype", options->dtype, "float32, float16 or bfloat16")->capture_default_str();
   verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
-  verb->add_option("--mask", options->mask, "Of --shape: none, padding, bool or additive")->capture_default_str();
+  verb->add_option("--mask", options->mask, "Of --shape: its kind")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"none", "padding", "bool", "additive"}));
   verb->add_option("--kv-heads", options->kv_heads, "Of --shape: heads of key and value (default: H)")
       ->check(CLI::PositiveNumber);
   verb->add_flag("--causal", options->causal, "Of --shape: queries do not see later keys");

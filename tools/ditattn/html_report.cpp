@@ -64,7 +64,7 @@ Table recommendations(const Comparison& comparison) {
               .rows = {}};
   for (const CaseResult& result : comparison.cases) {
     const BackendResult* best = recommended_entry(result);
-    if (best == nullptr) {
+    if (best == nullptr || !best->timing || !best->accuracy) {
       table.rows.push_back({{result.name}, {"none", Emphasis::faint}, {""}, {""}, {""}});
       continue;
     }

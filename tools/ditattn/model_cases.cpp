@@ -14,11 +14,6 @@ namespace {
 // Of one call: seconds, of which a comparison needs several.
 double max_tflop(DLDevice device) { return device.device_type == kDLCPU ? 1 : 1000; }
 
-double tflop(const ModelRole& role) {
-  return 4e-12 * static_cast<double>(role.batch) * static_cast<double>(role.num_heads) *
-         static_cast<double>(role.seq_q) * static_cast<double>(role.seq_kv) * static_cast<double>(role.head_size);
-}
-
 std::string problem_name(const Model& model, const ModelRole& role) {
   return fmt::format("{}@{}:{}", model.name, role.resolution, role.role);
 }
@@ -92,6 +87,11 @@ std::vector<ModelProblem> parse_model_problems(const std::string& given) {
       problems.push_back({problem_name(model, role), role});
   }
   return problems;
+}
+
+double tflop(const ModelRole& role) {
+  return 4e-12 * static_cast<double>(role.batch) * static_cast<double>(role.num_heads) *
+         static_cast<double>(role.seq_q) * static_cast<double>(role.seq_kv) * static_cast<double>(role.head_size);
 }
 
 bool is_affordable(const ModelProblem& problem, DLDevice device) { return tflop(problem.role) <= max_tflop(device); }

@@ -22,6 +22,9 @@ struct ModelProblem {
 /// UsageError for what is not in the catalogue.
 std::vector<ModelProblem> parse_model_problems(const std::string& given);
 
+/// 10¹² operations that a call takes, causality and masks aside.
+double tflop(const ModelRole& role);
+
 /// Whether a call takes seconds on a CPU, or on a GPU, at most.
 bool is_affordable(const ModelProblem& problem, DLDevice device);
 

@@ -45,6 +45,10 @@ void print(std::string_view text) {
   }
 }
 
+void print_error(std::string_view text) {
+  std::fputs(fmt::format("ditattn: error: {}\n", printable(text)).c_str(), stderr);
+}
+
 std::string json_text(const Json& document) {
   return document.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
 }

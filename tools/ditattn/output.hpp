@@ -13,6 +13,10 @@ using Json = nlohmann::ordered_json;
 /// Writes to stdout and makes sure that it arrived: FileError otherwise (a full disk must not look like success).
 void print(std::string_view text);
 
+/// Writes "ditattn: error: ", `text` as `printable` has it, and a newline to stderr. Where nothing can be written
+/// there, the exit status alone tells: it throws nothing.
+void print_error(std::string_view text);
+
 /// One JSON document and a newline. Numbers that JSON does not have become null, broken UTF-8 is replaced.
 std::string json_text(const Json& document);
 

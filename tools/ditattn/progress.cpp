@@ -34,7 +34,7 @@ void Progress::update(std::int64_t done, std::string_view what) {
   shown_ = true;
   const auto filled = static_cast<std::size_t>(total_ > 0 ? kWidth * done / total_ : kWidth);
   const std::string bar = std::string(filled, '#') + std::string(kWidth - filled, '.');
-  fmt::print(stderr, "{}[{}] {}/{} {}", kClearLine, bar, done, total_, printable(what));
+  std::fputs(fmt::format("{}[{}] {}/{} {}", kClearLine, bar, done, total_, printable(what)).c_str(), stderr);
   std::fflush(stderr);
 }
 

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <array>
-#include <cstdio>
 #include <cstring>
 #include <numeric>
 #include <optional>
@@ -94,7 +93,7 @@ int follow(Rank& rank) {
 
 int report_failure() {
   const Failure failure = current_failure();
-  fmt::print(stderr, "ditattn: error: {}\n", printable(failure.message));
+  print_error(failure.message);
   return failure.status;
 }
 
@@ -215,7 +214,7 @@ int do_rank_work(const std::shared_ptr<Communicator>& world, const parallel::Mes
   try {
     rank.emplace(world, mesh, work);
   } catch (const ValueError& error) {  // thrown by all ranks alike, as is the next
-    if (world->rank() == 0) fmt::print(stderr, "ditattn: error: --parallel: {}\n", printable(error.message()));
+    if (world->rank() == 0) print_error(fmt::format("--parallel: {}", error.message()));
     return kUsage;
   } catch (const NotImplementedError&) {
     return world->rank() == 0 ? report_failure() : current_failure().status;

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <vector>
@@ -48,7 +47,7 @@ decltype(&ditattn_run_mpi_job) open_mpi() {
 // The other ranks' warnings are rank 0's.
 void log_errors_only() {
   set_log_handler([](LogLevel level, std::string_view message) {
-    if (level == LogLevel::error) fmt::print(stderr, "ditattn: error: {}\n", printable(message));
+    if (level == LogLevel::error) print_error(message);
   });
 }
 
@@ -59,8 +58,7 @@ ExitStatus agree(Communicator& world, const Failure& mine) {
   const auto first = std::ranges::find_if(all, [](ExitStatus status) { return status != kDone; });
   if (first == all.end()) return kDone;
   if (first - all.begin() == world.rank()) {
-    fmt::print(stderr, "ditattn: error: {}{}\n", world.rank() == 0 ? "" : fmt::format("rank {}: ", world.rank()),
-               printable(mine.message));
+    print_error(world.rank() == 0 ? mine.message : fmt::format("rank {}: {}", world.rank(), mine.message));
   }
   return *first;
 }

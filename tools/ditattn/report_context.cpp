@@ -38,7 +38,7 @@ std::string base64(const std::string& bytes) {
 }
 
 // By the first bytes; empty for what is no picture.
-std::string media_type(const std::string& bytes) {
+std::string_view media_type(const std::string& bytes) {
   if (bytes.starts_with("\x89PNG\r\n\x1a\n")) return "image/png";
   if (bytes.starts_with("\xff\xd8\xff")) return "image/jpeg";
   if (bytes.starts_with("GIF8")) return "image/gif";
@@ -96,14 +96,15 @@ Picture load_picture(const std::string& caption_and_file) {
   }
   std::ifstream stream(file, std::ios::binary);
   const std::string bytes{std::istreambuf_iterator<char>(stream), {}};
-  const std::string type = media_type(bytes);
+  const std::string_view type = media_type(bytes);
   if (!stream || type.empty()) {
     throw FileError(
         fmt::format("--picture: '{}' is no picture that browsers show. Give a PNG, JPEG, GIF, WebP or SVG "
                     "file.",
                     file));
   }
-  return {.caption = caption_and_file.substr(0, equals), .data_uri = "data:" + type + ";base64," + base64(bytes)};
+  return {.caption = caption_and_file.substr(0, equals),
+          .data_uri = fmt::format("data:{};base64,{}", type, base64(bytes))};
 }
 
 ReportContext report_context(const Comparison& comparison, const std::vector<std::string>& words,

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "ditattn/attention.hpp"
 #include "ditattn/cuda.hpp"
@@ -30,6 +31,7 @@ struct Options {
   std::optional<double> max_error;
   double budget_ms = TuneOptions().budget_ms;
   bool catalogue = false;
+  std::optional<double> max_tflop;
   bool check = false;
   bool list = false;
   bool json = false;
@@ -42,14 +44,16 @@ struct Tuned {
   std::string skipped = {};  // why it was not measured
 };
 
-// Every distinct problem of the catalogue that `check_work` lets through.
-std::vector<std::string> whole_catalogue(DLDevice device) {
+// Every distinct problem of the catalogue that `check_work` lets through, of at most so many TFLOP.
+std::vector<std::string> whole_catalogue(DLDevice device, double max_tflop) {
   std::vector<std::string> names;
   std::vector<Problem> seen;
+  double smallest = std::numeric_limits<double>::infinity();
   for (const Model& model : models()) {
     for (const ModelResolution& resolution : model.resolutions) {
       for (const ModelProblem& problem : parse_model_problems(fmt::format("{}@{}", model.name, resolution.name))) {
-        if (!is_affordable(problem, device)) continue;
+        smallest = std::min(smallest, tflop(problem.role));
+        if (!is_affordable(problem, device) || tflop(problem.role) > max_tflop) continue;
         const Problem posed = to_problem(problem.role, kFloat32, device);
         const auto is_same = [&](const Problem& other) { return same_measurement(other, posed); };
         if (std::ranges::any_of(seen, is_same)) continue;
@@ -57,6 +61,11 @@ std::vector<std::string> whole_catalogue(DLDevice device) {
         names.push_back(problem.name);
       }
     }
+  }
+  if (names.empty()) {
+    throw UsageError(
+        fmt::format("--max-tflop {:g} leaves nothing of the catalogue: its smallest problem takes {:.3g} TFLOP a call.",
+                    max_tflop, smallest));
   }
   return names;
 }
@@ -78,7 +87,8 @@ Tuned tune_one(const CaseSource& source, const Options& options, DLDevice device
 std::vector<Tuned> tune_all(const Options& options, DLDevice device) {
   CaseFlags flags = options.cases;
   if (options.catalogue) {
-    const std::vector<std::string> all = whole_catalogue(device);
+    const std::vector<std::string> all =
+        whole_catalogue(device, options.max_tflop.value_or(std::numeric_limits<double>::infinity()));
     flags.models.insert(flags.models.end(), all.begin(), all.end());
   }
   if (flags.shapes.empty() && flags.models.empty() && flags.inputs.empty()) {
@@ -140,14 +150,6 @@ Json to_json(const Tuned& tuned, std::optional<double> max_error) {
   if (tuned.check)
     json["check"] = {{"auto_ms", tuned.check->auto_ms}, {"best_ms", tuned.check->best_ms}, {"best", tuned.check->best}};
   return json;
-}
-
-std::string describe(const Problem& p) {
-  return fmt::format("{},{},{},{},{}{}{}{}{}{} {}", p.batch, p.num_heads, p.seq_q, p.seq_kv, p.head_size,
-                     p.num_kv_heads == p.num_heads ? "" : fmt::format(" Hkv={}", p.num_kv_heads),
-                     p.mask == MaskKind::none ? "" : fmt::format(" {} mask", mask_kind_name(p.mask)),
-                     p.causal ? " causal" : "", p.joint ? " joint" : "", p.packed ? " packed" : "",
-                     dtype_name(p.dtype));
 }
 
 std::vector<Cell> row(const Tuned& tuned, std::optional<double> max_error) {
@@ -212,8 +214,12 @@ void add_tune_verb(CLI::App& app, Action& action) {
       "tune", "Measure which backend is the fastest within an error, and keep it for defaults (docs/tuning.md)");
   auto options = std::make_shared<Options>();
   add_case_flags(*verb, options->cases);
-  verb->add_flag("--catalogue", options->catalogue,
-                 "All problems of `ditattn models` that take seconds here, each once");
+  CLI::Option* catalogue = verb->add_flag("--catalogue", options->catalogue,
+                                          "All problems of `ditattn models` that take seconds here, each once");
+  verb->add_option("--max-tflop", options->max_tflop,
+                   "Of --catalogue: those only that take at most so many TFLOP a call")
+      ->needs(catalogue)
+      ->check(number_from(0));
   verb->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
   verb->add_option("--backends", options->backends, "A,B: these only (default: all that can run here)");
   verb->add_option("--max-error", options->max_error,

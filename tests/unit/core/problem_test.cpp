@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include "ditattn/errors.hpp"
+#include "tests/unit/testing.hpp"
+
 namespace ditattn {
 namespace {
 
@@ -28,6 +31,36 @@ TEST(MaskKindName, IsTheCapabilitysName) {
   EXPECT_STREQ(mask_kind_name(MaskKind::padding), "padding");
   EXPECT_STREQ(mask_kind_name(MaskKind::boolean), "bool");
   EXPECT_STREQ(mask_kind_name(MaskKind::additive), "additive");
+}
+
+TEST(MaskKindName, IsReadAgain) {
+  for (const MaskKind kind : {MaskKind::none, MaskKind::padding, MaskKind::boolean, MaskKind::additive}) {
+    EXPECT_EQ(parse_mask_kind(mask_kind_name(kind)), kind);
+  }
+  for (const char* name : {"dense", "", "Bool", "none "}) {
+    EXPECT_EQ(testing::error_text<ValueError>([&] { parse_mask_kind(name); }),
+              std::string("mask is '") + name + "'. Valid values are: none, padding, bool, additive");
+  }
+}
+
+TEST(Describe, LeavesOutWhatIsAsByDefault) {
+  EXPECT_EQ(describe({.batch = 2, .num_heads = 24, .num_kv_heads = 24, .seq_q = 512, .seq_kv = 77, .head_size = 64}),
+            "B=2 H=24 Sq=512 Skv=77 D=64, float32 on cpu");
+  EXPECT_EQ(describe({.num_heads = 24,
+                      .num_kv_heads = 8,
+                      .dtype = kBFloat16,
+                      .device = {kDLCUDA, 1},
+                      .mask = MaskKind::boolean,
+                      .causal = true,
+                      .lse = true,
+                      .packed = true,
+                      .joint = true,
+                      .spans = true,
+                      .fp8_kv = true,
+                      .alignment = 4}),
+            "B=1 H=24 Hkv=8 Sq=1 Skv=1 D=1, bfloat16 on cuda:1, mask bool, causal, LSE, joint text, packed sequences, "
+            "spans, FP8 K and V, aligned to 4 bytes");
+  EXPECT_EQ(describe({.alignment = 0}), "B=1 H=1 Sq=1 Skv=1 D=1, float32 on cpu, a negative stride");
 }
 
 TEST(HeadSizes, AnyTakesEverySizeFromOne) {

@@ -21,6 +21,7 @@ using testing::expect_contains;
 using testing::RegistryTest;
 using testing::ScopedEnvironment;
 using testing::ToyBackend;
+using testing::unused;
 
 class SearchPath : public RegistryTest {};
 class Resolve : public RegistryTest {};
@@ -92,9 +93,10 @@ TEST_F(Resolve, MalformedPathsTouchNoFile) {
 }
 
 TEST_F(Resolve, FailureIsForgottenWhenTheClassIsRegistered) {
-  error_text<ImportError>([] { return resolve_class_path("loader_test.late.Backend"); });
-  register_backend_class("loader_test.late.Backend", std::make_shared<ToyBackend>("LATE"));
-  EXPECT_EQ(resolve_class_path("loader_test.late.Backend")->get_name(), "LATE");
+  const std::string path = unused("loader_test.late.Backend");
+  error_text<ImportError>([&] { return resolve_class_path(path); });
+  register_backend_class(path, std::make_shared<ToyBackend>("LATE"));
+  EXPECT_EQ(resolve_class_path(path)->get_name(), "LATE");
 }
 
 BackendClass find_linked(std::string_view name) {
@@ -113,9 +115,10 @@ TEST_F(LinkedModule, IsFoundByModulePathAndClassName) {
 }
 
 TEST_F(LinkedModule, FailureBeforeLinkingIsForgotten) {
-  error_text<ImportError>([] { return resolve_class_path("loader_test.linked_late.Toy"); });
-  link_backend_module("loader_test.linked_late", &find_linked);
-  EXPECT_EQ(resolve_class_path("loader_test.linked_late.Toy")->get_name(), "LINKED");
+  const std::string module = unused("loader_test.linked_late");
+  error_text<ImportError>([&] { return resolve_class_path(module + ".Toy"); });
+  link_backend_module(module, &find_linked);
+  EXPECT_EQ(resolve_class_path(module + ".Toy")->get_name(), "LINKED");
 }
 
 TEST_F(LinkedModule, HasNoSuchClass) {
@@ -151,10 +154,11 @@ TEST_F(Importer, IsAskedAfterRegisteredClasses) {
   });
   register_backend_class("loader_test.host.Registered", std::make_shared<ToyBackend>("REGISTERED"));
   EXPECT_EQ(resolve_class_path("loader_test.host.Registered")->get_name(), "REGISTERED");
-  const BackendClass imported = resolve_class_path("loader_test.host.Class");
+  const std::string path = unused("loader_test.host.Class");
+  const BackendClass imported = resolve_class_path(path);
   EXPECT_EQ(imported->get_name(), "IMPORTED");
-  EXPECT_EQ(resolve_class_path("loader_test.host.Class"), imported) << "asked once";
-  EXPECT_EQ(asked, (std::vector<std::string>{"loader_test.host.Class"}));
+  EXPECT_EQ(resolve_class_path(path), imported) << "asked once";
+  EXPECT_EQ(asked, (std::vector<std::string>{path}));
 }
 
 TEST_F(Importer, ItsReasonEndsTheListAndLeadsTheMessage) {

@@ -91,6 +91,14 @@ TEST_F(PlantedOne, NanForOneProblemIsNotTrustedWithOthersThatItDoesRight) {
   EXPECT_EQ(computes(half), "SAGE_ATTN") << "of another dtype, nothing is held against it";
 }
 
+TEST_F(PlantedOne, OneWrongRowAmongHundredsIsFound) {
+  plant(Enum::SAGE_ATTN, {.nan_row = 3});
+  const Problem problem{.num_heads = 48, .num_kv_heads = 48, .seq_q = 10, .seq_kv = 12, .head_size = 16};
+  for (const std::uint64_t seed : {0, 1, 2}) {
+    EXPECT_TRUE(std::isnan(of(quickly(problem, {.seed = seed}), Enum::SAGE_ATTN).error)) << seed;
+  }
+}
+
 TEST_F(PlantedOne, OtherDtypesAreAnotherMatter) {
   plant(Enum::FLASH_ATTN, {.error = 0.1});
   quickly(kSmall);

@@ -59,9 +59,10 @@ TEST_F(Policy, ErrorIsTheDefaultOfANamedChoice) {
 
 // One that cannot be had here, or lacks the head size, is replaced when the layer's backend is chosen.
 TEST_F(Policy, WhatCannotBeHadIsReplacedWithTheReason) {
-  for (const auto& [role, level] : {std::pair{"warn", LogLevel::warning}, std::pair{"allow", LogLevel::info}}) {
+  for (const auto& [policy, level] : {std::pair{"warn", LogLevel::warning}, std::pair{"allow", LogLevel::info}}) {
+    const std::string role = testing::unused(policy);
     const AttentionConfig lenient = AttentionConfig::from_json(
-        fmt::format(R"({{"per_role": {{"{0}": {{"backend": "SAGE_ATTN", "on_unusable": "{0}"}}}}}})", role));
+        fmt::format(R"({{"per_role": {{"{}": {{"backend": "SAGE_ATTN", "on_unusable": "{}"}}}}}})", role, policy));
     plant(Enum::SAGE_ATTN, picky());
     EXPECT_EQ(chosen(lenient, 16, role), Enum::SAGE_ATTN);
     const LogRecorder log;

@@ -17,6 +17,7 @@ using testing::LogRecorder;
 using testing::ScopedEnvironment;
 using testing::toy_answer;
 using testing::ToyBackend;
+using testing::unused;
 
 constexpr const char* kVariable = "DIFFUSION_ATTENTION_BACKEND";
 
@@ -96,14 +97,14 @@ TEST_F(Roles, AutoForARoleFallsThrough) {
 }
 
 TEST_F(Roles, EachResolutionIsLoggedOnce) {
+  const std::vector<std::string> roles{unused("logged."), unused("logged.")};
   const LogRecorder log;
-  for (int layer = 0; layer < 3; ++layer) get_attn_backend_for_role("logged.once", 64, config());
-  get_attn_backend_for_role("logged.twice", 64, config());
-  EXPECT_EQ(log.of(LogLevel::info),
-            (std::vector<std::string>{
-                "Resolved diffusion attention backend 'FLASH_ATTN' for role='logged.once' via attention_config.default",
-                "Resolved diffusion attention backend 'FLASH_ATTN' for role='logged.twice' via "
-                "attention_config.default"}));
+  for (int layer = 0; layer < 3; ++layer) get_attn_backend_for_role(roles[0], 64, config());
+  get_attn_backend_for_role(roles[1], 64, config());
+  const auto told = [](const std::string& role) {
+    return "Resolved diffusion attention backend 'FLASH_ATTN' for role='" + role + "' via attention_config.default";
+  };
+  EXPECT_EQ(log.of(LogLevel::info), (std::vector<std::string>{told(roles[0]), told(roles[1])}));
 }
 
 TEST_F(Roles, ExplicitChoiceIsNeverReplaced) {
@@ -232,13 +233,14 @@ TEST(Platforms, BeforeAmpere) {
 }
 
 TEST(Platforms, CanBeDefined) {
-  error_text<ValueError>([] { platform_candidates(Platform{.device = "roles_test_npu"}); });
-  define_platform("roles_test_npu", {Enum::CUSTOM, Enum::TORCH_SDPA});
-  EXPECT_EQ(platform_candidates("roles_test_npu"), (Members{Enum::CUSTOM, Enum::TORCH_SDPA}));
-  define_platform("roles_test_npu", {Enum::CUSTOM});
-  EXPECT_EQ(platform_candidates("roles_test_npu"), (Members{Enum::CUSTOM}));
+  const std::string npu = unused("roles_test_npu");
+  error_text<ValueError>([&] { platform_candidates(Platform{.device = npu}); });
+  define_platform(npu, {Enum::CUSTOM, Enum::TORCH_SDPA});
+  EXPECT_EQ(platform_candidates(npu), (Members{Enum::CUSTOM, Enum::TORCH_SDPA}));
+  define_platform(npu, {Enum::CUSTOM});
+  EXPECT_EQ(platform_candidates(npu), (Members{Enum::CUSTOM}));
   error_text<ValueError>([] { define_platform("", {Enum::CUSTOM}); });
-  error_text<ValueError>([] { define_platform("roles_test_npu", {}); });
+  error_text<ValueError>([&] { define_platform(npu, {}); });
 }
 
 }  // namespace

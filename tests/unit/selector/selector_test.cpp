@@ -57,13 +57,14 @@ TEST_F(Selector, PlatformDefaultIsTheFirstThatTakesTheProblem) {
 TEST_F(Selector, PassingOverIsLoggedWithItsReason) {
   const ScopedEnvironment unset(kVariable, nullptr);
   const testing::LogRecorder log;
-  select_backend({.head_size = 73}, "selector_test.role");
-  EXPECT_EQ(
-      log.of(LogLevel::info),
-      (std::vector<std::string>{
-          "Platform default passes over FLASH_ATTN: does not support head_size=73. Supported head sizes: 1 to 64.",
-          "Resolved diffusion attention backend 'TORCH_SDPA' for role='selector_test.role' via platform "
-          "default"}));
+  const std::string role = testing::unused("selector_test.role");
+  const std::string head_size = testing::unused("73");
+  select_backend({.head_size = std::stoi(head_size)}, role);
+  EXPECT_EQ(log.of(LogLevel::info),
+            (std::vector<std::string>{
+                "Platform default passes over FLASH_ATTN: does not support head_size=" + head_size +
+                    ". Supported head sizes: 1 to 64.",
+                "Resolved diffusion attention backend 'TORCH_SDPA' for role='" + role + "' via platform default"}));
 }
 
 TEST_F(Selector, UnavailableOrBrokenCandidatesArePassedOver) {

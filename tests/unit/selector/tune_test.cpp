@@ -127,6 +127,39 @@ TEST_F(Tune, OnlyThoseThatAreNamedAreMeasured) {
             "CUSTOM needs a device of its own");
 }
 
+TEST_F(Tune, WhatIsKnownOfOthersIsKept) {
+  plant(Enum::SAGE_ATTN, {});
+  know(kSmall, {measured(Enum::SAGE_ATTN, 1e-12, 0.5), measured(Enum::FLASH_ATTN, 1e-9, 1e-7),
+                measured(Enum::TORCH_SDPA, 1e9, 1e-7)});
+  const auto expect_kept = [](const TunedProblem& known) {
+    ASSERT_EQ(known.results.size(), 3U);
+    EXPECT_EQ(known.results[0].backend, "FLASH_ATTN");
+    EXPECT_EQ(known.results[0].median_ms, 1e-9);
+    EXPECT_EQ(known.results[1].backend, "SAGE_ATTN");
+    EXPECT_LT(known.results[1].error, 1e-5) << "its own result is the new one";
+    EXPECT_EQ(known.results[2].backend, "TORCH_SDPA");
+    EXPECT_EQ(known.results[2].median_ms, 1e9);
+  };
+  expect_kept(quickly(kSmall, {.members = {Enum::SAGE_ATTN}}));
+  EXPECT_EQ(calls(Enum::FLASH_ATTN) + calls(Enum::TORCH_SDPA), 0);
+  EXPECT_EQ(computes(kSmall), "FLASH_ATTN");
+  reload_tuned();
+  ASSERT_EQ(tuned_problems(kCpu).size(), 1U);
+  expect_kept(tuned_problems(kCpu)[0]);
+  quickly(kSmall, {.members = {Enum::FLASH_ATTN}});
+  EXPECT_EQ(of(*tuned(kSmall), Enum::TORCH_SDPA).median_ms, 1e9);
+  EXPECT_LT(of(quickly(kSmall), Enum::TORCH_SDPA).median_ms, 1e9) << "all were asked";
+}
+
+TEST_F(Tune, WhatDoesNotHoldAnyMoreIsNotKnown) {
+  TunedResult of_another_class = measured(Enum::FLASH_ATTN, 1e-9, 1e-7);
+  of_another_class.class_path = "some.other.Class";
+  know(kSmall, {of_another_class});
+  const TunedProblem known = quickly(kSmall, {.members = {Enum::TORCH_SDPA}});
+  ASSERT_EQ(known.results.size(), 1U);
+  EXPECT_EQ(known.results[0].backend, "TORCH_SDPA");
+}
+
 // --- Kinds of problems
 
 TEST_F(Tune, EveryKindOfProblemIsPosedAndIsExact) {
@@ -228,7 +261,7 @@ TEST_F(Tune, NeitherObserversNorCountersAreTold) {
   const ForwardObservation observation(witness);
   reset_launch_counts();
   quickly(kSmall);
-  EXPECT_GT(calls(Enum::FLASH_ATTN), 3);
+  EXPECT_GT(calls(Enum::FLASH_ATTN), 0);
   EXPECT_EQ(witness->told, 0);
   EXPECT_TRUE(launch_counts().empty());
   forward(kSmall);

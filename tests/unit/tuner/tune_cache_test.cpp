@@ -119,6 +119,20 @@ TEST_F(TuneCache, EachFieldOfAProblemMakesAnother) {
   EXPECT_EQ(read.back().results.size(), 1U);
 }
 
+TEST_F(TuneCache, AMeasurementOfSomeKeepsTheOthers) {
+  publish_tuned(file_, kHere, {sample_problem(), {.problem = {}, .results = {{"FLASH_ATTN", "", "", 7, 0, ""}}}});
+  TunedProblem some = sample_problem();
+  some.results = {{"CUSTOM", "x.Z", "e", 1.0, 0.5, ""}, {"SAGE_ATTN", "a.b.Other", "", 0, 0, "refuses now"}};
+  publish_tuned(file_, kHere, {some}, Others::kept);
+  std::vector<TunedProblem> read = read_tune_cache(file_, kHere, false);
+  ASSERT_EQ(read.size(), 2U);
+  expect_same(read[0], {.problem = {}, .results = {{"FLASH_ATTN", "", "", 7, 0, ""}}});
+  const TunedResult flash = sample_problem().results[0];
+  expect_same(read[1], {.problem = some.problem, .results = {some.results[0], flash, some.results[1]}});
+  publish_tuned(file_, kHere, {some}, Others::dropped);
+  expect_same(read_tune_cache(file_, kHere, false).at(1), some);
+}
+
 TEST_F(TuneCache, TextsThatAreNoUtf8AreMended) {
   TunedProblem damaged = sample_problem();
   damaged.results[0].reason = "broken \xff\xfe text\xc3";

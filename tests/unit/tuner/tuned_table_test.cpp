@@ -14,6 +14,7 @@ namespace {
 using Enum = DiffusionAttentionBackendEnum;
 using testing::LogRecorder;
 using testing::ToyBackend;
+using testing::unused;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -174,48 +175,49 @@ TEST_F(Table, OfAnotherClassOrEngineTheyDoNotCountUntilItIsBack) {
   EXPECT_EQ(tuned_member(kBase), Enum::SAGE_ATTN);
 
   const LogRecorder log;
-  register_backend_class("tuned_table_test.Other", std::make_shared<ToyBackend>("C"));
-  register_diffusion_backend(Enum::SAGE_ATTN, "tuned_table_test.Other");
+  const std::string other = unused("tuned_table_test.Other");
+  register_backend_class(other, std::make_shared<ToyBackend>("C"));
+  register_diffusion_backend(Enum::SAGE_ATTN, other);
   for (int call = 0; call < 3; ++call) EXPECT_EQ(tuned_member(kBase), Enum::FLASH_ATTN);
   EXPECT_EQ(tuned(kBase)->results.size(), 1U);
   EXPECT_EQ(tuned_problems(kCpu)[0].results.size(), 2U) << "it is kept";
-  EXPECT_EQ(log.of(LogLevel::info),
-            std::vector<std::string>{"What was measured of SAGE_ATTN does not count any more: it was "
-                                     "'registry_test.SAGE_ATTN.Backend', now it is 'tuned_table_test.Other'. Run "
-                                     "`ditattn tune` again."});
   register_diffusion_backend(Enum::SAGE_ATTN, "registry_test.SAGE_ATTN.Backend");
   EXPECT_EQ(tuned_member(kBase), Enum::SAGE_ATTN);
 
   Capabilities newer = testing::toy_capabilities();
-  newer.engine = "mean of V, version 2";
+  newer.engine = unused("mean of V, version ");
   use(Enum::SAGE_ATTN, std::make_shared<ToyBackend>("C", 1, newer));
   EXPECT_EQ(tuned_member(kBase), Enum::FLASH_ATTN);
-  EXPECT_EQ(log.of(LogLevel::info).back(),
-            "What was measured of SAGE_ATTN does not count any more: its engine was 'mean of V', now it is 'mean of V, "
-            "version 2'. Run `ditattn tune` again.");
+  const auto told = [](const std::string& reason) {
+    return "What was measured of SAGE_ATTN does not count any more: " + reason + "'. Run `ditattn tune` again.";
+  };
+  EXPECT_EQ(log.of(LogLevel::info),
+            (std::vector<std::string>{told("it was 'registry_test.SAGE_ATTN.Backend', now it is '" + other),
+                                      told("its engine was 'mean of V', now it is '" + newer.engine)}));
 }
 
 TEST_F(Table, OfUnknownAndUnavailableMembersTheyDoNotCount) {
   struct Unavailable : ToyBackend {
-    void validate_available() const override { throw ImportError("its library went away"); }
+    void validate_available() const override { throw ImportError(reason); }
+    const std::string reason = unused("its library went away, number ");
   };
   TunedResult unknown = measured(Enum::SAGE_ATTN, 1, 0);
-  unknown.backend = "TUNED_TABLE_TEST_NOBODY";
+  unknown.backend = unused("TUNED_TABLE_TEST_NOBODY");
   TunedResult custom = measured(Enum::SAGE_ATTN, 1, 0);
-  custom.backend = "CUSTOM";
+  custom.backend = Enum::define(unused("TUNED_TABLE_TEST_CUSTOM")).name();
   TunedResult nowhere = measured(Enum::TORCH_SDPA, 1, 0);
-  nowhere.class_path = "tuned_table_test.nowhere.Backend";
+  nowhere.class_path = unused("tuned_table_test.nowhere.Backend");
   const std::vector<TunedResult> results{unknown, custom, nowhere, measured(Enum::SAGE_ATTN, 1, 0)};
-  register_diffusion_backend(Enum::TORCH_SDPA, "tuned_table_test.nowhere.Backend");
+  register_diffusion_backend(Enum::TORCH_SDPA, nowhere.class_path);
   use(Enum::SAGE_ATTN, std::make_shared<Unavailable>());
   const LogRecorder log;
   const TunedTable table = table_of({{kBase, results}, {with(&Problem::causal, true), results}});
   EXPECT_TRUE(table.entries()[0].tuned.results.empty());
   const std::vector<std::string> told = log.of(LogLevel::info);
   ASSERT_EQ(told.size(), 4U) << "each once, for however many problems";
-  testing::expect_contains(told[0], {"TUNED_TABLE_TEST_NOBODY", "Unknown diffusion attention backend"});
-  testing::expect_contains(told[1], {"CUSTOM", "must be registered before use"});
-  testing::expect_contains(told[2], {"TORCH_SDPA", "Cannot import 'tuned_table_test.nowhere.Backend'"});
+  testing::expect_contains(told[0], {unknown.backend, "Unknown diffusion attention backend"});
+  testing::expect_contains(told[1], {custom.backend, "must be registered before use"});
+  testing::expect_contains(told[2], {"TORCH_SDPA", "Cannot import '" + nowhere.class_path + "'"});
   testing::expect_contains(told[3], {"SAGE_ATTN", "its library went away"});
 }
 
