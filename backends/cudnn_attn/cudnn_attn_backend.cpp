@@ -16,6 +16,7 @@
 #include "backends/common/cuda_engine.hpp"
 #include "backends/common/joined_problem.hpp"
 #include "backends/common/kernel_call.hpp"
+#include "backends/cudnn_attn/fp8_parts.hpp"
 #include "backends/cudnn_attn/sdpa_graph.hpp"
 #include "kernels/cuda/engine_rows.hpp"
 
@@ -27,7 +28,10 @@ using kernels::AttentionProblem;
 constexpr CausalAlignment kAlignment = CausalAlignment::top_left;  // as upstream runs it
 constexpr std::int64_t kOldestComputeCapability = 80;
 constexpr std::int64_t kHopper = 90;
+constexpr std::int64_t kBlackwell = 100;
 constexpr std::int64_t kPackedBeforeHopper = 91801;  // cuDNN 9.18.1
+constexpr std::int64_t kFp8Since = 91300;            // with an output of 16 bits
+constexpr std::int64_t kFp8MostHeadSize = 128;
 
 constexpr std::int64_t kPackedStep = 128;  // what the longest of packed sequences is rounded up to
 
@@ -67,6 +71,8 @@ class CuDNNAttentionImpl final : public AttentionImpl {
     std::optional<JoinedProblem> joined;
     if (joint) problem = joined.emplace(kernel.problem, JoinedProblem::MaskType::additive, parts).problem();
     cudnn::SdpaSpec spec = spec_of(problem, device);
+    spec.fp8 = call.metadata.defined() && call.metadata->wants_fp8_kv();
+    const Fp8Parts fp8 = spec.fp8 ? Fp8Parts(spec, parts) : Fp8Parts();
     if (packed) take_sequences(spec, sequences, config().causal);
     spec.autotune = autotune_;
     const auto plan = plan_for(spec);
@@ -83,6 +89,7 @@ class CuDNNAttentionImpl final : public AttentionImpl {
     const Scratch scratch(parts.total(), device);
     char* memory = scratch.data();
     if (joint) problem = joined->write(memory, launch);
+    if (spec.fp8) fp8.write(problem, memory, launch);
 
     cudnn::SdpaPointers pointers{.query = problem.queries[0].data,
                                  .key = problem.key_segments[0].key,
@@ -90,6 +97,7 @@ class CuDNNAttentionImpl final : public AttentionImpl {
                                  .out = problem.out,
                                  .lse = own_lse ? problem.lse : reinterpret_cast<float*>(memory + lse),
                                  .workspace = memory + workspace};
+    if (spec.fp8) fp8.point_to(memory, pointers);
     if (spec.lengths) {
       auto* query_lengths = reinterpret_cast<std::int32_t*>(memory + lengths);
       auto* key_lengths = query_lengths + spec.batch;
@@ -223,6 +231,7 @@ class CuDNNAttentionBackend final : public AttentionBackend {
                                      .lse = true,
                                      .packed = true,
                                      .joint = true,
+                                     .fp8_kv = has_fp8(),
                                      .graph_safe = true,
                                      .masked_nan_propagates = true,
                                      .alignment = 16};
@@ -248,26 +257,51 @@ class CuDNNAttentionBackend final : public AttentionBackend {
     }
     refuse_masked_packing(get_name(), problem, verdict);
     refuse_packing_before_hopper(problem, verdict);
-    if (problem.fp8_kv && problem.device.device_type == kDLCUDA) {
-      verdict.reasons.emplace_back(
-          "cuDNN's FP8 attention gives FP8 output alone below compute capability 10.0, and is not here yet above.");
-    }
+    if (problem.fp8_kv && problem.device.device_type == kDLCUDA) explain_fp8(problem, verdict);
     return verdict;
   }
 
  private:
+  static std::int64_t compute_capability(DLDevice device) {
+    const auto& devices = cuda_info().devices;
+    const auto index = static_cast<std::size_t>(device.device_id);
+    return index < devices.size() ? devices[index].compute_capability : 0;
+  }
+
+  // Whether some GPU here has FP8 attention with an output of 16 bits.
+  static bool has_fp8() {
+    return cudnn::version() >= kFp8Since && std::ranges::any_of(cuda_info().devices, [](const CudaDevice& device) {
+             return device.compute_capability >= kBlackwell;
+           });
+  }
+
+  static void explain_fp8(const Problem& problem, Verdict& verdict) {
+    const auto refuse = [&](const std::string& reason) {
+      verdict.reasons.push_back("CUDNN_ATTN does not support kv_cache_dtype='fp8' " + reason);
+    };
+    if (compute_capability(problem.device) < kBlackwell) {
+      verdict.reasons.emplace_back("cuDNN's FP8 attention gives FP8 output alone below compute capability 10.0.");
+      return;
+    }
+    if (problem.head_size % 16 != 0 || problem.head_size > kFp8MostHeadSize) {
+      refuse(fmt::format("with head_size={}. Supported head sizes: multiples of 16 to {}.", problem.head_size,
+                         kFp8MostHeadSize));
+    }
+    if (problem.mask == MaskKind::boolean || problem.mask == MaskKind::additive) {
+      refuse(fmt::format("with a mask of kind {}. Supported kinds: padding.", mask_kind_name(problem.mask)));
+    }
+    if (problem.packed) refuse("with packed sequences (cu_seqlens).");
+  }
+
   // Older GPUs take packed sequences from a newer cuDNN on.
   static void refuse_packing_before_hopper(const Problem& problem, Verdict& verdict) {
     if (!problem.packed || problem.device.device_type != kDLCUDA) return;
-    const auto& devices = cuda_info().devices;
-    const auto device = static_cast<std::size_t>(problem.device.device_id);
-    if (device >= devices.size()) return;
-    const std::int64_t compute_capability = devices[device].compute_capability;
-    if (compute_capability >= kHopper || cudnn::version() >= kPackedBeforeHopper) return;
+    const std::int64_t here = compute_capability(problem.device);
+    if (here == 0 || here >= kHopper || cudnn::version() >= kPackedBeforeHopper) return;
     verdict.reasons.push_back(
         fmt::format("CUDNN_ATTN does not support packed sequences (cu_seqlens) on compute capability {}.{} before "
                     "cuDNN 9.18.1, here is {}. Install a newer one.",
-                    compute_capability / 10, compute_capability % 10, version_text()));
+                    here / 10, here % 10, version_text()));
   }
 
  protected:

@@ -34,7 +34,9 @@ enum Uid : std::int64_t {
   kQueryOffsets,
   kKeyOffsets,
   kValueOffsets,
-  kOutOffsets
+  kOutOffsets,
+  kFp8Scales,  // and on, in the order of Fp8Scales
+  kLastUid = kFp8Scales + 7
 };
 
 struct Library {
@@ -128,7 +130,8 @@ class GraphPlan final : public SdpaPlan {
           .set_seq_len_kv(lengths("key_lengths", kKeyLengths));
     }
     if (spec.bias_batch > 0) options.set_bias(bias());
-    auto [out, lse] = graph_.sdpa(query, key, value, options);
+    const auto [out, lse] =
+        spec.fp8 ? fp8_attention(query, key, value, options) : graph_.sdpa(query, key, value, options);
     out->set_output(true).set_uid(kOut).set_dim(sizes(spec.heads, spec.rows)).set_stride(strides(spec.out_strides));
     if (spec.packed) out->set_ragged_offset(offsets("out_offsets", kOutOffsets));
     if (spec.lse) {
@@ -165,6 +168,11 @@ class GraphPlan final : public SdpaPlan {
         pack.add(static_cast<Uid>(kQueryOffsets + i), pointers.offsets + i * (spec_.batch + 1));
       }
     }
+    if (spec_.fp8) {
+      for (int i = 0; i < 8; ++i) {
+        pack.add(static_cast<Uid>(kFp8Scales + i), reinterpret_cast<float*>(pointers.fp8_scales) + i);
+      }
+    }
     if (spec_.autotune) std::call_once(tuned_, [&] { tune(handle, pack, pointers.workspace); });
     check(graph_.execute(handle, pack.pointers.data(), pack.count, pointers.workspace), spec_, "run attention");
   }
@@ -174,14 +182,32 @@ class GraphPlan final : public SdpaPlan {
 
   // What a run is given, in the order of the numbers, as cuDNN wants it.
   struct Pack {
-    std::array<void*, kOutOffsets> pointers{};
-    std::array<std::int64_t, kOutOffsets> uids{};
+    std::array<void*, kLastUid> pointers{};
+    std::array<std::int64_t, kLastUid> uids{};
     int count = 0;
     void add(Uid uid, const void* pointer) {
       uids[static_cast<std::size_t>(count)] = uid;
       pointers[static_cast<std::size_t>(count++)] = const_cast<void*>(pointer);
     }
   };
+
+  using Tensor = std::shared_ptr<TensorAttributes>;
+  std::array<Tensor, 2> fp8_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                      const fe::graph::SDPA_attributes& options) {
+    for (const Tensor& tensor : {query, key, value}) tensor->set_data_type(fe::DataType_t::FP8_E4M3);
+    const auto scale = [&](const char* name, int place) {
+      return numbers(name, static_cast<Uid>(kFp8Scales + place), 1, fe::DataType_t::FLOAT);
+    };
+    const auto [out, lse, largest_probability, largest_out] = graph_.sdpa_fp8(
+        query, key, value, scale("query_descale", 0), scale("key_descale", 1), scale("value_descale", 2),
+        scale("probability_descale", 3), scale("probability_scale", 4), scale("out_scale", 5), options);
+    for (const auto& [tensor, place] : {std::pair(largest_probability, 6), std::pair(largest_out, 7)}) {
+      tensor->set_output(true).set_uid(kFp8Scales + place).set_data_type(fe::DataType_t::FLOAT);
+      tensor->set_dim({1, 1, 1, 1}).set_stride({1, 1, 1, 1});
+    }
+    if (spec_.fp8_out) out->set_data_type(fe::DataType_t::FP8_E4M3);
+    return {out, lse};
+  }
 
   void tune(cudnnHandle_t handle, const Pack& pack, void* workspace) const {
     std::unordered_map<std::int64_t, void*> named;

@@ -8,6 +8,8 @@
 #include <memory>
 #include <string>
 
+#include "kernels/cuda/fp8_tensors.hpp"
+
 namespace ditattn::cudnn {
 
 /// The library, opened at the first call: its version, 91900 for 9.19; 0 where it cannot be opened.
@@ -39,7 +41,10 @@ struct SdpaSpec {
   std::int64_t bias_heads = 0;
   std::array<std::int64_t, 3> bias_strides = {};
   bool bias_float32 = false;  ///< the inputs' type otherwise
-  bool autotune = false;      ///< the first run times cuDNN's candidates, and waits for them
+  /// Q, K and V are e4m3, no matter what `bfloat16` says. There is no bias then.
+  bool fp8 = false;
+  bool fp8_out = false;   ///< with fp8: the output too, which alone 9.0 takes
+  bool autotune = false;  ///< the first run times cuDNN's candidates, and waits for them
 
   friend auto operator<=>(const SdpaSpec&, const SdpaSpec&) = default;  // NOLINT: clang-tidy 14 reads a 0 into it
 };
@@ -54,6 +59,7 @@ struct SdpaPointers {
   const void* bias = nullptr;
   const std::int32_t* query_lengths = nullptr;
   const std::int32_t* key_lengths = nullptr;
+  kernels::cuda::Fp8Scales* fp8_scales = nullptr;
   const std::int64_t* offsets = nullptr;  ///< batch + 1 for each of query, key, value and out: elements before an entry
   void* workspace = nullptr;
 };

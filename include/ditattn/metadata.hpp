@@ -153,6 +153,9 @@ class DITATTN_API AttentionMetadataObj : public tvm::ffi::Object {
   [[nodiscard]] bool joint_first() const { return fields.joint_strategy == "front"; }
   /// Whether `extra` describes packed sequences. ValueError if only some of its four keys are there.
   [[nodiscard]] bool is_packed() const;
+  /// Whether `extra` asks for FP8 (`kv_cache_dtype`, where "auto" and nothing are the same). ValueError for what is
+  /// neither.
+  [[nodiscard]] bool wants_fp8_kv() const;
   /// The valid prefix of the image's keys, `keys` if all are. ValueError unless in [0, keys].
   [[nodiscard]] std::int64_t valid_kv_length(std::int64_t keys) const;
 

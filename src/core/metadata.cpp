@@ -212,6 +212,15 @@ bool AttentionMetadataObj::is_packed() const {
   return true;
 }
 
+bool AttentionMetadataObj::wants_fp8_kv() const {
+  const auto entry = fields.extra.Get(String("kv_cache_dtype"));
+  if (!entry || *entry == nullptr) return false;
+  const auto name = entry->as<String>();
+  if (name && *name == "auto") return false;
+  if (name && *name == "fp8") return true;
+  throw ValueError(fmt::format("kv_cache_dtype is {}. Valid values are: 'auto', 'fp8'", option_text(*entry)));
+}
+
 std::int64_t AttentionMetadataObj::valid_kv_length(std::int64_t keys) const {
   const auto entry = fields.extra.Get(String("valid_kv_length"));
   if (!entry || *entry == nullptr) return keys;

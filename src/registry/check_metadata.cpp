@@ -11,8 +11,6 @@
 namespace ditattn {
 namespace {
 
-using tvm::ffi::String;
-
 // What a mask may broadcast to: (batch, heads, rows, keys) for one of two numbers of rows and of keys.
 struct MaskSizes {
   std::int64_t batch;
@@ -117,16 +115,6 @@ void check_joint(const AttentionMetadataFields& fields, const Tensor& query, con
   check_size("joint_value", fields.joint_value.value(), 1, "tokens", fields.joint_key.value().size(1));
 }
 
-// "auto" and nothing are the same; FP8 is a feature backends declare.
-bool wants_fp8(const MetadataExtra& extra) {
-  const auto entry = extra.Get(String("kv_cache_dtype"));
-  if (!entry || *entry == nullptr) return false;
-  const auto name = entry->as<String>();
-  if (name && *name == "auto") return false;
-  if (name && *name == "fp8") return true;
-  throw ValueError(fmt::format("kv_cache_dtype is {}. Valid values are: 'auto', 'fp8'", option_text(*entry)));
-}
-
 void check_masks(const AttentionMetadataFields& fields, const Tensor& query, const Tensor& key,
                  std::int64_t total_rows) {
   const std::int64_t joint_keys = fields.joint_key.has_value() ? fields.joint_key.value().size(1) : 0;
@@ -169,7 +157,7 @@ void check_metadata(const AttentionMetadataObj& metadata, const Tensor& query, c
   problem.mask = mask_kind(metadata, query.size(1), problem.seq_q);
   problem.spans = fields.full_attn_spans.has_value();
   problem.packed = metadata.is_packed() && !problem.spans;
-  problem.fp8_kv = wants_fp8(fields.extra);
+  problem.fp8_kv = metadata.wants_fp8_kv();
   if (problem.packed && problem.joint) {
     throw ValueError(
         "Packed sequences (cu_seqlens) and joint text tokens cannot be combined: put the text into the packed "
