@@ -11,6 +11,8 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "kernels/cuda/launch_impl.hpp"
+
 namespace cudnn_frontend {
 void* cudnn_dlhandle = nullptr;  // what its dynamic loading asks for
 }
@@ -68,7 +70,7 @@ void check(fe::error_t status, const SdpaSpec& spec, const char* what) {
                   status.get_message()));
 }
 
-// cuDNN's handle of this thread for a device, set to `stream`: not to be shared among threads at once.
+// cuDNN's handle of this thread for a device, the current one, set to `stream`: not to be shared among threads at once.
 cudnnHandle_t handle_of(int device, void* stream) {
   struct Handle {
     cudnnHandle_t handle = nullptr;
@@ -107,6 +109,7 @@ cudnnHandle_t handle_of(int device, void* stream) {
 class GraphPlan final : public SdpaPlan {
  public:
   explicit GraphPlan(const SdpaSpec& spec) : spec_(spec) {
+    const kernels::cuda::OnDevice on_device(spec.device);
     graph_.set_sm_version(spec.compute_capability);  // before sdpa(), which asks the current device otherwise
     graph_.set_io_data_type(io_type())
         .set_intermediate_data_type(fe::DataType_t::FLOAT)
@@ -151,6 +154,7 @@ class GraphPlan final : public SdpaPlan {
   [[nodiscard]] std::int64_t workspace_bytes() const override { return workspace_bytes_; }
 
   void run(const SdpaPointers& pointers, void* stream) const override {
+    const kernels::cuda::OnDevice on_device(spec_.device);
     cudnnHandle_t handle = handle_of(spec_.device, stream);
     Pack pack;
     pack.add(kQuery, pointers.query);
