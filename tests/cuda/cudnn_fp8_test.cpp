@@ -29,6 +29,7 @@ using Bytes = std::vector<std::uint8_t>;
 
 constexpr std::uint8_t kNan = 0x7F;
 constexpr float kLargest = 448;
+constexpr float kOutlier = 3008;  // a bfloat16
 
 // A code of e4m3 (OCP 8-bit Floating Point 1.0): 1 sign, 4 exponent of bias 7, 3 fraction; S.1111.111 is NaN.
 double number_of(std::uint8_t code) {
@@ -172,7 +173,7 @@ TEST_F(CudnnFp8, TensorsAreThoseRoundedOnTheHost) {
     store_element(query.data_ptr(), 5, dtype, INFINITY);
     store_element(query.data_ptr(), 6, dtype, -INFINITY);
     store_element(query.data_ptr(), 7, dtype, NAN);
-    store_element(key.data_ptr(), 1000, dtype, -3000);  // an outlier: most numbers become subnormal
+    store_element(key.data_ptr(), 1000, dtype, -kOutlier);  // most numbers become subnormal
     const Tensor on_gpu[] = {copy_to(query, kGpu), copy_to(key, kGpu), copy_to(value, kGpu)};
     const kernels::AttentionProblem problem = problem_of(on_gpu[0], on_gpu[1], on_gpu[2]);
     const Written written(problem);
@@ -182,7 +183,7 @@ TEST_F(CudnnFp8, TensorsAreThoseRoundedOnTheHost) {
     EXPECT_EQ(count_differing(read(written.query, query), expected_of(query)), 0U);
     EXPECT_EQ(count_differing(read(written.key, key), expected_of(key)), 0U);
     EXPECT_EQ(count_differing(read(written.value, value), expected_of(value)), 0U);
-    EXPECT_EQ(written.of.key_descale, 3000 / kLargest);
+    EXPECT_EQ(written.of.key_descale, kOutlier / kLargest);
     EXPECT_EQ(written.of.value_descale, 1);
     EXPECT_EQ(written.of.probability_scale * written.of.probability_descale, 1);
     EXPECT_EQ(written.of.out_scale, 1);
