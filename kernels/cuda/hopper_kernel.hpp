@@ -56,8 +56,20 @@ bool maps_output(const AttentionProblem& problem);
 /// The output's maps, one for each segment of queries, in boxes of a warp's 16 rows.
 void find_output_maps(CUtensorMap (&maps)[2], const AttentionProblem& problem);
 
-/// One launch in a stream, which may start under the end of the one before: the kernel waits itself. `function`
-/// is the place in the kernel's list, `arguments` points to its argument, `name` is for errors.
+/// How a kernel is launched that may start under the end of the one before in its stream: it waits itself.
+struct OverlappingLaunch {
+  std::int64_t blocks;  ///< a multiple of `ranks`
+  int threads;          ///< of a block
+  int shared_bytes;
+  void* stream;        ///< a cudaStream_t
+  unsigned ranks = 1;  ///< neighbouring blocks in a cluster
+};
+
+/// Launches a __global__ function; `arguments` has a pointer to each of its arguments, `name` is for errors. Throws
+/// std::runtime_error with the driver's reason.
+void launch_overlapping(const void* function, const OverlappingLaunch& launch, void** arguments, const char* name);
+
+/// One such launch of the kernel's function in that place; `arguments` points to its argument.
 void launch_hopper(const HopperKernel& kernel, int function, void* arguments, unsigned tiles, int multiprocessors,
                    std::atomic<std::uint64_t>& prepared, void* stream, const char* name);
 

@@ -42,29 +42,4 @@ void queue(void (*kernel)(Types...), std::int64_t blocks, int threads, int share
         name);
 }
 
-/// How a kernel is launched that may start under the end of the one before in its stream: it waits itself.
-class OverlappingLaunch {
- public:
-  /// A multiple of `ranks` blocks, so many neighbours in a cluster.
-  OverlappingLaunch(std::int64_t blocks, int threads, int shared_bytes, void* stream, unsigned ranks = 1) {
-    attributes_[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes_[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes_[1].id = cudaLaunchAttributeClusterDimension;
-    attributes_[1].val.clusterDim = {ranks, 1, 1};
-    config_.gridDim = dim3(static_cast<unsigned>(blocks));
-    config_.blockDim = dim3(static_cast<unsigned>(threads));
-    config_.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-    config_.stream = static_cast<cudaStream_t>(stream);
-    config_.attrs = attributes_;
-    config_.numAttrs = ranks == 1 ? 1 : 2;
-  }
-  OverlappingLaunch(const OverlappingLaunch&) = delete;
-  OverlappingLaunch& operator=(const OverlappingLaunch&) = delete;
-  const cudaLaunchConfig_t* config() const { return &config_; }
-
- private:
-  cudaLaunchAttribute attributes_[2]{};
-  cudaLaunchConfig_t config_{};
-};
-
 }  // namespace ditattn::kernels::cuda

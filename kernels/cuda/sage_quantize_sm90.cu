@@ -4,15 +4,16 @@
 // from the lengths alone. Rejected: atomic sums, which differ from run to run; three launches, for sums, sums of those,
 // and numbers, which leave the device idle between them; Q in a launch beside (4 to 10 % slower).
 
-#include "kernels/cuda/flash_device.hpp"
+#include "kernels/cuda/hopper_kernel.hpp"
 #include "kernels/cuda/sage_quantize_launch_impl.hpp"
 
 namespace ditattn::kernels::cuda {
 namespace {
 
 template <class... Types>
-void queue(void (*kernel)(Types...), const OverlappingLaunch& launch, const Types&... arguments) {
-  check(cudaLaunchKernelEx(launch.config(), kernel, arguments...), "quantize_sage");
+void queue(void (*kernel)(Types...), const OverlappingLaunch& launch, Types... arguments) {
+  void* pointers[] = {&arguments...};
+  launch_overlapping(reinterpret_cast<const void*>(kernel), launch, pointers, "quantize_sage");
 }
 
 template <class T, bool kAligned, int kLanes, int kKeys>
