@@ -7,15 +7,15 @@
 
 namespace ditattn {
 
-/// A tensor's sizes and strides, for as long as it lives. `size(i)` and `stride(i)` check `i` at each look and are not
-/// inlined, which took most of the time that checking a call takes.
+/// A tensor's sizes and strides, for as long as it lives. `size(i)`, `stride(i)` and `strides()` check at each look and
+/// are not inlined, which took most of the time that checking a call takes.
 struct Extent {
   const std::int64_t* sizes;
   const std::int64_t* strides;
   int rank;
 
-  explicit Extent(const Tensor& tensor)
-      : sizes(tensor.shape().data()), strides(tensor.strides().data()), rank(tensor.ndim()) {}
+  explicit Extent(const Tensor& tensor) : Extent(*tensor.GetDLTensorPtr()) {}
+  explicit Extent(const DLTensor& tensor) : sizes(tensor.shape), strides(tensor.strides), rank(tensor.ndim) {}
 };
 
 /// "(6, 2, 1)", in elements.

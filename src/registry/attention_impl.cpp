@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <utility>
 
 #include "ditattn/backend.hpp"
 #include "ditattn/errors.hpp"
 #include "ditattn/registry.hpp"
 #include "registry/check_call.hpp"
 #include "registry/observer.hpp"
+#include "registry/repeated_calls.hpp"
 #include "registry/table_backend.hpp"
 
 namespace ditattn {
@@ -32,6 +34,17 @@ std::string other_backend_for(const Problem& problem, const AttentionBackend& re
 [[noreturn]] void refuse(const Verdict& verdict, const Problem& problem, const AttentionBackend& backend) {
   const std::string other = other_backend_for(problem, backend);
   throw ValueError(other.empty() ? verdict.text() : fmt::format("{} {} would do.", verdict.text(), other));
+}
+
+// The problem of a call that nothing is wrong with and the class takes.
+Problem checked_problem(const AttentionImpl& impl, const Tensor& query, const Tensor& key, const Tensor& value,
+                        const AttentionMetadata& metadata, const ForwardOutputs& outputs) {
+  Problem problem = check_call(impl, query, key, value, metadata);
+  problem.lse = outputs.lse.defined();
+  if (outputs.out.defined()) problem.alignment = std::min(problem.alignment, alignment_of(outputs.out));
+  check_outputs(outputs, problem, query, key, value, metadata);
+  if (const Verdict verdict = impl.backend().explain(problem); !verdict) refuse(verdict, problem, impl.backend());
+  return problem;
 }
 
 // The first implementation that an observer has for this call, else the event's own.
@@ -62,6 +75,21 @@ const AttentionImpl*& BackendAccess::last_launched() {
   return last;
 }
 
+namespace {
+
+thread_local const BackendAccess::CheckedProblem* last_checked = nullptr;
+
+}  // namespace
+
+BackendAccess::CheckedProblem::CheckedProblem(const AttentionImpl& impl, const Problem& problem)
+    : impl_(impl), problem_(problem), before_(std::exchange(last_checked, this)) {}
+
+BackendAccess::CheckedProblem::~CheckedProblem() { last_checked = before_; }
+
+const Problem* BackendAccess::CheckedProblem::of(const AttentionImpl& impl) {
+  return last_checked != nullptr && &last_checked->impl_ == &impl ? &last_checked->problem_ : nullptr;
+}
+
 AttentionImpl::AttentionImpl(ImplConfig config)
     : config_(std::move(config)),
       scale_(config_.softmax_scale.value_or(1 / std::sqrt(static_cast<double>(config_.head_size)))) {}
@@ -70,11 +98,11 @@ AttentionImpl::~AttentionImpl() = default;
 
 Tensor AttentionImpl::forward(const Tensor& query, const Tensor& key, const Tensor& value,
                               const AttentionMetadata& metadata, const ForwardOutputs& outputs) const {
-  Problem problem = check_call(*this, query, key, value, metadata);
-  problem.lse = outputs.lse.defined();
-  if (outputs.out.defined()) problem.alignment = std::min(problem.alignment, alignment_of(outputs.out));
-  check_outputs(outputs, problem, query, key, value, metadata);
-  if (const Verdict verdict = backend().explain(problem); !verdict) refuse(verdict, problem, backend());
+  const bool is_plain = !metadata.defined() && !outputs.lse.defined();
+  const PlainCall plain{.impl = *this, .query = query, .key = key, .value = value, .out = outputs.out};
+  const Problem* known = is_plain ? repeated_calls().find(plain) : nullptr;
+  const Problem problem = known != nullptr ? *known : checked_problem(*this, query, key, value, metadata, outputs);
+  if (is_plain && known == nullptr) repeated_calls().add(plain, problem);
   Tensor out = outputs.out;
   if (!out.defined()) {
     out = empty(std::array{problem.batch, problem.seq_q, problem.num_heads, problem.head_size}, query.dtype(),
@@ -83,6 +111,7 @@ Tensor AttentionImpl::forward(const Tensor& query, const Tensor& key, const Tens
   if (out.numel() > 0) {
     const AttentionCall call{
         .query = query, .key = key, .value = value, .out = out, .lse = outputs.lse, .metadata = metadata};
+    const BackendAccess::CheckedProblem checked(*this, problem);
     if (forwards_are_observed.load(std::memory_order_acquire)) {
       run_observed(*this, problem, call);
     } else {

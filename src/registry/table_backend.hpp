@@ -39,6 +39,7 @@ Capabilities capabilities_from_map(const tvm::ffi::Map<tvm::ffi::String, tvm::ff
 struct BackendAccess {
   static std::unique_ptr<AttentionImpl> create(const BackendClass& backend, const ImplConfig& config);
   static std::vector<std::string> known_kwargs(const AttentionBackend& backend) { return backend.known_kwargs(); }
+  static const BackendClass& backend(const AttentionImpl& impl) { return impl.backend_; }
   static void count_launch(const AttentionImpl& impl) {
     if (impl.launches_ == nullptr) return;
     impl.launches_->fetch_add(1, std::memory_order_relaxed);
@@ -46,6 +47,23 @@ struct BackendAccess {
   }
   /// What this thread counted last: it may be gone.
   static const AttentionImpl*& last_launched();
+
+  /// While it lives, the problem that this thread's `forward` of `impl` has made of its call, for a `run` that would
+  /// make it again.
+  class CheckedProblem {
+   public:
+    CheckedProblem(const AttentionImpl& impl, const Problem& problem);
+    CheckedProblem(const CheckedProblem&) = delete;
+    CheckedProblem& operator=(const CheckedProblem&) = delete;
+    ~CheckedProblem();
+    /// Null where `run` was not called by `forward`.
+    static const Problem* of(const AttentionImpl& impl);
+
+   private:
+    const AttentionImpl& impl_;
+    const Problem& problem_;
+    const CheckedProblem* before_;
+  };
 };
 
 /// `run`, counted.
