@@ -45,8 +45,8 @@ struct KernelCall {
 /// A dimension of one has the stride it would have in a contiguous tensor: whatever stands there is never used, but
 /// engines look at it.
 inline kernels::Strides strides_of(const Tensor& tensor) {
-  const std::int64_t* size = tensor.shape().data();
-  const std::int64_t* stride = tensor.strides().data();
+  const std::int64_t* size = tensor.GetDLTensorPtr()->shape;  // not checked at each look, as tensor.size(i) is
+  const std::int64_t* stride = tensor.GetDLTensorPtr()->strides;
   const std::int64_t token = size[2] * size[3];
   return {.batch = size[0] == 1 ? size[1] * token : stride[0],
           .token = size[1] == 1 ? token : stride[1],
@@ -81,10 +81,10 @@ inline KernelCall to_kernel_call(const AttentionCall& call, const AttentionImpl&
   KernelCall result{.plan = call.plan(impl.config().causal, alignment), .problem = {}};
   const CallPlan& plan = result.plan;
   kernels::AttentionProblem& problem = result.problem;
-  const std::int64_t* query = call.query.shape().data();  // not checked at each look, as call.query.size(i) is
+  const std::int64_t* query = call.query.GetDLTensorPtr()->shape;
   problem.batch = query[0];
   problem.heads = query[2];
-  problem.kv_heads = call.key.shape().data()[2];
+  problem.kv_heads = call.key.GetDLTensorPtr()->shape[2];
   problem.rows = plan.total_rows;
   problem.keys = plan.total_keys;
   problem.head_size = query[3];

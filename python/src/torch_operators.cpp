@@ -188,20 +188,24 @@ class Held {
     return std::bit_cast<StableIValue>(made);
   }
 
-  // The same memory. `what` names it in errors.
-  [[nodiscard]] Tensor view(const char* what) const {
+  // `what` names it in errors.
+  [[nodiscard]] void* data(const char* what) const {
     void* data = nullptr;
+    check(torch().get_data_ptr(handle_, &data), what);
+    return data;
+  }
+  // The same memory.
+  [[nodiscard]] Tensor view(const char* what) const {
     std::int64_t rank = 0;
     std::int64_t* sizes = nullptr;
     std::int64_t* strides = nullptr;
     std::int32_t dtype = 0;
-    check(torch().get_data_ptr(handle_, &data), what);
     check(torch().get_dim(handle_, &rank), what);
     check(torch().get_sizes(handle_, &sizes), what);
     check(torch().get_strides(handle_, &strides), what);
     check(torch().get_dtype(handle_, &dtype), what);
     const auto count = static_cast<std::size_t>(rank);
-    return wrap(data, {sizes, count}, dtype_of(dtype, what), {strides, count}, device());
+    return wrap(data(what), {sizes, count}, dtype_of(dtype, what), {strides, count}, device());
   }
   [[nodiscard]] bool requires_grad() const { return torch().requires_grad(implementation_of(handle_)); }
   [[nodiscard]] DLDevice device() const {
@@ -306,8 +310,8 @@ void refuse_gradients(const Arguments& arguments) {
                             " cannot be taken over: " + kForwardOnly);
 }
 
-// A new contiguous tensor of PyTorch's, float32 or of `like`'s dtype, on `like`'s device.
-void make(std::span<const std::int64_t> shape, const Tensor& like, bool is_float32, Held& made) {
+// A new contiguous tensor of PyTorch's, float32 or of `like`'s dtype, on `like`'s device; returns a view of it.
+Tensor make(std::span<const std::int64_t> shape, const Tensor& like, bool is_float32, Held& made) {
   std::array<std::int64_t, 4> strides{};
   std::int64_t step = 1;
   for (std::size_t i = shape.size(); i-- > 0; step *= std::max<std::int64_t>(shape[i], 1)) strides[i] = step;
@@ -320,6 +324,7 @@ void make(std::span<const std::int64_t> shape, const Tensor& like, bool is_float
     throw MemoryError("There is no memory for a tensor of shape " + shape_name(shape) + " and dtype " +
                       dtype_name(dtype) + " on " + device_name(device) + ".");
   }
+  return wrap(made.data("out"), shape, dtype, std::span(strides).first(shape.size()), device);
 }
 
 void run(const Arguments& arguments, Held& out, Held* lse) {
@@ -330,12 +335,8 @@ void run(const Arguments& arguments, Held& out, Held* lse) {
   const StreamScope stream(query.device());
   ForwardOutputs outputs;
   if (query.ndim() == 4) {  // else refused below
-    make(query.shape(), query, false, out);
-    outputs.out = out.view("out");
-    if (lse != nullptr) {
-      make(std::array{query.size(0), query.size(2), query.size(1)}, query, true, *lse);
-      outputs.lse = lse->view("lse");
-    }
+    outputs.out = make(query.shape(), query, false, out);
+    if (lse != nullptr) outputs.lse = make(std::array{query.size(0), query.size(2), query.size(1)}, query, true, *lse);
   }
   attention(query, key, value,
             {.backend = arguments.backend,

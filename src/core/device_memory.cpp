@@ -53,10 +53,15 @@ struct Kept {
 };
 
 Kept& kept_for(int device, void* stream) {
-  static std::mutex mutex;
-  static auto& kept = *new std::map<std::pair<int, void*>, Kept>;  // never destroyed: the driver may be gone before it
-  const std::lock_guard lock(mutex);
-  return kept[{device, stream}];
+  using Key = std::pair<int, void*>;
+  static thread_local std::pair<Key, Kept*> last;  // a thread's calls are in one stream, mostly
+  if (const Key key{device, stream}; last.second == nullptr || last.first != key) {
+    static std::mutex mutex;
+    static auto& kept = *new std::map<Key, Kept>;  // never destroyed: the driver may be gone before it
+    const std::lock_guard lock(mutex);
+    last = {key, &kept[key]};
+  }
+  return *last.second;
 }
 
 }  // namespace

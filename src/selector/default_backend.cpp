@@ -111,9 +111,7 @@ class DefaultImpl final : public AttentionImpl {
   }
 
   void run(const AttentionCall& call) const override {
-    Problem problem = problem_of(*this, call.query, call.key, call.value, call.metadata);
-    problem.lse = call.lse.defined();
-    problem.alignment = std::min(problem.alignment, alignment_of(call.out));
+    const Problem problem = problem_of_call(call);
     const Chooser::Answer* answer = &chooser_(problem);
     if (answer->is_online) {
       tune_at_first_call(call, problem, config());
@@ -130,14 +128,27 @@ class DefaultImpl final : public AttentionImpl {
 
  private:
   struct Slot {
+    std::atomic<const AttentionImpl*> ready = nullptr;  // `impl`, once it is built: call_once is slow where it was
     std::once_flag built;
     std::once_flag logged;
     std::unique_ptr<AttentionImpl> impl;
   };
 
+  Problem problem_of_call(const AttentionCall& call) const {
+    if (const Problem* checked = BackendAccess::CheckedProblem::of(*this)) return *checked;
+    Problem problem = problem_of(*this, call.query, call.key, call.value, call.metadata);
+    problem.lse = call.lse.defined();
+    problem.alignment = std::min(problem.alignment, alignment_of(call.out));
+    return problem;
+  }
+
   const AttentionImpl& impl(std::size_t index) const {
     Slot& slot = slots_[index];
-    std::call_once(slot.built, [&] { slot.impl = BackendAccess::create(rules().at(index).backend, config()); });
+    if (const AttentionImpl* ready = slot.ready.load(std::memory_order_acquire)) return *ready;
+    std::call_once(slot.built, [&] {
+      slot.impl = BackendAccess::create(rules().at(index).backend, config());
+      slot.ready.store(slot.impl.get(), std::memory_order_release);
+    });
     return *slot.impl;
   }
 
