@@ -58,10 +58,10 @@ struct HeadSizes {
   std::vector<std::int64_t> list;  ///< if not empty: these only
   std::int64_t min = 1;            ///< otherwise min…max in steps of `multiple`
   std::int64_t max = 0;            ///< 0: no limit
-  std::int64_t multiple = 1;       ///< sizes are multiples of it
+  std::int64_t multiple = 1;       ///< sizes are multiples of it; below 1: as 1
 
   /// Nothing is excluded.
-  [[nodiscard]] bool any() const { return list.empty() && min <= 1 && max == 0 && multiple == 1; }
+  [[nodiscard]] bool any() const { return list.empty() && min <= 1 && max == 0 && multiple <= 1; }
   /// This size is taken.
   [[nodiscard]] DITATTN_API bool contains(std::int64_t head_size) const;
   /// "any", "64, 128, 256" or "8 to 256 in multiples of 8".

@@ -66,13 +66,13 @@ std::string describe(const Problem& problem) {
 
 bool HeadSizes::contains(std::int64_t head_size) const {
   if (!list.empty()) return std::ranges::find(list, head_size) != list.end();
-  return head_size >= min && (max == 0 || head_size <= max) && head_size % multiple == 0;
+  return head_size >= min && (max == 0 || head_size <= max) && (multiple <= 1 || head_size % multiple == 0);
 }
 
 std::string HeadSizes::describe() const {
   if (any()) return "any";
   if (!list.empty()) return fmt::format("{}", fmt::join(list, ", "));
-  const std::string step = multiple == 1 ? "" : fmt::format(" in multiples of {}", multiple);
+  const std::string step = multiple <= 1 ? "" : fmt::format(" in multiples of {}", multiple);
   return max == 0 ? fmt::format("from {}{}", min, step) : fmt::format("{} to {}{}", min, max, step);
 }
 

@@ -94,6 +94,13 @@ TEST(HeadSizes, RangeTakesItsMultiples) {
   EXPECT_EQ((HeadSizes{.list = {}, .min = 16}.describe()), "from 16");
 }
 
+TEST(HeadSizes, NoStepIsEverySize) {
+  const HeadSizes sizes{.list = {}, .min = 3, .max = 5, .multiple = 0};
+  EXPECT_TRUE(sizes.contains(4));
+  EXPECT_FALSE(sizes.contains(6));
+  EXPECT_EQ(sizes.describe(), "3 to 5");
+}
+
 TEST(CheckCapabilities, YesHasNoReasons) {
   const Verdict verdict = check_capabilities("TOY", everything(), {.num_heads = 4, .num_kv_heads = 2, .causal = true});
   EXPECT_TRUE(verdict);
