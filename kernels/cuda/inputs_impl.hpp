@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <stdexcept>
+
 #include "kernels/cuda/flash_layout.hpp"
 
 namespace ditattn::kernels::cuda {
@@ -19,8 +21,13 @@ void for_inputs(const AttentionProblem& p, const Quantize& quantize) {
   const auto of_dtype = [&]<class T>() {
     aligned ? quantize.template operator()<T, true>() : quantize.template operator()<T, false>();
   };
+#ifdef DITATTN_CUDA_NO_FLOAT16
+  if (p.type != ElementType::bfloat16) throw std::logic_error("a dtype that no kernel was compiled for");
+  of_dtype.template operator()<__nv_bfloat16>();
+#else
   p.type == ElementType::bfloat16 ? of_dtype.template operator()<__nv_bfloat16>()
                                   : of_dtype.template operator()<__half>();
+#endif
 }
 
 }  // namespace ditattn::kernels::cuda
