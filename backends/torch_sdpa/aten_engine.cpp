@@ -254,7 +254,8 @@ void attention(const AttentionProblem& p, const Place& place) {
           "compute attention");
   };
   // Of several first calls on a GPU at once, one sometimes gets another kernel of PyTorch's (2.11) than all calls after
-  // it, and other bits: in 5 of 107 busy processes of 8 threads. So the first one ends before others begin.
+  // it, and other bits: in 5 of 107 busy processes of 8 threads. Why is not known; so the first one ends before others
+  // begin.
   static std::once_flag first;
   bool is_first = false;
   if (place.cuda_device >= 0) {

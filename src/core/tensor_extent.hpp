@@ -14,8 +14,8 @@ struct Extent {
   const std::int64_t* strides;
   int rank;
 
-  explicit Extent(const Tensor& tensor) : Extent(*tensor.GetDLTensorPtr()) {}
-  explicit Extent(const DLTensor& tensor) : sizes(tensor.shape), strides(tensor.strides), rank(tensor.ndim) {}
+  explicit Extent(const Tensor& tensor)
+      : sizes(tensor.GetDLTensorPtr()->shape), strides(tensor.GetDLTensorPtr()->strides), rank(tensor.ndim()) {}
 };
 
 /// "(6, 2, 1)", in elements.

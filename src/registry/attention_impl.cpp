@@ -16,6 +16,8 @@
 namespace ditattn {
 namespace {
 
+thread_local const BackendAccess::CheckedProblem* last_checked = nullptr;
+
 // A backend that takes `problem`, to name in the refusal of another. Looks at what can be imported; empty if none.
 std::string other_backend_for(const Problem& problem, const AttentionBackend& refusing) {
   for (const DiffusionAttentionBackendEnum member : DiffusionAttentionBackendEnum::members()) {
@@ -74,12 +76,6 @@ const AttentionImpl*& BackendAccess::last_launched() {
   thread_local const AttentionImpl* last = nullptr;
   return last;
 }
-
-namespace {
-
-thread_local const BackendAccess::CheckedProblem* last_checked = nullptr;
-
-}  // namespace
 
 BackendAccess::CheckedProblem::CheckedProblem(const AttentionImpl& impl, const Problem& problem)
     : impl_(impl), problem_(problem), before_(std::exchange(last_checked, this)) {}

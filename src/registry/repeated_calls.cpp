@@ -10,11 +10,9 @@
 namespace ditattn {
 namespace {
 
-constexpr std::uintptr_t kLowBits = 15;
+constexpr std::intptr_t kLowBits = 15;
 
-std::uintptr_t address_of(const DLTensor& tensor) {
-  return reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset;
-}
+std::intptr_t address_of(const Tensor& tensor) { return reinterpret_cast<std::intptr_t>(data_pointer(tensor)); }
 
 }  // namespace
 
@@ -24,14 +22,15 @@ RepeatedCalls& repeated_calls() {
 }
 
 std::size_t RepeatedCalls::place_of(const Tensor& query, const Tensor& key) {
-  const auto tokens = [](const Tensor& of) { return static_cast<std::uint64_t>(of.GetDLTensorPtr()->shape[1]); };
+  const auto tokens = [](const Tensor& of) { return static_cast<std::uint64_t>(Extent(of).sizes[1]); };
   return (tokens(query) * 5 + tokens(key)) % std::tuple_size_v<decltype(entries_)>;
 }
 
-bool RepeatedCalls::Layout::is_of(const DLTensor& tensor, const Problem& problem) const {
-  return tensor.ndim == 4 && std::equal(sizes.begin(), sizes.end(), tensor.shape) &&
-         std::equal(strides.begin(), strides.end(), tensor.strides) && tensor.dtype == problem.dtype &&
-         same_device(tensor.device, problem.device) && tensor.data != nullptr &&
+bool RepeatedCalls::Layout::is_of(const Tensor& tensor, const Problem& problem) const {
+  const Extent extent(tensor);
+  return extent.rank == 4 && std::equal(sizes.begin(), sizes.end(), extent.sizes) &&
+         std::equal(strides.begin(), strides.end(), extent.strides) && tensor.dtype() == problem.dtype &&
+         same_device(tensor.device(), problem.device) && tensor.data_ptr() != nullptr &&
          (address_of(tensor) & kLowBits) == low_bits;
 }
 
@@ -48,14 +47,12 @@ const Problem* RepeatedCalls::find(const PlainCall& call) const {
       problem.head_size != config.head_size || problem.causal != config.causal) {
     return nullptr;
   }
-  const auto has = [&](std::size_t i, const Tensor& tensor) {
-    return entry.layouts[i].is_of(*tensor.GetDLTensorPtr(), problem);
-  };
+  const auto has = [&](std::size_t i, const Tensor& tensor) { return entry.layouts[i].is_of(tensor, problem); };
   if (!has(0, call.query) || !has(1, call.key) || !has(2, call.value)) return nullptr;
   if (!entry.has_out) return &problem;
   if (!has(3, call.out)) return nullptr;
   const auto range = [&](std::size_t i, const Tensor& tensor) {
-    const auto address = static_cast<std::intptr_t>(address_of(*tensor.GetDLTensorPtr()));
+    const std::intptr_t address = address_of(tensor);
     return MemoryRange{.begin = address + entry.layouts[i].begin, .end = address + entry.layouts[i].end};
   };
   const MemoryRange out = range(3, call.out);
@@ -67,12 +64,13 @@ const Problem* RepeatedCalls::find(const PlainCall& call) const {
 void RepeatedCalls::add(const PlainCall& call, const Problem& problem) {
   const auto layout_of = [](const Tensor& tensor) {
     Layout layout;
-    std::copy_n(tensor.shape().data(), layout.sizes.size(), layout.sizes.begin());
-    std::copy_n(tensor.strides().data(), layout.strides.size(), layout.strides.begin());
+    const Extent extent(tensor);
+    std::copy_n(extent.sizes, layout.sizes.size(), layout.sizes.begin());
+    std::copy_n(extent.strides, layout.strides.size(), layout.strides.begin());
     const MemoryRange range = range_of(tensor);
-    const std::uintptr_t address = address_of(*tensor.GetDLTensorPtr());
-    layout.begin = range.begin - static_cast<std::intptr_t>(address);
-    layout.end = range.end - static_cast<std::intptr_t>(address);
+    const std::intptr_t address = address_of(tensor);
+    layout.begin = range.begin - address;
+    layout.end = range.end - address;
     layout.low_bits = address & kLowBits;
     return layout;
   };

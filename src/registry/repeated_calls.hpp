@@ -34,8 +34,8 @@ class RepeatedCalls {
     std::array<std::int64_t, 4> strides{};
     std::int64_t begin = 0;  ///< of its memory, in bytes from its first element
     std::int64_t end = 0;
-    std::uintptr_t low_bits = 0;  ///< of its address: what its alignment comes of
-    [[nodiscard]] bool is_of(const DLTensor& tensor, const Problem& problem) const;
+    std::intptr_t low_bits = 0;  ///< of its address: what its alignment comes of
+    [[nodiscard]] bool is_of(const Tensor& tensor, const Problem& problem) const;
   };
   struct Entry {
     Problem problem;
