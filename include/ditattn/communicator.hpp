@@ -40,6 +40,23 @@ struct ReceiveBlock {
   std::int64_t bytes;  ///< its size
 };
 
+/// Tokens (batch, tokens, heads, size) for one rank, any strides with a unit last one: it gets one block of them, token
+/// after token, (tokens, batch, heads, size).
+struct SendTokens {
+  int rank;       ///< that gets them
+  Tensor tokens;  ///< on the operation's device
+  void* packed;   ///< memory for them as they are sent: their own where they lie like that
+};
+
+/// Tokens of the same shape, dtype and device, any strides with a unit last one.
+struct TokenCopy {
+  Tensor to;    ///< where they go
+  Tensor from;  ///< where they are
+};
+
+/// What a stream does between the start of an operation and its end.
+enum class Meanwhile : std::uint8_t { compute, nothing };
+
 /// An operation under way. Its memory belongs to it until `wait` has returned, and its communicator must be there.
 class DITATTN_API Pending {
  public:
@@ -96,6 +113,12 @@ class DITATTN_API Communicator {
   /// Whether what `start` moves in a device's memory takes nothing from what computes there: work is cut into parts
   /// then, of which one moves while another is computed. The same on all ranks.
   [[nodiscard]] virtual bool moves_beside_compute(DLDevice /*device*/) const { return false; }
+
+  /// `start` for tokens to other ranks, which are put together where that is needed, and for `copies` on this one, in
+  /// its stream. `meanwhile`: where the stream has nothing else to do, a transport may use all of the device.
+  virtual std::unique_ptr<Pending> start_tokens(Operation operation, std::span<const SendTokens> sends,
+                                                std::span<const ReceiveBlock> receives, DLDevice device,
+                                                Meanwhile meanwhile, std::span<const TokenCopy> copies);
 
   /// Block r of `send`, `send_bytes[r]` long, goes to rank r; block r of `receive` comes from it. Blocks lie one after
   /// the other.

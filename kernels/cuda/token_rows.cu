@@ -3,12 +3,12 @@
 
 #include "kernels/cuda/launch_impl.hpp"
 #include "kernels/cuda/mask_impl.hpp"
-#include "kernels/cuda/token_rows.hpp"
+#include "kernels/cuda/row_copies_impl.hpp"
 
 namespace ditattn::kernels::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = kRowThreads;
 constexpr int kWarps = kThreads / 32;
 
 // `N` neighbours that are read and written at once.
@@ -17,32 +17,9 @@ struct alignas(sizeof(T) * N) Together {
   T of[N];
 };
 
-__device__ std::int64_t offset(const Strides& of, unsigned batch, unsigned token, unsigned head) {
-  return batch * of.batch + token * of.token + head * of.head;
-}
-
-struct RowCopies {
-  RowCopy of[kRowCopiesAtOnce];
-};
-static_assert(sizeof(RowCopies) <= 4096);  // a kernel's parameters
-
-// A block per token, a row of blocks per copy. `Piece` is what a thread moves at once.
 template <class Piece>
 __global__ void copy_kernel(const __grid_constant__ RowCopies copies) {
-  const RowCopy& copy = copies.of[blockIdx.y];
-  const auto tokens = static_cast<unsigned>(copy.shape.tokens);
-  if (blockIdx.x >= static_cast<unsigned>(copy.shape.batch) * tokens) return;
-  const unsigned batch = blockIdx.x / tokens;
-  const unsigned token = blockIdx.x % tokens;
-  const auto pieces = static_cast<unsigned>(copy.shape.head_size * copy.element_bytes / sizeof(Piece));
-  const auto heads = static_cast<unsigned>(copy.shape.heads);
-  for (unsigned i = threadIdx.x; i < heads * pieces; i += kThreads) {
-    const unsigned head = i / pieces;
-    const auto place = [&](const Strides& strides) { return offset(strides, batch, token, head) * copy.element_bytes; };
-    const auto* from = reinterpret_cast<const Piece*>(static_cast<const char*>(copy.from) + place(copy.from_strides));
-    auto* to = reinterpret_cast<Piece*>(static_cast<char*>(copy.to) + place(copy.to_strides));
-    to[i % pieces] = from[i % pieces];
-  }
+  move_rows<Piece>(copies.of[blockIdx.y], blockIdx.x);
 }
 
 // A warp per row of a head. What is left out of `body` are the rows past the last.
@@ -133,11 +110,6 @@ __global__ void round_kernel(const __grid_constant__ TokenShape shape, const __g
   });
 }
 
-bool lie_in(std::int64_t bytes, const void* data, const Strides& strides, std::int64_t element_bytes) {
-  return reinterpret_cast<std::uintptr_t>(data) % bytes == 0 && strides.batch * element_bytes % bytes == 0 &&
-         strides.token * element_bytes % bytes == 0 && strides.head * element_bytes % bytes == 0;
-}
-
 bool lie_in_fours(const TokenShape& shape, const PartRows& rows) {
   const std::int64_t bytes = element_bytes(rows.type);
   return shape.head_size % 4 == 0 && lie_in(4 * bytes, rows.out, rows.out_strides, bytes);
@@ -156,38 +128,17 @@ void with_type(ElementType type, const Call& call) {
   type == ElementType::float32 ? call(float{}) : type == ElementType::float16 ? call(__half{}) : call(__nv_bfloat16{});
 }
 
-template <class Piece>
-void queue_copies(const RowCopies& copies, std::size_t count, const Launch& launch) {
-  std::int64_t most = 0;
-  for (std::size_t i = 0; i < count; ++i) most = std::max(most, copies.of[i].shape.batch * copies.of[i].shape.tokens);
-  if (most > 2147483647) {
-    throw std::runtime_error(std::to_string(most) + " tokens are too many for one launch. Split the batch.");
-  }
-  if (most == 0) return;
-  copy_kernel<Piece><<<dim3(static_cast<unsigned>(most), static_cast<unsigned>(count)), kThreads, 0,
-                       static_cast<cudaStream_t>(launch.stream)>>>(copies);
-  check(cudaGetLastError(), "copy_rows");
-}
-
 }  // namespace
 
 void copy_rows(std::span<const RowCopy> copies, const Launch& launch) {
   const OnDevice on_device(launch.device);
-  for (std::size_t first = 0; first < copies.size(); first += kRowCopiesAtOnce) {
-    const auto some = copies.subspan(first, std::min(kRowCopiesAtOnce, copies.size() - first));
-    const auto all_in = [&](std::int64_t bytes) {
-      return std::ranges::all_of(some, [&](const RowCopy& copy) {
-        return copy.shape.head_size * copy.element_bytes % bytes == 0 &&
-               lie_in(bytes, copy.to, copy.to_strides, copy.element_bytes) &&
-               lie_in(bytes, copy.from, copy.from_strides, copy.element_bytes);
-      });
-    };
-    RowCopies together{};
-    std::ranges::copy(some, together.of);
-    all_in(16)  ? queue_copies<uint4>(together, some.size(), launch)
-    : all_in(4) ? queue_copies<std::uint32_t>(together, some.size(), launch)
-                : queue_copies<std::uint16_t>(together, some.size(), launch);
-  }
+  for_each_launch(copies, [&]<class Piece>(Piece, const RowCopies& some) {
+    const std::int64_t blocks = blocks_of({some.of, some.count}, sizeof(Piece));
+    if (blocks == 0) return;
+    copy_kernel<Piece><<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(some.count)), kThreads, 0,
+                         static_cast<cudaStream_t>(launch.stream)>>>(some);
+    check(cudaGetLastError(), "copy_rows");
+  });
 }
 
 void merge_rows(const TokenShape& shape, const PartRows& to, const PartRows& a, const PartRows& b,

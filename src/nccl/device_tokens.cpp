@@ -6,6 +6,7 @@
 
 #include "ditattn/cuda.hpp"
 #include "kernels/cuda/token_rows.hpp"
+#include "nccl/row_copy.hpp"
 #include "parallel/merge.hpp"
 #include "parallel/tokens.hpp"
 
@@ -50,17 +51,7 @@ cuda::PartRows rows_of(const Part& part) {
 }
 
 void copy_tokens(std::span<const TokenCopy> copies) {
-  std::vector<cuda::RowCopy> rows;
-  for (const auto& [to, from] : copies) {
-    if (to.numel() == 0) continue;
-    rows.push_back({.to = data_pointer(to),
-                    .from = data_pointer(from),
-                    .to_strides = strides_of(to),
-                    .from_strides = strides_of(from),
-                    .shape = shape_of(to),
-                    .element_bytes = to.dtype().bits / 8});
-  }
-  if (!rows.empty()) cuda::copy_rows(rows, launch_on(copies.front().to));
+  cuda::copy_rows(row_copies(copies), launch_on(copies.front().to));
 }
 
 void merge_tokens(const Part& to, const Part& a, const Part& b) {
@@ -77,6 +68,24 @@ constexpr DeviceTokens kFunctions = {
     .copy = copy_tokens, .merge = merge_tokens, .clear = clear_tokens, .convert = convert_tokens};
 
 }  // namespace
+
+cuda::RowCopy row_copy(const Tensor& to, const Tensor& from) {
+  return {.to = data_pointer(to),
+          .from = data_pointer(from),
+          .to_strides = strides_of(to),
+          .from_strides = strides_of(from),
+          .shape = shape_of(to),
+          .element_bytes = to.dtype().bits / 8};
+}
+
+std::vector<cuda::RowCopy> row_copies(std::span<const TokenCopy> copies) {
+  std::vector<cuda::RowCopy> rows;
+  for (const auto& [to, from] : copies) {
+    if (to.numel() > 0) rows.push_back(row_copy(to, from));
+  }
+  return rows;
+}
+
 }  // namespace ditattn::parallel
 
 const ditattn::parallel::DeviceTokens* ditattn_device_tokens() { return &ditattn::parallel::kFunctions; }

@@ -16,7 +16,9 @@
 #include "nccl/id_file.hpp"
 #include "nccl/nccl_library.hpp"
 #include "nccl/nccl_state.hpp"
+#include "nccl/outgoing.hpp"
 #include "nccl/peer_copies.hpp"
+#include "nccl/row_copy.hpp"
 #include "parallel/timeout.hpp"
 
 namespace ditattn::parallel {
@@ -135,30 +137,22 @@ class NcclCommunicator final : public Communicator {
 
   std::unique_ptr<Pending> start(Operation operation, std::span<const SendBlock> sends,
                                  std::span<const ReceiveBlock> receives, DLDevice device) override {
-    if (!takes(device)) {
-      throw NotImplementedError(fmt::format("These ranks exchange memory of the host and of cuda:{}, not of {}.",
-                                            state_->device(), device_name(device)));
-    }
-    const OnDevice on_device(state_->device());
+    check_device(device);
     if (device.device_type == kDLCPU) return start_on_host(operation, sends, receives);
-    auto* const caller = static_cast<cudaStream_t>(current_stream(device));
-    const auto before = std::make_shared<Event>();
-    before->record(caller);
-    before->follow(stream_);
-    const auto began = std::make_shared<Event>();
-    began->record(stream_);
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(caller, &capture), "cudaStreamIsCapturing");
-    const bool is_recorded = capture != cudaStreamCaptureStatusNone;
-    PeerCopies::Left left{.sends = {sends.begin(), sends.end()}, .receives = {receives.begin(), receives.end()}};
-    if (peers_) {
-      state_->check();
-      const auto text = [&](std::span<const int> missing) { return waiting_text(operation, missing); };
-      left = peers_->queue(sends, receives, stream_, text);
+    return start_on_gpu(operation, outgoing(sends), receives, Lane::beside, {});
+  }
+
+  // Where nothing is computed meanwhile, the batch is the caller's stream's own work.
+  std::unique_ptr<Pending> start_tokens(Operation operation, std::span<const SendTokens> sends,
+                                        std::span<const ReceiveBlock> receives, DLDevice device, Meanwhile meanwhile,
+                                        std::span<const TokenCopy> copies) override {
+    check_device(device);
+    if (!peers_ || device.device_type == kDLCPU) {
+      return Communicator::start_tokens(operation, sends, receives, device, meanwhile, copies);
     }
-    of_graphs_ = of_graphs_ || (is_recorded && !(left.sends.empty() && left.receives.empty()));
-    auto ended = queue(operation, left, began, !is_recorded, waiting_text(operation, peers_of(sends, receives)));
-    return std::make_unique<DevicePending>(state_, std::move(ended));
+    return start_on_gpu(operation, outgoing(sends), receives,
+                        meanwhile == Meanwhile::nothing && !has_turn_ ? Lane::in_turn : Lane::beside,
+                        row_copies(copies));
   }
 
   // NCCL's own kernels take multiprocessors: parts of Ulysses cost a third of the whole with them, two H200s, NVLink.
@@ -216,28 +210,39 @@ class NcclCommunicator final : public Communicator {
   }
 
  private:
-  // NCCL's part of a batch. Returns the batch's end in the stream. `watched`: not while it is only recorded.
-  std::shared_ptr<const Event> queue(Operation operation, const PeerCopies::Left& blocks,
-                                     const std::shared_ptr<const Event>& began, bool watched, const std::string& text) {
-    if (!blocks.sends.empty() || !blocks.receives.empty()) {
-      state_->call(operation_name(operation), handle_, text, [&] { return call_nccl(blocks); });
+  // Of a batch in the caller's stream: what comes is waited for when it is needed.
+  class PendingInTurn;
+
+  void check_device(DLDevice device) const {
+    if (takes(device)) return;
+    throw NotImplementedError(fmt::format("These ranks exchange memory of the host and of cuda:{}, not of {}.",
+                                          state_->device(), device_name(device)));
+  }
+
+  std::unique_ptr<Pending> start_on_gpu(Operation operation, std::vector<Outgoing> sends,
+                                        std::span<const ReceiveBlock> receives, Lane lane,
+                                        const std::vector<kernels::cuda::RowCopy>& copies);
+
+  // NCCL's part of a batch. Returns its end in the stream.
+  std::shared_ptr<const Event> call_nccl(Operation operation, const PeerCopies::Left& left, const std::string& text) {
+    if (!left.is_empty()) {
+      state_->call(operation_name(operation), handle_, text, [&] { return call_nccl(left); });
     }
     auto end = std::make_shared<Event>();
     end->record(stream_);
-    if (watched) state_->watch({.began = began, .ended = end, .text = text});
     return end;
   }
 
-  ncclResult_t call_nccl(const PeerCopies::Left& blocks) {
+  ncclResult_t call_nccl(const PeerCopies::Left& left) {
     const NcclLibrary& library = nccl();
     ncclResult_t result = library.group_start();
     const auto add = [&](ncclResult_t added) {
       if (result == ncclSuccess && added != ncclInProgress) result = added;
     };
-    for (const SendBlock& block : blocks.sends) {
-      add(library.send(block.data, static_cast<std::size_t>(block.bytes), ncclInt8, block.rank, handle_, stream_));
+    for (const Outgoing& one : left.sends) {
+      add(library.send(one.rows.from, static_cast<std::size_t>(one.bytes), ncclInt8, one.rank, handle_, stream_));
     }
-    for (const ReceiveBlock& block : blocks.receives) {
+    for (const ReceiveBlock& block : left.receives) {
       add(library.recv(block.data, static_cast<std::size_t>(block.bytes), ncclInt8, block.rank, handle_, stream_));
     }
     const ncclResult_t ended = library.group_end();
@@ -255,6 +260,7 @@ class NcclCommunicator final : public Communicator {
 
   std::unique_ptr<Pending> start_on_host(Operation operation, std::span<const SendBlock> sends,
                                          std::span<const ReceiveBlock> receives) {
+    const OnDevice on_device(state_->device());
     std::int64_t bytes = 0;
     for (const SendBlock& block : sends) bytes += block.bytes;
     for (const ReceiveBlock& block : receives) bytes += block.bytes;
@@ -264,7 +270,7 @@ class NcclCommunicator final : public Communicator {
     for (const SendBlock& block : sends) {
       check(cudaMemcpyAsync(at, block.data, static_cast<std::size_t>(block.bytes), cudaMemcpyHostToDevice, stream_),
             "cudaMemcpyAsync");
-      blocks.sends.push_back({block.rank, at, block.bytes});
+      blocks.sends.push_back(outgoing(SendBlock{block.rank, at, block.bytes}));
       at += block.bytes;
     }
     std::vector<std::pair<ReceiveBlock, const char*>> received;
@@ -273,16 +279,18 @@ class NcclCommunicator final : public Communicator {
       received.emplace_back(block, at);
       at += block.bytes;
     }
-    const auto before = std::make_shared<Event>();
-    before->record(stream_);
-    auto ended = queue(operation, blocks, before, true, waiting_text(operation, peers_of(sends, receives)));
+    const auto began = std::make_shared<Event>();
+    began->record(stream_);
+    const std::string text = waiting_text(operation, peers_of(blocks.sends, receives));
+    auto ended = call_nccl(operation, blocks, text);
+    state_->watch({.began = began, .ended = ended, .text = text});
     return std::make_unique<HostPending>(state_, std::move(ended), std::move(memory), std::move(received));
   }
 
-  [[nodiscard]] std::vector<int> peers_of(std::span<const SendBlock> sends,
+  [[nodiscard]] std::vector<int> peers_of(std::span<const Outgoing> sends,
                                           std::span<const ReceiveBlock> receives) const {
     std::set<int> peers;
-    for (const SendBlock& block : sends) peers.insert(block.rank);
+    for (const Outgoing& one : sends) peers.insert(one.rank);
     for (const ReceiveBlock& block : receives) peers.insert(block.rank);
     peers.erase(rank());
     return {peers.begin(), peers.end()};
@@ -298,8 +306,97 @@ class NcclCommunicator final : public Communicator {
   bool ours_;
   bool of_graphs_ = false;  // whose replays need the handle: NCCL would wait for their end to end it
   cudaStream_t stream_ = nullptr;
-  std::unique_ptr<PeerCopies> peers_;  // null: NCCL carries all
+  std::unique_ptr<PeerCopies> peers_;       // null: NCCL carries all
+  bool has_turn_ = false;                   // a batch in the caller's stream has not been waited for
+  std::shared_ptr<const Event> last_turn_;  // the last one's end, where it is not in a graph
 };
+
+class NcclCommunicator::PendingInTurn final : public Pending {
+ public:
+  struct Work {
+    PeerCopies::Batch batch;
+    std::shared_ptr<const Event> began;
+    std::shared_ptr<const Event> nccl_ended;  // null: NCCL has no part of it
+    bool watched;
+    std::string text;
+  };
+  PendingInTurn(NcclCommunicator& communicator, Work work) : communicator_(communicator), work_(std::move(work)) {
+    communicator_.has_turn_ = true;
+  }
+
+  void wait() override {
+    NcclState& state = *communicator_.state_;
+    state.check();
+    const OnDevice on_device(state.device());
+    auto* const stream = static_cast<cudaStream_t>(current_stream({kDLCUDA, state.device()}));
+    communicator_.peers_->await(work_.batch, stream);
+    communicator_.has_turn_ = false;
+    if (work_.nccl_ended) work_.nccl_ended->follow(stream);
+    if (!work_.watched) return;
+    const auto ended = std::make_shared<Event>();
+    ended->record(stream);
+    communicator_.last_turn_ = ended;
+    state.watch({.began = work_.began, .ended = ended, .text = work_.text});
+  }
+
+ private:
+  NcclCommunicator& communicator_;
+  Work work_;
+};
+
+std::unique_ptr<Pending> NcclCommunicator::start_on_gpu(Operation operation, std::vector<Outgoing> sends,
+                                                        std::span<const ReceiveBlock> receives, Lane lane,
+                                                        const std::vector<kernels::cuda::RowCopy>& copies) {
+  const OnDevice on_device(state_->device());
+  auto* const caller = static_cast<cudaStream_t>(current_stream({kDLCUDA, state_->device()}));
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(caller, &capture), "cudaStreamIsCapturing");
+  const bool is_recorded = capture != cudaStreamCaptureStatusNone;
+  const auto follow_caller = [&] {
+    const Event here;
+    here.record(caller);
+    here.follow(stream_);
+  };
+  const auto launch_in = [&](cudaStream_t stream) {
+    return kernels::cuda::Launch{.device = state_->device(), .stream = stream};
+  };
+  const bool in_turn = lane == Lane::in_turn;
+  if (!in_turn) {
+    pack_if([](const Outgoing& one) { return !suits_copy_engines(one); }, sends, launch_in(caller));
+    follow_caller();
+  }
+  cudaStream_t stream = in_turn ? caller : stream_;
+  if (in_turn && last_turn_ && !is_recorded) last_turn_->follow(caller);  // which may be another stream than then
+  auto began = std::make_shared<Event>();
+  began->record(stream);
+  std::string text = waiting_text(operation, peers_of(sends, receives));
+  PeerCopies::Batch batch{.lane = lane, .with = {}};
+  PeerCopies::Left left{.sends = {}, .receives = {receives.begin(), receives.end()}};
+  if (peers_) {
+    state_->check();
+    batch = peers_->meet(lane, sends, receives,
+                         [&](std::span<const int> missing) { return waiting_text(operation, missing); });
+    left = peers_->send(batch, copies, stream);
+    if (!in_turn) peers_->await(batch, stream);
+    pack_if([](const Outgoing&) { return true; }, left.sends, launch_in(stream));
+  } else {
+    left.sends = std::move(sends);
+  }
+  of_graphs_ = of_graphs_ || (is_recorded && !left.is_empty());
+  std::shared_ptr<const Event> ended;
+  if (in_turn && !left.is_empty()) follow_caller();
+  if (!in_turn || !left.is_empty()) ended = call_nccl(operation, left, text);
+  if (in_turn) {
+    return std::make_unique<PendingInTurn>(*this, PendingInTurn::Work{.batch = std::move(batch),
+                                                                      .began = std::move(began),
+                                                                      .nccl_ended = std::move(ended),
+                                                                      .watched = !is_recorded,
+                                                                      .text = std::move(text)});
+  }
+  kernels::cuda::copy_rows(copies, launch_in(caller));
+  if (!is_recorded) state_->watch({.began = std::move(began), .ended = ended, .text = std::move(text)});
+  return std::make_unique<DevicePending>(state_, std::move(ended));
+}
 
 void check_ranks(int rank, int size, int device, Seconds timeout) {
   const auto devices = static_cast<int>(cuda_info().devices.size());

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <ranges>
 #include <utility>
 
@@ -22,10 +23,35 @@ constexpr auto kPollInterval = std::chrono::microseconds(20);
 constexpr auto kLookInterval = std::chrono::milliseconds(20);
 constexpr auto kPoisonInterval = std::chrono::milliseconds(1);
 
+// To make an event and to end it takes longer than to use it.
+struct FreeEvents {
+  std::mutex mutex;
+  std::map<int, std::vector<cudaEvent_t>> of_device;
+};
+FreeEvents& free_events() {
+  static auto& instance = *new FreeEvents;  // the driver may end before static objects do
+  return instance;
+}
+
 }  // namespace
 
-Event::Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate"); }
-Event::~Event() { cudaEventDestroy(event_); }
+Event::Event() {
+  check(cudaGetDevice(&device_), "cudaGetDevice");
+  FreeEvents& free = free_events();
+  const std::lock_guard lock(free.mutex);
+  std::vector<cudaEvent_t>& some = free.of_device[device_];
+  if (some.empty()) {
+    check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate");
+  } else {
+    event_ = some.back();
+    some.pop_back();
+  }
+}
+Event::~Event() {
+  FreeEvents& free = free_events();
+  const std::lock_guard lock(free.mutex);
+  free.of_device[device_].push_back(event_);
+}
 void Event::record(cudaStream_t stream) const { check(cudaEventRecord(event_, stream), "cudaEventRecord"); }
 void Event::follow(cudaStream_t stream) const { check(cudaStreamWaitEvent(stream, event_), "cudaStreamWaitEvent"); }
 

@@ -23,7 +23,7 @@
 
 namespace ditattn::parallel {
 
-/// A point in a stream.
+/// A point in a stream of the device that is current when it is made.
 class Event {
  public:
   Event();
@@ -35,6 +35,7 @@ class Event {
   [[nodiscard]] bool passed() const;
 
  private:
+  int device_ = 0;
   cudaEvent_t event_ = nullptr;
 };
 

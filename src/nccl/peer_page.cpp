@@ -151,9 +151,17 @@ std::optional<Destination> PeerPage::take(int to) {
   return destination;
 }
 
-std::uintptr_t PeerPage::flag(int from, int to) const {
+const char* PeerPage::flag_on_gpu(int from, int to) const {
   const auto* word = reinterpret_cast<const char*>(layout_->flags() + (from * ranks_ + to));
-  return reinterpret_cast<std::uintptr_t>(on_gpu_ + (word - reinterpret_cast<const char*>(layout_)));
+  return on_gpu_ + (word - reinterpret_cast<const char*>(layout_));
+}
+
+std::uintptr_t PeerPage::flag(int from, int to) const {
+  return reinterpret_cast<std::uintptr_t>(flag_on_gpu(from, to));
+}
+
+const std::uint32_t* PeerPage::own_flag() const {
+  return reinterpret_cast<const std::uint32_t*>(flag_on_gpu(rank_, rank_));
 }
 
 std::uint32_t PeerPage::flag_value(int from, int to) const { return layout_->flags()[from * ranks_ + to].value; }

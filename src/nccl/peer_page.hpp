@@ -60,6 +60,8 @@ class PeerPage {
   /// where flags are: in host memory, because the host must be able to write them while streams wait.
   [[nodiscard]] std::uintptr_t flag(int from, int to) const;
   [[nodiscard]] std::uint32_t flag_value(int from, int to) const;
+  /// The flag of this rank to itself, for kernels: nothing else uses it, and the poison stays there.
+  [[nodiscard]] const std::uint32_t* own_flag() const;
 
   /// The first reason stays, and all ranks see it.
   void fail(const PeerFailure& failure);
@@ -76,6 +78,7 @@ class PeerPage {
   struct Layout;
   void map(int file);
   void attach_gpu();
+  [[nodiscard]] const char* flag_on_gpu(int from, int to) const;
 
   int rank_;
   int ranks_;

@@ -5,6 +5,8 @@
 #include <array>
 #include <vector>
 
+#include "parallel/tokens.hpp"
+
 namespace ditattn::parallel {
 namespace {
 
@@ -49,6 +51,22 @@ std::string_view operation_name(Operation operation) {
 
 Tensor Communicator::receive_memory(std::int64_t bytes, DLDevice device) {
   return empty(std::array{bytes}, kBool, device);
+}
+
+std::unique_ptr<Pending> Communicator::start_tokens(Operation operation, std::span<const SendTokens> sends,
+                                                    std::span<const ReceiveBlock> receives, DLDevice device,
+                                                    Meanwhile /*meanwhile*/, std::span<const TokenCopy> copies) {
+  std::vector<SendBlock> blocks;
+  std::vector<TokenCopy> packing;
+  for (const SendTokens& send : sends) {
+    blocks.push_back({send.rank, send.packed, bytes_of(send.tokens)});
+    if (send.packed == data_pointer(send.tokens)) continue;
+    packing.push_back({.to = token_major_like(send.tokens, send.packed), .from = send.tokens});
+  }
+  copy(packing);
+  auto pending = start(operation, blocks, receives, device);
+  copy(copies);
+  return pending;
 }
 
 std::unique_ptr<Pending> Communicator::all_to_all(const void* send, std::span<const std::int64_t> send_bytes,

@@ -3,11 +3,13 @@
 namespace ditattn::parallel {
 namespace {
 
-std::int64_t bytes_of(const Tensor& tensor) { return tensor.numel() * (tensor.dtype().bits / 8); }
-
 // Blocks of no bytes are not sent.
 void send(std::vector<SendBlock>& blocks, int rank, const Tensor& tensor) {
   if (tensor.numel() > 0) blocks.push_back({rank, data_pointer(tensor), bytes_of(tensor)});
+}
+// `packed` may be where they are.
+void send(std::vector<SendTokens>& blocks, int rank, const Tensor& tensor, void* packed) {
+  if (tensor.numel() > 0) blocks.push_back({rank, tensor, packed});
 }
 void receive(std::vector<ReceiveBlock>& blocks, int rank, const Tensor& tensor) {
   if (tensor.numel() > 0) blocks.push_back({rank, data_pointer(tensor), bytes_of(tensor)});
@@ -49,27 +51,23 @@ Tensor HeadScatter::add(Slot sent, Slot kept, const Tensor& mine, std::span<cons
   const std::int64_t total = chunks.back().end;
   Tensor collected = make(workspace_.get(kept, bytes_of(mine, total, heads[place].size()), part_), total, heads[place]);
   char* at = workspace_.get(sent, bytes_of(mine, mine.size(1), heads_of_others(heads, place)), part_);
+  device_ = mine.device();
   for (std::size_t rank = 0; rank < heads.size(); ++rank) {
     const Tensor theirs = slice(mine, 2, heads[rank]);
     const Tensor place_of_theirs = slice(collected, 1, chunks[rank]);
     if (rank == place) {
-      own_.push_back({.to = place_of_theirs, .from = theirs});
+      (first_ != nullptr ? *first_ : *this).own_.push_back({.to = place_of_theirs, .from = theirs});
       continue;
     }
-    const Tensor packed = make(at, mine.size(1), heads[rank]);
-    at += bytes_of(packed);
-    packing_.push_back({.to = packed, .from = theirs});
-    send(sends_, static_cast<int>(rank), packed);
+    send(sends_, static_cast<int>(rank), theirs, at);
     receive(receives_, static_cast<int>(rank), place_of_theirs);
+    at += bytes_of(theirs);
   }
   return collected;
 }
 
-std::unique_ptr<Pending> HeadScatter::start() {
-  copy(packing_);
-  auto pending = ulysses_.start(Operation::all_to_all, sends_, receives_, own_.front().to.device());
-  copy(own_);
-  return pending;
+std::unique_ptr<Pending> HeadScatter::start(Meanwhile meanwhile) {
+  return ulysses_.start_tokens(Operation::all_to_all, sends_, receives_, device_, meanwhile, own_);
 }
 
 void HeadGather::add_rows(Slot received, const Tensor& mine, const Tensor& to, std::span<const Range> heads,
@@ -85,7 +83,7 @@ void HeadGather::add_rows(Slot received, const Tensor& mine, const Tensor& to, s
       own_.push_back({.to = of_theirs, .from = theirs});
       continue;
     }
-    send(sends_, static_cast<int>(rank), theirs);
+    send(sends_, static_cast<int>(rank), theirs, data_pointer(theirs));
     const Tensor part =
         token_major(at, to.size(0), to.size(1), heads[rank].size(), to.size(3), to.dtype(), to.device());
     at += bytes_of(part);
@@ -106,7 +104,7 @@ void HeadGather::add_shared(Slot received, const Tensor& mine, const Tensor& to,
       own_.push_back({.to = of_theirs, .from = mine});
       continue;
     }
-    send(sends_, static_cast<int>(rank), mine);
+    send(sends_, static_cast<int>(rank), mine, data_pointer(mine));
     const Tensor part =
         token_major(at, to.size(0), rows[rank].size(), heads[rank].size(), to.size(3), to.dtype(), to.device());
     at += bytes_from(rank);
@@ -115,11 +113,21 @@ void HeadGather::add_shared(Slot received, const Tensor& mine, const Tensor& to,
   }
 }
 
-void HeadGather::start(Operation operation) {
-  if (!unpacking_.empty()) {
-    pending_ = ranks_.start(operation, sends_, receives_, unpacking_.front().to.device());
+void HeadGather::start(Operation operation, Meanwhile meanwhile, std::span<HeadGather> before) {
+  std::vector<TokenCopy> copies = own_;
+  for (HeadGather& batch : before) {
+    if (batch.pending_) batch.pending_->wait();
+    copies.insert(copies.end(), batch.own_.begin(), batch.own_.end());
+    copies.insert(copies.end(), batch.unpacking_.begin(), batch.unpacking_.end());
   }
-  copy(own_);
+  if (unpacking_.empty()) return copy(copies);
+  pending_ = ranks_.start_tokens(operation, sends_, receives_, unpacking_.front().to.device(), meanwhile, copies);
+}
+
+void HeadGather::start_first(Operation operation) {
+  if (unpacking_.empty()) return;
+  const DLDevice device = unpacking_.front().to.device();
+  pending_ = ranks_.start_tokens(operation, sends_, receives_, device, Meanwhile::compute, {});
 }
 
 void HeadGather::finish() {

@@ -11,30 +11,32 @@
 namespace ditattn::parallel {
 
 /// Gives each rank of `ulysses` its heads of this rank's tokens, and collects this rank's heads of everybody's: several
-/// tensors in one batch. What stays on this rank is not sent but copied, while the rest is on its way.
+/// tensors in one batch.
 class HeadScatter {
  public:
-  HeadScatter(Communicator& ulysses, Workspace& workspace, int part)
-      : ulysses_(ulysses), workspace_(workspace), part_(part) {}
+  /// What stays on this rank goes with `first`, another part's, where there is one.
+  HeadScatter(Communicator& ulysses, Workspace& workspace, int part, HeadScatter* first = nullptr)
+      : ulysses_(ulysses), workspace_(workspace), part_(part), first_(first) {}
 
   /// `mine` (B, tokens[rank], all heads, D). Returns what is collected in `kept`, token-major. `sent`: where what is
   /// sent is put together.
   Tensor add(Slot sent, Slot kept, const Tensor& mine, std::span<const Range> heads,
              std::span<const std::int64_t> tokens);
 
-  std::unique_ptr<Pending> start();
+  std::unique_ptr<Pending> start(Meanwhile meanwhile);
 
  private:
   Communicator& ulysses_;
   Workspace& workspace_;
   int part_;
-  std::vector<TokenCopy> packing_;
-  std::vector<TokenCopy> own_;
-  std::vector<SendBlock> sends_;
+  HeadScatter* first_;
+  DLDevice device_ = kCpu;
+  std::vector<SendTokens> sends_;
   std::vector<ReceiveBlock> receives_;
+  std::vector<TokenCopy> own_;
 };
 
-/// The way back. What stays on this rank is copied meanwhile too.
+/// The way back. What stays on this rank is not sent but copied.
 class HeadGather {
  public:
   HeadGather(Communicator& ranks, Workspace& workspace, int part) : ranks_(ranks), workspace_(workspace), part_(part) {}
@@ -46,7 +48,10 @@ class HeadGather {
   void add_shared(Slot received, const Tensor& mine, const Tensor& to, std::span<const Range> rows,
                   std::span<const Range> heads);
 
-  void start(Operation operation);
+  /// On its way the stream puts in place what stays on this rank, and what `before` brought.
+  void start(Operation operation, Meanwhile meanwhile, std::span<HeadGather> before);
+  /// The same for one that will be `before` another.
+  void start_first(Operation operation);
   /// After it, in this thread's stream, everything is in its place.
   void finish();
 
@@ -56,7 +61,7 @@ class HeadGather {
   int part_;
   std::vector<TokenCopy> own_;
   std::vector<TokenCopy> unpacking_;
-  std::vector<SendBlock> sends_;
+  std::vector<SendTokens> sends_;
   std::vector<ReceiveBlock> receives_;
   std::unique_ptr<Pending> pending_;
 };

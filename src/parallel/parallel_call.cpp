@@ -85,7 +85,7 @@ ParallelCall::KeysAndValues ParallelCall::scatter(const Tensor& query, const Ten
   queries_[1] = batch.add(Slot::query_sent, Slot::query, query, query_heads, of_my_place(agreement_.rows));
   KeysAndValues own{.key = batch.add(Slot::key_sent, Slot::key, key, kv_heads, key_tokens),
                     .value = batch.add(Slot::value_sent, Slot::value, value, kv_heads, key_tokens)};
-  batch.start()->wait();
+  batch.start(Meanwhile::nothing)->wait();
   return own;
 }
 
@@ -287,9 +287,9 @@ void ParallelCall::give_back(const ForwardOutputs& outputs) {
   if (outputs.lse.defined()) {
     add(lse_as_tokens(outputs.lse), &Part::lse, Slot::received_lse, Slot::received_text_lse);
   }
-  image.start(Operation::all_to_all);
+  image.start(Operation::all_to_all, Meanwhile::nothing, {});
   image.finish();
-  text.start(Operation::all_gather);
+  text.start(Operation::all_gather, Meanwhile::nothing, {});
   text.finish();
 }
 

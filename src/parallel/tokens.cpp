@@ -48,6 +48,13 @@ Tensor token_major(void* data, std::int64_t batch, std::int64_t tokens, std::int
   return wrap(data, {batch, tokens, heads, size}, dtype, {heads * size, batch * heads * size, size, 1}, device);
 }
 
+Tensor token_major_like(const Tensor& tensor, void* data) {
+  return token_major(data, tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3), tensor.dtype(),
+                     tensor.device());
+}
+
+std::int64_t bytes_of(const Tensor& tensor) { return tensor.numel() * (tensor.dtype().bits / 8); }
+
 Tensor lse_as_tokens(const Tensor& lse) {
   return wrap(data_pointer(lse), {lse.size(0), lse.size(2), lse.size(1), 1}, lse.dtype(),
               {lse.stride(0), lse.stride(2), lse.stride(1), 1}, lse.device());

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "ditattn/communicator.hpp"
 #include "ditattn/tensor.hpp"
 #include "ditattn/threads.hpp"
 
@@ -32,6 +33,9 @@ Tensor slice(const Tensor& tensor, int dimension, Range range);
 Tensor token_major(void* data, std::int64_t batch, std::int64_t tokens, std::int64_t heads, std::int64_t size,
                    DLDataType dtype, DLDevice device = kCpu);
 
+/// The same over other memory.
+Tensor token_major_like(const Tensor& tensor, void* data);
+
 /// An LSE (batch, heads, tokens) as (batch, tokens, heads, 1), and back.
 Tensor lse_as_tokens(const Tensor& lse);
 Tensor tokens_as_lse(const Tensor& tokens);
@@ -39,14 +43,12 @@ Tensor tokens_as_lse(const Tensor& tokens);
 /// Whether memory has one token after the other, as `token_major` does.
 bool is_token_major(const Tensor& tensor);
 
-/// Copies (batch, tokens, heads, size), of the same shape, dtype and device, any strides with a unit last one. On a GPU
-/// in this thread's stream, all in one go.
-struct TokenCopy {
-  Tensor to;
-  Tensor from;
-};
+/// On a GPU in this thread's stream, all in one go.
 void copy(std::span<const TokenCopy> copies);
 inline void copy(const Tensor& to, const Tensor& from) { copy(std::array{TokenCopy{.to = to, .from = from}}); }
+
+/// Bytes of its numbers.
+std::int64_t bytes_of(const Tensor& tensor);
 
 /// Calls body(batch, token) for all of them, in parallel where there is much to do.
 template <class Body>

@@ -26,26 +26,40 @@ void UlyssesCall::run(const Tensor& query, const Tensor& key, const Tensor& valu
   group_.workspace.use(query.device(), *group_.all);
   const auto parts = static_cast<int>(heads_.mine.parts.size());
   std::vector<Input> inputs;
+  std::vector<HeadScatter> batches;
   inputs.reserve(heads_.mine.parts.size());
-  for (int part = 0; part < parts; ++part) inputs.push_back(scatter(part, query, key, value));
-  std::vector<HeadGather> results;
+  batches.reserve(heads_.mine.parts.size());
+  for (int part = 0; part < parts; ++part) {
+    batches.emplace_back(*group_.ulysses, group_.workspace, part, part > 0 ? &batches.front() : nullptr);
+    inputs.push_back(add(part, batches.back(), query, key, value));
+  }
+  for (int part = 0; part < parts; ++part) {
+    inputs[static_cast<std::size_t>(part)].pending =
+        batches[static_cast<std::size_t>(part)].start(part == 0 ? Meanwhile::nothing : Meanwhile::compute);
+  }
+  std::vector<HeadGather> before;
+  before.reserve(heads_.mine.parts.size());
   for (int part = 0; part < parts; ++part) {
     inputs[static_cast<std::size_t>(part)].pending->wait();
-    results.push_back(give_back(part, compute(part, inputs, outputs.lse.defined()), outputs));
+    HeadGather result = gather(part, compute(part, inputs, outputs.lse.defined()), outputs);
+    if (part + 1 < parts) {
+      result.start_first(Operation::all_to_all);
+      before.push_back(std::move(result));
+    } else {
+      result.start(Operation::all_to_all, Meanwhile::nothing, before);
+      result.finish();
+    }
   }
-  for (HeadGather& result : results) result.finish();
 }
 
-UlyssesCall::Input UlyssesCall::scatter(int part, const Tensor& query, const Tensor& key, const Tensor& value) {
+UlyssesCall::Input UlyssesCall::add(int part, HeadScatter& batch, const Tensor& query, const Tensor& key,
+                                    const Tensor& value) {
   const std::vector<Range> query_heads = heads_.query_heads(part);
   const std::vector<Range> kv_heads = heads_.kv_heads(part);
-  HeadScatter batch(*group_.ulysses, group_.workspace, part);
-  Input input{.query = batch.add(Slot::query_sent, Slot::query, query, query_heads, agreement_.rows),
-              .key = batch.add(Slot::key_sent, Slot::key, key, kv_heads, agreement_.keys),
-              .value = batch.add(Slot::value_sent, Slot::value, value, kv_heads, agreement_.keys),
-              .pending = nullptr};
-  input.pending = batch.start();
-  return input;
+  return {.query = batch.add(Slot::query_sent, Slot::query, query, query_heads, agreement_.rows),
+          .key = batch.add(Slot::key_sent, Slot::key, key, kv_heads, agreement_.keys),
+          .value = batch.add(Slot::value_sent, Slot::value, value, kv_heads, agreement_.keys),
+          .pending = nullptr};
 }
 
 // The back end's own call for each run of heads. All K/V heads of a run came together: one that an earlier part needed
@@ -77,7 +91,7 @@ Part UlyssesCall::compute(int part, const std::vector<Input>& inputs, bool lse_w
 }
 
 // The image's rows go to the ranks they came from, the text's to all.
-HeadGather UlyssesCall::give_back(int part, const Part& result, const ForwardOutputs& outputs) {
+HeadGather UlyssesCall::gather(int part, const Part& result, const ForwardOutputs& outputs) {
   const Sizes& sizes = agreement_.sizes;
   const std::vector<Range> heads = heads_.query_heads(part);
   const std::vector<Range> all_text(heads.size(), {0, sizes.joint_rows});
@@ -93,7 +107,6 @@ HeadGather UlyssesCall::give_back(int part, const Part& result, const ForwardOut
   if (outputs.lse.defined()) {
     add(result.lse, lse_as_tokens(outputs.lse), Slot::received_lse, Slot::received_text_lse);
   }
-  batch.start(Operation::all_to_all);
   return batch;
 }
 

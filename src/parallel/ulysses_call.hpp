@@ -3,7 +3,8 @@
 /// One forward call on one rank, after all have agreed, where heads alone are shared out.
 ///
 /// Heads go in parts: all that they need is sent at once, part after part, each part is computed when it has come, and
-/// its results go back while the next is computed. Batches of a communicator follow each other, so no result waits for
+/// its results go back while the next is computed. What stays on this rank goes with the first part, for which the GPU
+/// waits anyway. Batches of a communicator follow each other, so no result waits for
 /// an input that another rank sends later.
 
 #include "parallel/agreement.hpp"
@@ -31,9 +32,9 @@ class UlyssesCall {
     std::unique_ptr<Pending> pending;
   };
 
-  Input scatter(int part, const Tensor& query, const Tensor& key, const Tensor& value);
+  Input add(int part, HeadScatter& batch, const Tensor& query, const Tensor& key, const Tensor& value);
   Part compute(int part, const std::vector<Input>& inputs, bool lse_wanted);
-  HeadGather give_back(int part, const Part& result, const ForwardOutputs& outputs);
+  HeadGather gather(int part, const Part& result, const ForwardOutputs& outputs);
 
   const LayerState& layer_;
   const CutHeads& heads_;

@@ -16,6 +16,7 @@
 #include <random>
 #include <string>
 
+#include "kernels/cuda/peer_exchange.hpp"
 #include "parallel/merge.hpp"
 #include "parallel/tokens.hpp"
 #include "tests/parallel/ranks.hpp"
@@ -134,6 +135,80 @@ TEST(TokenKernels, DoWhatTheHostDoes) {
     worst = std::max(worst, largest_difference(host[3], gpu[3]));
   }
   std::cout << fmt::format("token kernels: largest difference {:.1e}\n", worst);
+}
+
+// Two ranks on one GPU, in a stream each: more copies than a launch takes, few and none, with a peer and without.
+TEST(TokenKernels, ExchangeBetweenTwoRanks) {
+  namespace cuda = kernels::cuda;
+  const DLDevice gpu = kGpu;
+  const std::uint64_t seed = std::random_device()();
+  Random random(seed);
+  SCOPED_TRACE(fmt::format("seed {}", seed));
+  const Tensor memory = empty(std::array{3 * std::int64_t{cuda::kPeerWordsBytes}}, kBool, gpu);
+  ASSERT_EQ(cudaMemset(memory.data_ptr(), 0, 3 * cuda::kPeerWordsBytes), cudaSuccess);
+  const auto words_of = [&](std::size_t rank) {
+    return reinterpret_cast<std::uint32_t*>(static_cast<char*>(memory.data_ptr()) + rank * cuda::kPeerWordsBytes);
+  };
+  const InStream streams[] = {InStream(gpu), InStream(gpu)};
+  struct Checked {
+    Tensor to;
+    Tensor from;
+  };
+  for (int trial = 0; trial < 40; ++trial) {
+    SCOPED_TRACE(trial);
+    std::vector<Checked> checked;
+    std::array<std::vector<cuda::RowCopy>, 2> there;
+    std::array<std::vector<cuda::RowCopy>, 2> here;
+    const auto draw = [&](std::int64_t most, std::vector<cuda::RowCopy>& copies) {
+      for (std::int64_t count = random.number(0, most); count > 0; --count) {
+        const std::int64_t heads = random.number(1, 6);
+        const std::int64_t size =
+            std::array<std::int64_t, 4>{128, 64, 37, 40}[static_cast<std::size_t>(random.number(0, 3))];
+        const Tensor host = random.normal({random.number(1, 2), random.number(1, 300), heads, size}, kBFloat16);
+        const Range some{random.number(0, heads - 1), heads};
+        const Tensor from = on(gpu, host);
+        const Tensor to = on(gpu, random.normal({host.size(0), host.size(1), some.size(), size}, kBFloat16));
+        checked.push_back({.to = to, .from = from});
+        copies.push_back({.to = to.data_ptr(),
+                          .from = static_cast<char*>(from.data_ptr()) + 2 * some.begin * size,
+                          .to_strides = {.batch = to.stride(0), .token = to.stride(1), .head = to.stride(2)},
+                          .from_strides = {.batch = from.stride(0), .token = from.stride(1), .head = from.stride(2)},
+                          .shape = {.batch = to.size(0), .tokens = to.size(1), .heads = to.size(2), .head_size = size},
+                          .element_bytes = 2});
+      }
+    };
+    for (std::size_t rank = 0; rank < 2; ++rank) {
+      draw(trial % 4 == 0 ? 80 : 5, there[rank]);
+      draw(trial % 4 == 1 ? 80 : 5, here[rank]);
+    }
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    for (std::size_t rank = 0; rank < 2; ++rank) {
+      cuda::PeerWords words{.here = words_of(rank), .poison = words_of(2), .rank = static_cast<int>(rank)};
+      words.there[1 - rank] = words_of(1 - rank);
+      const std::uint64_t other = std::uint64_t{1} << (1 - rank);
+      const std::uint64_t to = there[rank].empty() ? 0 : other;
+      const std::uint64_t from = there[1 - rank].empty() ? 0 : other;
+      const cuda::Launch launch{.device = gpu.device_id, .stream = streams[rank].get()};
+      cuda::exchange_rows(there[rank], here[rank], words, to, from, launch);
+      cuda::await_rows(words, from, launch);
+    }
+    for (const InStream& stream : streams) ASSERT_EQ(cudaStreamSynchronize(stream.get()), cudaSuccess);
+    for (const auto& [to, from] : checked) {
+      const Tensor whole = on(kCpu, from);
+      const Tensor expected = empty({to.size(0), to.size(1), to.size(2), to.size(3)}, kBFloat16);
+      copy(expected, slice(whole, 2, {whole.size(2) - to.size(2), whole.size(2)}));
+      EXPECT_TRUE(same_bits(on(kCpu, to), expected));
+    }
+  }
+  // What nobody is ready for ends with the poison.
+  const std::uint32_t poison = cuda::kPeerPoison;
+  ASSERT_EQ(cudaMemcpy(words_of(2), &poison, sizeof(poison), cudaMemcpyHostToDevice), cudaSuccess);
+  cuda::PeerWords words{.here = words_of(0), .poison = words_of(2), .rank = 0};
+  words.there[1] = words_of(1);
+  const cuda::Launch launch{.device = gpu.device_id, .stream = streams[0].get()};
+  cuda::exchange_rows({}, {}, words, 2, 0, launch);
+  cuda::await_rows(words, 2, launch);
+  EXPECT_EQ(cudaStreamSynchronize(streams[0].get()), cudaSuccess);
 }
 
 TEST(Nccl, RefusesRanksAndDevicesThatAreNotThere) {

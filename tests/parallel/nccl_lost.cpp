@@ -1,7 +1,8 @@
 // Processes with a GPU each, of which the last is lost: the others must end with a TimeoutError, soon after the
 // timeout. Without an argument it kills itself in the middle, with `late` it sleeps, with `queued` it is killed when it
 // has queued its calls, of which its GPU has begun none. With `failed` it says that it gives up, which the others hear
-// where copy engines are used. Exit: 0 as it should be, 1 not, 77 fewer than two GPUs.
+// where copy engines are used. A second argument `ulysses` has heads shared out, not keys passed round a ring.
+// Usage: nccl_lost [killed|late|queued|failed] [ring|ulysses]. Exit: 0 as it should be, 1 not, 77 fewer than two GPUs.
 
 #include <cuda_runtime.h>
 #include <ditattn/cuda.hpp>
@@ -44,10 +45,11 @@ void be_lost(std::string_view how, Communicator& communicator, DLDevice device) 
   ::raise(SIGKILL);
 }
 
-int run_rank(int rank, int size, std::string_view how, const std::filesystem::path& file) try {
+int run_rank(int rank, int size, std::string_view how, bool shares_heads, const std::filesystem::path& file) try {
   const DLDevice device{kDLCUDA, rank};
   const auto communicator = nccl_communicator(file, rank, size, rank, kTimeout);
-  const auto group = std::make_shared<ParallelGroup>(communicator, Mesh{.ring = size});
+  const auto group =
+      std::make_shared<ParallelGroup>(communicator, shares_heads ? Mesh{.ulysses = size} : Mesh{.ring = size});
   ParallelAttention layer(ditattn::DiffusionAttentionBackendEnum::FLASH_ATTN.get_class(),
                           {.num_heads = 8, .head_size = 64}, group);
   const ditattn::Tensor host = ditattn::empty({1, 500, 8, 64}, ditattn::kBFloat16);
@@ -86,7 +88,8 @@ int count_gpus() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string_view how = argc == 2 ? argv[1] : "killed";
+  const std::string_view how = argc > 1 ? argv[1] : "killed";
+  const std::string_view mesh = argc > 2 ? argv[2] : "ring";
   const int size = count_gpus();
   if (size < 2) {
     fmt::print("skipped: {} CUDA devices, two are needed\n", size);
@@ -98,7 +101,7 @@ int main(int argc, char** argv) {
   for (int rank = 0; rank < size; ++rank) {
     const pid_t child = ::fork();
     if (child == 0) {
-      const int status = run_rank(rank, size, how, file);
+      const int status = run_rank(rank, size, how, mesh == "ulysses", file);
       std::fflush(stdout);
       ::_exit(status);
     }
@@ -113,6 +116,7 @@ int main(int argc, char** argv) {
         as_it_should && (is_killed ? WIFSIGNALED(status) : WIFEXITED(status) && WEXITSTATUS(status) == kEnded);
   }
   const Seconds took = std::chrono::steady_clock::now() - start;
-  fmt::print("{} ranks, one {}: {}, {:.1f} s\n", size, how, as_it_should ? "the others ended" : "WRONG", took.count());
+  fmt::print("{} ranks, {}, one {}: {}, {:.1f} s\n", size, mesh, how, as_it_should ? "the others ended" : "WRONG",
+             took.count());
   return as_it_should && took < kTimeout + Seconds(40) ? 0 : 1;
 }
