@@ -150,6 +150,20 @@ TEST(TokenKernels, ExchangeBetweenTwoRanks) {
     return reinterpret_cast<std::uint32_t*>(static_cast<char*>(memory.data_ptr()) + rank * cuda::kPeerWordsBytes);
   };
   const InStream streams[] = {InStream(gpu), InStream(gpu)};
+  // Kernels are loaded when they are first launched, which waits for those that run: here for one of this very thread.
+  for (const std::int64_t size : {16, 6, 3}) {
+    const Tensor rows = on(gpu, random.normal({1, 2, 1, size}, kBFloat16));
+    cuda::RowCopy same{.to = rows.data_ptr(),
+                       .from = rows.data_ptr(),
+                       .to_strides = {.batch = 2 * size, .token = size, .head = size},
+                       .from_strides = {.batch = 2 * size, .token = size, .head = size},
+                       .shape = {.batch = 1, .tokens = 2, .heads = 1, .head_size = size},
+                       .element_bytes = 2};
+    const cuda::PeerWords words{.here = words_of(0), .poison = words_of(2), .rank = 0};
+    const cuda::Launch launch{.device = gpu.device_id, .stream = streams[0].get()};
+    cuda::exchange_rows({}, {&same, 1}, words, 0, 0, launch);
+    cuda::await_rows(words, 0, launch);
+  }
   struct Checked {
     Tensor to;
     Tensor from;
