@@ -56,8 +56,9 @@ double Rounds::sample(const Entry& entry) const {
 void Rounds::run(const std::vector<std::size_t>& indices, int rounds, const std::function<void(std::size_t)>& failed,
                  const std::function<void(std::size_t index, int round)>& report) {
   std::set<std::size_t> broken;
-  for (int round = 0; round < rounds; ++round) {
-    for (const std::size_t index : indices) {
+  std::vector<std::size_t> turns = indices;
+  for (int round = 0; round < rounds; ++round, std::ranges::reverse(turns)) {
+    for (const std::size_t index : turns) {
       if (broken.contains(index)) continue;
       if (report) report(index, round);
       try {

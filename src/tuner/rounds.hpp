@@ -10,7 +10,8 @@
 namespace ditattn {
 
 /// Times several things against each other: in interleaved rounds, so that drifts of the machine's speed meet all
-/// alike. Times are the host's, with the device's work done; calls shorter than a millisecond are timed several at
+/// alike, forwards and backwards in turn, so that nobody always follows one that leaves what it needs in the caches.
+/// Times are the host's, with the device's work done; calls shorter than a millisecond are timed several at
 /// once, since clocks, wake-ups and waiting would blur them.
 class DITATTN_API Rounds {
  public:
