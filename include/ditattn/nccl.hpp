@@ -40,8 +40,8 @@ DITATTN_API std::shared_ptr<Communicator> nccl_communicator(const std::shared_pt
 DITATTN_API std::shared_ptr<Communicator> nccl_communicator(const std::filesystem::path& file, int rank, int size,
                                                             int device, Seconds timeout = kDefaultTimeout);
 
-/// An `ncclComm_t` that the program has, and keeps: it must outlive the result, and no other operation of it may be
-/// under way at the same time. Where a rank is lost it is aborted.
+/// The ranks of an `ncclComm_t` that the program has, and keeps: it is split once, here, with no operation of it under
+/// way, and not used later. Where a rank does not come to that, it is aborted.
 DITATTN_API std::shared_ptr<Communicator> nccl_communicator(void* nccl_comm, Seconds timeout = kDefaultTimeout);
 
 }  // namespace ditattn::parallel

@@ -398,6 +398,17 @@ std::unique_ptr<Pending> NcclCommunicator::start_on_gpu(Operation operation, std
   return std::make_unique<DevicePending>(state_, std::move(ended));
 }
 
+// The same ranks by a handle of ours, and by copy engines where they can.
+std::shared_ptr<Communicator> world_of(const State& state, NcclCommunicator& ranks) {
+  auto world = ranks.split_handle(0, ranks.rank());
+  state->set_memory(PeerMemory::join(*world, state->device()));
+  if (state->memory() && !world->connect_peers()) {
+    PeerMemory::give_up(*world, state->memory());
+    state->set_memory(nullptr);
+  }
+  return world;
+}
+
 void check_ranks(int rank, int size, int device, Seconds timeout) {
   const auto devices = static_cast<int>(cuda_info().devices.size());
   if (device < 0 || device >= devices) {
@@ -436,13 +447,7 @@ std::shared_ptr<Communicator> nccl_communicator(const NcclId& id, int rank, int 
   ncclComm_t handle = make_handle(*state, "ncclCommInitRank", text, nullptr, [&](ncclComm_t* made) {
     return nccl().comm_init_rank_config(made, size, common, rank, &config);
   });
-  auto world = NcclCommunicator::of(state, handle, true)->split_handle(0, rank);
-  state->set_memory(PeerMemory::join(*world, device));
-  if (state->memory() && !world->connect_peers()) {
-    PeerMemory::give_up(*world, state->memory());
-    state->set_memory(nullptr);
-  }
-  return world;
+  return world_of(state, *NcclCommunicator::of(state, handle, true));
 }
 
 std::shared_ptr<Communicator> nccl_communicator(const std::filesystem::path& file, int rank, int size, int device,
@@ -480,7 +485,7 @@ std::shared_ptr<Communicator> nccl_communicator(void* nccl_comm, Seconds timeout
   check_ranks(0, 1, device, timeout);
   const auto state = std::make_shared<NcclState>(device, timeout);
   state->keep(handle);
-  return NcclCommunicator::of(state, handle, false);
+  return world_of(state, *NcclCommunicator::of(state, handle, false));
 }
 
 }  // namespace ditattn::parallel

@@ -5,13 +5,16 @@
 #include <cuda_runtime.h>
 #include <ditattn/cuda.hpp>
 #include <ditattn/nccl.hpp>
+#include <dlfcn.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <nccl.h>
 #include <tvm/ffi/extra/c_env_api.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <numeric>
 #include <random>
 #include <string>
@@ -388,6 +391,53 @@ TEST_F(OverNccl, GroupsThatAreSplitCarryBytesToo) {
     }
     communicator->throw_if_failed();
     communicator->barrier();
+  });
+}
+
+// As a program's own: NCCL's functions as it would have them.
+struct Nccl {
+  decltype(&ncclCommInitRank) init = nullptr;
+  decltype(&ncclCommDestroy) destroy = nullptr;
+  Nccl() {
+    void* library = ::dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+    init = reinterpret_cast<decltype(init)>(::dlsym(library, "ncclCommInitRank"));
+    destroy = reinterpret_cast<decltype(destroy)>(::dlsym(library, "ncclCommDestroy"));
+  }
+};
+
+TEST_F(OverNccl, TheProgramsOwnCommunicatorGivesTheSameBits) {
+  const int size = ranks().sizes.back();
+  ranks().run(size, [&](const std::shared_ptr<Communicator>& world) {
+    const Nccl nccl;
+    const int rank = world->rank();
+    const DLDevice device = ranks().device(rank);
+    const InStream in_stream(device);
+    const NcclId mine = rank == 0 ? nccl_id() : NcclId{};
+    NcclId id{};
+    std::vector<std::int64_t> bytes(static_cast<std::size_t>(size), 0);
+    bytes[0] = sizeof(id);
+    world->all_gather(mine.data(), id.data(), bytes)->wait();
+    ncclUniqueId unique;
+    static_assert(sizeof(unique) == sizeof(id));
+    std::memcpy(&unique, id.data(), sizeof(unique));
+    ncclComm_t theirs = nullptr;
+    ASSERT_EQ(nccl.init(&theirs, size, unique, rank), ncclSuccess);
+    Random random(static_cast<std::uint64_t>(rank));
+    const Tensor input = on(device, random.normal({1, 300, 8, 64}, kBFloat16));
+    for (const Mesh& mesh : meshes_of(size)) {
+      SCOPED_TRACE(mesh_name(mesh));
+      const auto result = [&](const std::shared_ptr<Communicator>& communicator) {
+        const auto group = std::make_shared<ParallelGroup>(communicator, mesh);
+        const BackendClass backend = DiffusionAttentionBackendEnum::FLASH_ATTN.get_class();
+        ParallelAttention layer(backend, {.num_heads = 8, .head_size = 64}, group);
+        const Tensor out = on(kCpu, layer.forward(input, input, input));
+        communicator->throw_if_failed();
+        return out;
+      };
+      EXPECT_TRUE(same_bits(result(nccl_communicator(theirs)), result(world)));
+    }
+    world->barrier();
+    EXPECT_EQ(nccl.destroy(theirs), ncclSuccess);
   });
 }
 
