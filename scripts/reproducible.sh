@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s .venv/bin/python)
+commit=$(git rev-parse HEAD) # the same for both
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -12,7 +13,7 @@ build() { # FOLDER, cmake option…
   local folder=$1
   shift
   mkdir -p "$folder"
-  git archive HEAD | tar -x -m -C "$folder" # -m: files of now, not of the commit
+  git archive "$commit" | tar -x -m -C "$folder" # -m: files of now, not of the commit
   cmake -S "$folder" -B "$folder/build" -G Ninja -DPython_EXECUTABLE="$python" -DCMAKE_BUILD_TYPE=Release \
     -DDITATTN_CCACHE=OFF -DDITATTN_CUDA=OFF -DDITATTN_BUILD_TESTS=OFF -DDITATTN_BUILD_BENCH=OFF \
     -DDITATTN_BUILD_EXAMPLES=OFF "$@" >"$folder.log" 2>&1 || { cat "$folder.log"; return 1; }
