@@ -11,8 +11,8 @@ namespace {
 using kernels::cuda::check;
 using kernels::cuda::RowCopy;
 
-constexpr std::int64_t kLeastRow =
-    256;  // bytes: as fast as what lies together, two H200s, NVLink; shorter ones were not measured
+// Bytes: such rows go as fast as what lies together (two H200s, NVLink); shorter ones were not measured.
+constexpr std::int64_t kLeastRow = 256;
 
 std::int64_t row_bytes(const RowCopy& rows) { return rows.shape.heads * rows.shape.head_size * rows.element_bytes; }
 
