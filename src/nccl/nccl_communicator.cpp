@@ -28,6 +28,12 @@ using kernels::cuda::check;
 using kernels::cuda::OnDevice;
 using State = std::shared_ptr<NcclState>;
 
+std::shared_ptr<const Event> event_in(cudaStream_t stream) {
+  auto event = std::make_shared<Event>();
+  event->record(stream);
+  return event;
+}
+
 // On the GPU: this thread's stream goes on after it.
 class DevicePending final : public Pending {
  public:
@@ -228,9 +234,7 @@ class NcclCommunicator final : public Communicator {
     if (!left.is_empty()) {
       state_->call(operation_name(operation), handle_, text, [&] { return call_nccl(left); });
     }
-    auto end = std::make_shared<Event>();
-    end->record(stream_);
-    return end;
+    return event_in(stream_);
   }
 
   ncclResult_t call_nccl(const PeerCopies::Left& left) {
@@ -249,13 +253,16 @@ class NcclCommunicator final : public Communicator {
     return result == ncclSuccess ? ended : result;
   }
 
-  bool drain() noexcept {
+  // Its own stream, and what it has in a caller's.
+  bool drain() noexcept try {
     for (const auto start = std::chrono::steady_clock::now();
          std::chrono::steady_clock::now() - start < std::chrono::seconds(5);) {
-      if (cudaStreamQuery(stream_) != cudaErrorNotReady) return true;
+      if (cudaStreamQuery(stream_) != cudaErrorNotReady && (!last_turn_ || last_turn_->passed())) return true;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     return false;
+  } catch (const std::exception&) {  // the GPU has failed, and goes on with nothing
+    return true;
   }
 
   std::unique_ptr<Pending> start_on_host(Operation operation, std::span<const SendBlock> sends,
@@ -279,8 +286,7 @@ class NcclCommunicator final : public Communicator {
       received.emplace_back(block, at);
       at += block.bytes;
     }
-    const auto began = std::make_shared<Event>();
-    began->record(stream_);
+    const auto began = event_in(stream_);
     const std::string text = waiting_text(operation, peers_of(blocks.sends, receives));
     auto ended = call_nccl(operation, blocks, text);
     state_->watch({.began = began, .ended = ended, .text = text});
@@ -308,7 +314,7 @@ class NcclCommunicator final : public Communicator {
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<PeerCopies> peers_;       // null: NCCL carries all
   bool has_turn_ = false;                   // a batch in the caller's stream has not been waited for
-  std::shared_ptr<const Event> last_turn_;  // the last one's end, where it is not in a graph
+  std::shared_ptr<const Event> last_turn_;  // how far the last one has been queued, where it is not in a graph
 };
 
 class NcclCommunicator::PendingInTurn final : public Pending {
@@ -333,10 +339,8 @@ class NcclCommunicator::PendingInTurn final : public Pending {
     communicator_.has_turn_ = false;
     if (work_.nccl_ended) work_.nccl_ended->follow(stream);
     if (!work_.watched) return;
-    const auto ended = std::make_shared<Event>();
-    ended->record(stream);
-    communicator_.last_turn_ = ended;
-    state.watch({.began = work_.began, .ended = ended, .text = work_.text});
+    communicator_.last_turn_ = event_in(stream);
+    state.watch({.began = work_.began, .ended = communicator_.last_turn_, .text = work_.text});
   }
 
  private:
@@ -367,8 +371,7 @@ std::unique_ptr<Pending> NcclCommunicator::start_on_gpu(Operation operation, std
   }
   cudaStream_t stream = in_turn ? caller : stream_;
   if (in_turn && last_turn_ && !is_recorded) last_turn_->follow(caller);  // which may be another stream than then
-  auto began = std::make_shared<Event>();
-  began->record(stream);
+  auto began = event_in(stream);
   std::string text = waiting_text(operation, peers_of(sends, receives));
   PeerCopies::Batch batch{.lane = lane, .with = {}};
   PeerCopies::Left left{.sends = {}, .receives = {receives.begin(), receives.end()}};
@@ -387,6 +390,7 @@ std::unique_ptr<Pending> NcclCommunicator::start_on_gpu(Operation operation, std
   if (in_turn && !left.is_empty()) follow_caller();
   if (!in_turn || !left.is_empty()) ended = call_nccl(operation, left, text);
   if (in_turn) {
+    if (!is_recorded) last_turn_ = event_in(caller);
     return std::make_unique<PendingInTurn>(*this, PendingInTurn::Work{.batch = std::move(batch),
                                                                       .began = std::move(began),
                                                                       .nccl_ended = std::move(ended),

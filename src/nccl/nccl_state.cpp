@@ -23,7 +23,7 @@ constexpr auto kPollInterval = std::chrono::microseconds(20);
 constexpr auto kLookInterval = std::chrono::milliseconds(20);
 constexpr auto kPoisonInterval = std::chrono::milliseconds(1);
 
-// To make an event and to end it takes longer than to use it.
+// A call over several ranks takes some twenty events: they are kept for the next.
 struct FreeEvents {
   std::mutex mutex;
   std::map<int, std::vector<cudaEvent_t>> of_device;

@@ -21,7 +21,7 @@ struct Outgoing {
   /// Tokens, and in `to` memory where they may be put together; of a SendBlock `from` alone.
   kernels::cuda::RowCopy rows;
 
-  /// Where it goes is the same memory in another place.
+  /// To memory that has the layout of `rows.to`: a receiver's.
   [[nodiscard]] kernels::cuda::RowCopy copy_to(void* memory) const;
 };
 

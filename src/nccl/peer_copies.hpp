@@ -6,9 +6,8 @@
 /// that is, a sender reads what the receiver's host has posted in the page: hosts go in step, streams do not. On the
 /// GPUs the receiver says "ready" when its memory may be written; the sender waits for that, copies, and says "full".
 /// What is queued has constants alone, so that graphs may record it. There are two ways:
-/// - `beside` other work copy engines carry what moves, in a stream of its own, with a flag from each rank to each
-/// other
-///   that streams write and wait for;
+/// - `beside` other work copy engines carry what moves, in a stream of its own, with flags that streams write and wait
+///   for, one from each rank to each other;
 /// - `in_turn`, where a stream has nothing else to do, its kernel writes tokens, as they lie, into the other GPU's
 ///   memory, and the kernels tell each other (kernels/cuda/peer_exchange.hpp). One such batch at a time.
 ///

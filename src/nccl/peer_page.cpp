@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "kernels/cuda/check_impl.hpp"
+#include "kernels/cuda/peer_exchange.hpp"
 
 namespace ditattn::parallel {
 namespace {
@@ -51,7 +52,7 @@ std::runtime_error system_error(const std::string& what) {
 
 // Zero at first, which is a state of each.
 struct PeerPage::Layout {
-  static constexpr int kMostRanks = 64;
+  static constexpr int kMostRanks = kernels::cuda::kMostPeers;
 
   std::atomic<std::uint64_t> number;
   std::atomic<int> failed;

@@ -4,8 +4,8 @@
 ///
 /// Heads go in parts: all that they need is sent at once, part after part, each part is computed when it has come, and
 /// its results go back while the next is computed. What stays on this rank goes with the first part, for which the GPU
-/// waits anyway. Batches of a communicator follow each other, so no result waits for
-/// an input that another rank sends later.
+/// waits anyway. Batches of a communicator follow each other, so no result waits for an input that another rank sends
+/// later.
 
 #include "parallel/agreement.hpp"
 #include "parallel/exchange.hpp"
