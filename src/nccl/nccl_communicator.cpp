@@ -15,6 +15,7 @@
 #include "kernels/cuda/launch_impl.hpp"
 #include "nccl/id_file.hpp"
 #include "nccl/nccl_library.hpp"
+#include "nccl/nccl_pending.hpp"
 #include "nccl/nccl_state.hpp"
 #include "nccl/outgoing.hpp"
 #include "nccl/peer_copies.hpp"
@@ -27,77 +28,6 @@ namespace {
 using kernels::cuda::check;
 using kernels::cuda::OnDevice;
 using State = std::shared_ptr<NcclState>;
-
-std::shared_ptr<const Event> event_in(cudaStream_t stream) {
-  auto event = std::make_shared<Event>();
-  event->record(stream);
-  return event;
-}
-
-// On the GPU: this thread's stream goes on after it.
-class DevicePending final : public Pending {
- public:
-  DevicePending(State state, std::shared_ptr<const Event> ended) : state_(std::move(state)), ended_(std::move(ended)) {}
-  void wait() override {
-    state_->check();
-    const OnDevice on_device(state_->device());
-    ended_->follow(static_cast<cudaStream_t>(current_stream({kDLCUDA, state_->device()})));
-  }
-
- private:
-  State state_;
-  std::shared_ptr<const Event> ended_;
-};
-
-// Device memory in a stream's order.
-class Staging {
- public:
-  Staging(std::int64_t bytes, cudaStream_t stream) : stream_(stream) {
-    check(cudaMallocAsync(&data_, static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)), stream),
-          "cudaMallocAsync");
-  }
-  ~Staging() { cudaFreeAsync(data_, stream_); }
-  Staging(const Staging&) = delete;
-  Staging& operator=(const Staging&) = delete;
-  [[nodiscard]] char* data() const { return static_cast<char*>(data_); }
-  [[nodiscard]] cudaStream_t stream() const { return stream_; }
-
- private:
-  cudaStream_t stream_;
-  void* data_ = nullptr;
-};
-
-// From the host to the host, through the GPU's memory.
-class HostPending final : public Pending {
- public:
-  HostPending(State state, std::shared_ptr<const Event> ended, std::unique_ptr<Staging> memory,
-              std::vector<std::pair<ReceiveBlock, const char*>> received)
-      : state_(std::move(state)),
-        ended_(std::move(ended)),
-        memory_(std::move(memory)),
-        received_(std::move(received)) {}
-
-  void wait() override {
-    const OnDevice on_device(state_->device());
-    while (!ended_->passed()) {  // the state's thread sees to it that this ends
-      state_->check();
-      std::this_thread::sleep_for(std::chrono::microseconds(10));
-    }
-    state_->check();
-    for (const auto& [block, from] : received_) {
-      check(cudaMemcpyAsync(block.data, from, static_cast<std::size_t>(block.bytes), cudaMemcpyDeviceToHost,
-                            memory_->stream()),
-            "cudaMemcpyAsync");
-    }
-    check(cudaStreamSynchronize(memory_->stream()), "cudaStreamSynchronize");
-  }
-
- private:
-  State state_;
-  std::shared_ptr<const Event> ended_;
-  std::unique_ptr<Staging> memory_;
-  std::vector<std::pair<ReceiveBlock, const char*>> received_;
-};
 
 // What `make` makes, of `parent` where there is one, once it is ready: all of its ranks have come. Kept by the state.
 ncclComm_t make_handle(NcclState& state, const char* what, const std::string& text, ncclComm_t parent,

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <functional>
+#include <iterator>
 #include <limits>
 #include <set>
 
@@ -20,6 +22,11 @@ constexpr double kSampleMs = 1;
 constexpr int kMaxCallsPerSample = 1000;
 constexpr double kWarmUpMs = 20;
 constexpr int kMaxWarmUpCalls = 10;
+
+double median(const std::vector<double>& sorted) {
+  const std::size_t middle = sorted.size() / 2;
+  return sorted.size() % 2 == 1 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
+}
 
 }  // namespace
 
@@ -79,9 +86,16 @@ std::vector<double> Rounds::sorted_ms(std::size_t index) const {
 
 double Rounds::median_ms(std::size_t index) const {
   const std::vector<double> sorted = sorted_ms(index);
-  if (sorted.empty()) return entries_[index].call_ms;
-  const std::size_t middle = sorted.size() / 2;
-  return sorted.size() % 2 == 1 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
+  return sorted.empty() ? entries_[index].call_ms : median(sorted);
+}
+
+double Rounds::median_ratio(std::size_t index, std::size_t over) const {
+  std::vector<double> ratios;
+  std::ranges::transform(entries_[index].samples_ms, entries_[over].samples_ms, std::back_inserter(ratios),
+                         std::divides());
+  if (ratios.empty()) return median_ms(index) / median_ms(over);
+  std::ranges::sort(ratios);
+  return median(ratios);
 }
 
 }  // namespace ditattn

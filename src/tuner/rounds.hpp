@@ -39,6 +39,9 @@ class DITATTN_API Rounds {
   [[nodiscard]] std::vector<double> sorted_ms(std::size_t index) const;
   /// Their median; `call_ms` where there was no round.
   [[nodiscard]] double median_ms(std::size_t index) const;
+  /// The median of one's time over another's in the same round, in all of which both had their turns: what slows the
+  /// machine for some rounds, and shifts medians apart, is in both. The medians' ratio where there was no round.
+  [[nodiscard]] double median_ratio(std::size_t index, std::size_t over) const;
 
  private:
   struct Entry {

@@ -152,7 +152,8 @@ def test_check_times_the_default(tuner):
     (case,) = tuner.tune("--shape", "1,8,256,256,64", "--check")["cases"]
     check = case["check"]
     print(check)
-    assert list(check) == ["auto_ms", "best_ms", "best"] and 0 < check["best_ms"] and 0 < check["auto_ms"]
+    assert list(check) == ["auto_ms", "best_ms", "ratio", "best"] and 0 < check["best_ms"] and 0 < check["auto_ms"]
+    assert 0.3 < check["ratio"] < 3, "of the fastest to itself, and a look-up"
     assert "auto/best" in tuner.ok("tune", "--shape", SHAPE, "--check", *BUDGET)
 
 

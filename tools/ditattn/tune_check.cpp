@@ -39,12 +39,16 @@ std::optional<TuneCheck> check_choice(const Inputs& inputs, const ImplConfig& co
   }
   if (names.size() == 1) return std::nullopt;
   rounds.run(entries, rounds.affordable(entries, budget_ms), [](std::size_t) { throw; });
+  const std::size_t chosen = entries[0];
+  const auto ratio_over = [&](std::size_t entry) { return rounds.median_ratio(chosen, entries[entry]); };
   std::size_t best = 1;
   for (std::size_t i = 2; i < entries.size(); ++i) {
-    if (rounds.median_ms(entries[i]) < rounds.median_ms(entries[best])) best = i;
+    if (ratio_over(i) > ratio_over(best)) best = i;
   }
-  return TuneCheck{
-      .auto_ms = rounds.median_ms(entries[0]), .best_ms = rounds.median_ms(entries[best]), .best = names[best]};
+  return TuneCheck{.auto_ms = rounds.median_ms(chosen),
+                   .best_ms = rounds.median_ms(entries[best]),
+                   .ratio = ratio_over(best),
+                   .best = names[best]};
 }
 
 }  // namespace ditattn::cli

@@ -10,8 +10,9 @@ namespace ditattn::cli {
 
 /// How the default did beside the backends it chooses among.
 struct TuneCheck {
-  double auto_ms = 0;  ///< of the default, dispatch included
-  double best_ms = 0;  ///< of the fastest single one within the error
+  double auto_ms = 0;  ///< of the default, dispatch included; a median
+  double best_ms = 0;  ///< of the fastest single one within the error; a median
+  double ratio = 0;    ///< of the default's time to that one's, a median of what each round gave
   std::string best;
 };
 

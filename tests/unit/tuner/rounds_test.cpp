@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -82,6 +83,24 @@ TEST_F(RoundsTest, MediansAreOfTheTimesThatWere) {
   EXPECT_GE(sorted[4], 90);
   rounds_.run({entry}, 1, rethrow);
   EXPECT_EQ(rounds_.median_ms(entry), (rounds_.sorted_ms(entry)[2] + rounds_.sorted_ms(entry)[3]) / 2);
+}
+
+TEST_F(RoundsTest, RatiosAreOfTheSameRound) {
+  // Half of the rounds take four times as long, one of them while the first has its turn.
+  int ms = 25;
+  const std::size_t slow = rounds_.add([&] { std::this_thread::sleep_for(milliseconds(2 * ms)); });
+  const std::size_t quick = rounds_.add([&] { std::this_thread::sleep_for(milliseconds(ms)); });
+  const double unmeasured = rounds_.median_ratio(slow, quick);
+  EXPECT_EQ(unmeasured, rounds_.call_ms(slow) / rounds_.call_ms(quick))
+      << "without a round, of the calls that warmed up";
+  const int times[] = {5, 20, 5, 20, 20};
+  rounds_.run({slow, quick}, 5, rethrow,
+              [&](std::size_t index, int round) { ms = index == quick && round == 3 ? 5 : times[round]; });
+  std::printf("slow over quick: %.3f, medians' %.3f\n", rounds_.median_ratio(slow, quick),
+              rounds_.median_ms(slow) / rounds_.median_ms(quick));
+  EXPECT_NEAR(rounds_.median_ratio(slow, quick), 2, 0.4);
+  EXPECT_NEAR(rounds_.median_ratio(quick, slow), 0.5, 0.1);
+  EXPECT_GT(rounds_.median_ms(slow) / rounds_.median_ms(quick), 4) << "what medians alone would say";
 }
 
 TEST_F(RoundsTest, ShortCallsAreTimedSeveralAtOnce) {
