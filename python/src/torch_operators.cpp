@@ -140,12 +140,9 @@ std::optional<Torch> find_torch() {
   return torch;
 }
 
-// Looked up once; only kernels, which exist where it was found, use it without asking.
-const std::optional<Torch>& found_torch() {
-  static const std::optional<Torch> found = find_torch();
-  return found;
-}
-const Torch& torch() { return *found_torch(); }
+// Looked up once, before kernels are registered, which use it without asking.
+const Torch* found_torch = nullptr;
+const Torch& torch() { return *found_torch; }
 
 // An error for PyTorch to raise in Python under its own type; in C++ it is a std::runtime_error.
 class __attribute__((visibility("default"))) PythonError final : public pybind11::builtin_exception {
@@ -165,8 +162,11 @@ class __attribute__((visibility("default"))) PythonError final : public pybind11
   std::string kind_;
 };
 
-void check(int status, const char* what) {
-  if (status != 0) throw ValueError(std::string(what) + " cannot be taken over: PyTorch does not give its memory.");
+[[noreturn]] void refuse(const char* what) {
+  throw ValueError(std::string(what) + " cannot be taken over: PyTorch does not give its memory.");
+}
+inline void check(int status, const char* what) {
+  if (status != 0) refuse(what);
 }
 
 // A tensor of PyTorch that belongs to the kernel.
@@ -363,7 +363,9 @@ void kernel(StableIValue* stack, std::uint64_t /*num_arguments*/, std::uint64_t 
 
 // Registers the kernels of operators that torch_ops.py has defined; false where this PyTorch has no such interface.
 bool register_torch_kernels() {
-  if (!found_torch()) return false;
+  static const std::optional<Torch> found = find_torch();
+  if (!found) return false;
+  found_torch = &*found;
   for (const char* key : {"CPU", "CUDA"}) {
     LibraryHandle library = nullptr;  // PyTorch's for ever
     if (torch().begin_registration("ditattn", key, __FILE__, __LINE__, &library) != 0 ||

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <cstring>
+#include <map>
 #include <numeric>
 
 #include "parallel/group.hpp"
@@ -19,6 +20,17 @@ Range part(const std::vector<std::int64_t>& lengths, int rank) {
 
 std::int64_t joint_rows(const AttentionMetadata& metadata) {
   return metadata.defined() && metadata->has_joint() ? metadata->fields.joint_query.value().size(1) : 0;
+}
+
+// A mesh of two dimensions splits its ranks, which takes NCCL the better part of a second each time. So there a process
+// keeps one for all problems, whose calls of other shapes, dtypes and back ends meet in its memory.
+std::shared_ptr<ParallelGroup> group_of(const std::shared_ptr<Communicator>& communicator, const Mesh& mesh) {
+  static auto& kept = *new std::map<std::string, std::shared_ptr<ParallelGroup>>;  // ends with the process
+  const bool is_split = mesh.ulysses > 1 && mesh.second() > 1;
+  if (!ranks().are_over_nccl || !is_split) return std::make_shared<ParallelGroup>(communicator, mesh);
+  std::shared_ptr<ParallelGroup>& group = kept[mesh_name(mesh)];
+  if (!group) group = std::make_shared<ParallelGroup>(communicator, mesh);
+  return group;
 }
 
 bool joint_first(const AttentionMetadata& metadata) { return !metadata.defined() || metadata->joint_first(); }
@@ -82,7 +94,7 @@ Whole compute(const conformance::Drawn& problem, const BackendClass& backend, co
               const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& keys, int repeats, Cut cut) {
   Whole whole;
   ranks().run(mesh.ulysses * mesh.second(), [&](const std::shared_ptr<Communicator>& communicator) {
-    const auto group = std::make_shared<ParallelGroup>(communicator, mesh);
+    const auto group = group_of(communicator, mesh);
     GroupAccess::state(*group).cut = cut;
     ParallelAttention layer(backend, problem.config, group);
     const int rank = communicator->rank();
