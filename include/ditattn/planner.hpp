@@ -32,7 +32,6 @@ struct KernelFigures {
   std::vector<std::pair<double, double>> tflops;  ///< by head size, ascending; between them interpolated
   double extra_keys;                              ///< a tile's beginning and end, as keys
   double call_us;                                 ///< of every call
-  double hidden;                                  ///< of a call and a transfer beside it, what of the shorter is hidden
   std::vector<Tile> tiles;                        ///< the best for a problem is taken
   std::string source;                             ///< where that was measured
 };
@@ -52,6 +51,8 @@ struct LinkFigures {
   std::string name;    ///< "nvlink"
   double gb_per_s;     ///< of one GPU, in each direction at once
   double latency_us;   ///< of a batch of sends and receives started together
+  double hidden;       ///< of a transfer and what is computed beside it, what of the shorter is hidden
+  bool copy_engines;   ///< tokens are carried as they lie, and Ulysses alone goes in parts
   std::string source;  ///< where that was measured
 };
 

@@ -32,15 +32,13 @@ int whole(const JsonFields& fields, const char* key) {
 
 KernelFigures parse_kernel(const json& object, const JsonFields& gpu) {
   const JsonFields fields(object, fmt::format("{}, {}", gpu.place(), label("kernel", object, "backend")),
-                          {"backend", "tflops", "extra_keys", "call_us", "hidden", "tiles", "source"});
+                          {"backend", "tflops", "extra_keys", "call_us", "tiles", "source"});
   KernelFigures kernel{.backend = fields.text("backend"),
                        .tflops = {},
                        .extra_keys = fields.number("extra_keys", 0, true),
                        .call_us = fields.number("call_us", 0, true),
-                       .hidden = fields.number("hidden", 0, true),
                        .tiles = {},
                        .source = fields.text("source")};
-  if (kernel.hidden > 1) fields.fail(fmt::format("has 'hidden': {}, expected a share from 0 to 1", kernel.hidden));
   for (const json& pair : fields.list("tflops")) {
     if (!pair.is_array() || pair.size() != 2) fields.fail("has 'tflops' that are no [head size, TFLOP/s]");
     kernel.tflops.emplace_back(fields.number_in(pair[0], "tflops", 0, false),
@@ -68,11 +66,16 @@ GpuFigures parse_gpu(const json& object) {
 }
 
 LinkFigures parse_link(const json& object) {
-  const JsonFields fields(object, place_of("link", object, "name"), {"name", "gb_per_s", "latency_us", "source"});
-  return {.name = fields.text("name"),
-          .gb_per_s = fields.number("gb_per_s"),
-          .latency_us = fields.number("latency_us", 0, true),
-          .source = fields.text("source")};
+  const JsonFields fields(object, place_of("link", object, "name"),
+                          {"name", "gb_per_s", "latency_us", "hidden", "copy_engines", "source"});
+  LinkFigures link{.name = fields.text("name"),
+                   .gb_per_s = fields.number("gb_per_s"),
+                   .latency_us = fields.number("latency_us", 0, true),
+                   .hidden = fields.number("hidden", 0, true),
+                   .copy_engines = fields.flag("copy_engines"),
+                   .source = fields.text("source")};
+  if (link.hidden > 1) fields.fail(fmt::format("has 'hidden': {}, expected a share from 0 to 1", link.hidden));
+  return link;
 }
 
 }  // namespace

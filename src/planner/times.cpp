@@ -1,6 +1,7 @@
 #include "planner/times.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 namespace ditattn::planner {
@@ -111,7 +112,8 @@ Phase ring_of(const Layout& layout, const Machine& machine, int column) {
       const double sent = std::max(done[place].ms, done[before].ms);
       const Message message = layout.ring_step(rank_at(before), static_cast<int>(step));
       const double begin = done[place].ms;
-      next[place].ms = begin + machine.beside_ms(next[place].ms - begin, sent - begin + machine.message_ms(message));
+      next[place].ms = begin + beside_ms(next[place].ms - begin, sent - begin + machine.message_ms(message),
+                                         machine.link_of(message));
     }
     done = std::move(next);
   }
@@ -124,20 +126,26 @@ Phase gathered_of(const Layout& layout, const Machine& machine, int rank, double
   const double copy_ms = machine.copy_ms(4 * layout.bytes(own, layout.heads(layout.column(rank)).kv));
   Phase phase = text_keys(layout, machine, rank);
   phase.copying_ms += copy_ms;
-  phase.ms = machine.beside_ms(phase.ms + copy_ms, gather_ms);
+  phase.ms = beside_ms(phase.ms + copy_ms, gather_ms, machine.link_of(layout.gather(rank)));
   add(phase, step_of(layout, machine, rank, image_range(layout.work(), {0, layout.work().keys}), text_parts(layout)));
   return phase;
 }
 
-Phase whole_of(const Layout& layout, const Machine& machine, int rank) {
+// The back end's calls for a column's heads, part by part.
+Phase whole_of(const Layout& layout, const Machine& machine, int rank, const HeadExchange& heads) {
   const Work& work = layout.work();
   const Range rows{0, work.rows + work.text};
   const Range keys{0, work.keys + work.text};
   Phase phase;
-  for (const std::int64_t run : layout.heads(layout.column(rank)).runs) {
-    phase.attention_ms += machine.attention_ms(work, run, rows.size(), keys.size(), visible_pairs(work, rows, keys));
+  const parallel::Heads mine =
+      parallel::heads_of(work.heads, work.kv_heads, layout.mesh().ulysses, layout.column(rank), heads.cut);
+  for (const parallel::HeadRun& run : mine.runs) {
+    phase.attention_ms +=
+        machine.attention_ms(work, run.query.size(), rows.size(), keys.size(), visible_pairs(work, rows, keys));
   }
-  phase.ms = phase.attention_ms;
+  const double exchanged_ms = exchange_ms(layout, machine, &Layout::before, 1 - heads.first) +
+                              exchange_ms(layout, machine, &Layout::after, 1 - heads.last);
+  phase.ms = beside_ms(phase.attention_ms, exchanged_ms, machine.inside);
   return phase;
 }
 
@@ -163,8 +171,32 @@ double Machine::copy_ms(std::int64_t bytes) const {
   return static_cast<double>(bytes) / gpu.copy_gb_per_s * 1e-6 + gpu.copy_us * 1e-3;
 }
 
-double Machine::beside_ms(double computing_ms, double transfer_ms) const {
-  return computing_ms + transfer_ms - kernel.hidden * std::min(computing_ms, transfer_ms);
+const LinkFigures& Machine::link_of(const Batch& batch) const {
+  const auto crosses = [&](const Message& message) { return &link_of(message) == &between; };
+  return std::ranges::any_of(batch, crosses) ? between : inside;
+}
+
+double beside_ms(double computing_ms, double transfer_ms, const LinkFigures& link) {
+  return computing_ms + transfer_ms - link.hidden * std::min(computing_ms, transfer_ms);
+}
+
+// Copy engines serve ranks of one node. Where keys are shared out too, all heads go at once.
+HeadExchange head_exchange(const Layout& layout, const Machine& machine) {
+  HeadExchange heads;
+  if (layout.mesh().ulysses == 1) return heads;
+  for (int rank = 0; rank < layout.ranks(); ++rank) {
+    if (!machine.link_of(layout.before(rank)).copy_engines) return heads;
+  }
+  heads.as_they_lie = true;
+  if (layout.places() > 1) return heads;
+  const Work& work = layout.work();
+  const std::int64_t most = layout.heads(0).query;
+  heads.cut = parallel::cut_that_pays(most, work.batch, work.rows + work.text, machine.gpu.units);
+  const auto share_of = [&](std::int64_t part) { return static_cast<double>(part) / static_cast<double>(most); };
+  const auto between = most - heads.cut.first - heads.cut.last;
+  heads.first = share_of(heads.cut.first > 0 ? heads.cut.first : between);
+  heads.last = share_of(heads.cut.last > 0 ? heads.cut.last : between);
+  return heads;
 }
 
 double Machine::exchange_ms(const std::vector<Batch>& batches, int ranks) const {
@@ -179,7 +211,7 @@ double Machine::exchange_ms(const std::vector<Batch>& batches, int ranks) const 
   std::vector<Sums> far(near.size());
   for (const Batch& batch : batches) {
     for (const Message& message : batch) {
-      auto& sums = crosses(message) ? far : near;
+      auto& sums = &link_of(message) == &inside ? near : far;
       sums[static_cast<std::size_t>(message.from)].out += static_cast<double>(message.bytes);
       sums[static_cast<std::size_t>(message.to)].in += static_cast<double>(message.bytes);
     }
@@ -192,7 +224,7 @@ double Machine::exchange_ms(const std::vector<Batch>& batches, int ranks) const 
 }
 
 double Machine::message_ms(const Message& message) const {
-  const LinkFigures& link = crosses(message) ? between : inside;
+  const LinkFigures& link = link_of(message);
   if (message.bytes == 0) return 0;
   return static_cast<double>(message.bytes) / link.gb_per_s * 1e-6 + link.latency_us * 1e-3;
 }
@@ -210,17 +242,21 @@ double visible_pairs(const Work& work, Range rows, Range keys) {
   return up_to(rows.end) - up_to(rows.begin);
 }
 
-double exchange_ms(const Layout& layout, const Machine& machine, Batch (Layout::*batch)(int) const) {
+double exchange_ms(const Layout& layout, const Machine& machine, Batch (Layout::*batch)(int) const, double share) {
   std::vector<Batch> all(static_cast<std::size_t>(layout.ranks()));
-  for (int rank = 0; rank < layout.ranks(); ++rank) all[static_cast<std::size_t>(rank)] = (layout.*batch)(rank);
+  for (int rank = 0; rank < layout.ranks(); ++rank) {
+    Batch& own = all[static_cast<std::size_t>(rank)];
+    own = (layout.*batch)(rank);
+    for (Message& message : own) message.bytes = std::llround(share * static_cast<double>(message.bytes));
+  }
   return machine.exchange_ms(all, layout.ranks());
 }
 
-Phase compute_phase(const Layout& layout, const Machine& machine) {
+Phase compute_phase(const Layout& layout, const Machine& machine, const HeadExchange& heads) {
   const auto later = [](const Phase& a, const Phase& b) { return a.ms < b.ms ? b : a; };
   Phase slowest;
   if (layout.places() == 1) {
-    for (int rank = 0; rank < layout.ranks(); ++rank) slowest = later(slowest, whole_of(layout, machine, rank));
+    for (int rank = 0; rank < layout.ranks(); ++rank) slowest = later(slowest, whole_of(layout, machine, rank, heads));
     return slowest;
   }
   if (layout.mesh().ring > 1) {

@@ -23,7 +23,6 @@ Figures simple_figures(double gb_per_s, double latency_us = 0) {
                              .tflops = {{64, 1}, {128, 2}},
                              .extra_keys = 0,
                              .call_us = 0,
-                             .hidden = 1,
                              .tiles = {{1, 1}},
                              .source = "made up"};
   const GpuFigures gpu{
@@ -31,7 +30,8 @@ Figures simple_figures(double gb_per_s, double latency_us = 0) {
   return {.gpus_per_node = 8,
           .node_link = "nvlink",
           .gpus = {gpu},
-          .links = {{"nvlink", gb_per_s, latency_us, "made up"}, {"ib", gb_per_s / 10, latency_us, "made up"}}};
+          .links = {{"nvlink", gb_per_s, latency_us, 1, false, "made up"},
+                    {"ib", gb_per_s / 10, latency_us, 1, false, "made up"}}};
 }
 
 Request request_of(int gpus, std::int64_t rows, std::int64_t keys, std::int64_t heads = 8) {
@@ -98,7 +98,7 @@ TEST(PlannerTimes, AShareOfTheShorterIsHidden) {
   const double step_ms = attention_ms(8, 500 * 500);
   for (const double gb_per_s : {1000.0, 1.0}) {
     Figures figures = simple_figures(gb_per_s);
-    figures.gpus[0].kernels[0].hidden = 0.25;
+    figures.links[0].hidden = 0.25;
     const double message_ms = 2.0 * 500 * 8 * 64 * 2 / gb_per_s * 1e-6;
     const MeshPlan ring = at(make_plan(request_of(2, 1000, 1000), figures), {.ring = 2});
     EXPECT_NEAR(ring.exchange_ms, message_ms - 0.25 * std::min(message_ms, step_ms), 1e-6);
@@ -132,6 +132,26 @@ TEST(PlannerTimes, UlyssesShowsItsExchange) {
   const Plan plan = make_plan(request_of(4, 1000, 1000), simple_figures(10, 3));
   EXPECT_NEAR(at(plan, {.ulysses = 4}).exchange_ms, bytes / 10 * 1e-6 + 2 * 0.003, 1e-6);
   EXPECT_NEAR(at(plan, {.ulysses = 4}).attention_ms, attention_ms(2, 1000 * 1000), 1e-9);
+}
+
+// Two ranks of four heads each, of which the first and the last are parts of their own: these show, the rest hides
+// behind attention; nothing is put together, and only what came last is copied to its place afterwards.
+TEST(PlannerTimes, CopyEnginesCarryPartsBesideAttention) {
+  Figures figures = simple_figures(100, 3);
+  figures.links[0].copy_engines = true;
+  figures.gpus[0].copy_gb_per_s = 1000;
+  const double tensor = 500 * 4 * 64 * 2;  // bytes to the other rank of one of Q, K, V and the result
+  const MeshPlan ulysses = at(make_plan(request_of(2, 1000, 1000), figures), {.ulysses = 2});
+  EXPECT_NEAR(ulysses.exchange_ms, (3 + 1) * tensor / 4 / 100 * 1e-6 + 2 * 0.003, 1e-9);
+  EXPECT_NEAR(ulysses.copying_ms, 2 * tensor / 4 / 1000 * 1e-6, 1e-9);
+  EXPECT_NEAR(ulysses.attention_ms, attention_ms(4, 1000 * 1000), 1e-9);
+  // Where keys are shared out too, all heads go at once; between nodes they are put together as well.
+  const MeshPlan both = at(make_plan(request_of(4, 1000, 1000), figures), {.ulysses = 2, .ring = 2});
+  EXPECT_NEAR(both.exchange_ms, (3 + 1) * (tensor / 2) / 100 * 1e-6 + 2 * 0.003, 1e-9);
+  Request apart = request_of(2, 1000, 1000);
+  apart.link = "ib";
+  EXPECT_NEAR(at(make_plan(apart, figures), {.ulysses = 2}).exchange_ms, (3 + 1) * tensor / 10 * 1e-6 + 2 * 0.003,
+              1e-9);
 }
 
 TEST(PlannerTimes, TheSlowestRankCounts) {

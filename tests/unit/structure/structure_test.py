@@ -19,7 +19,7 @@ RULES = {
     "src/guard": r'<|"(?:ditattn|core|registry|guard)/',
     "src/parallel": r'<|"(?:ditattn|core|registry|parallel)/',
     "src/nccl": r'<|"(?:ditattn|core|kernels|parallel|nccl)/',
-    "src/planner": r'<|"(?:ditattn|core|planner)/',
+    "src/planner": r'<|"(?:(?:ditattn|core|planner)/|parallel/heads\.hpp)',
     "python": rf'{STD}|[<"](?:ditattn|tvm)/',
     "backends": r'<(?!core/|registry/|selector/|src/|tools/)|"(?:ditattn|kernels|backends)/',
 }
