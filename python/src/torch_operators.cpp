@@ -61,6 +61,9 @@ struct Torch {
   int (*delete_string)(void*);
   int (*get_current_cuda_stream)(std::int32_t, void**);  // null without CUDA
   bool (*requires_grad)(const void* tensor);             // C++'s own; null where it cannot be trusted
+  void* (*python_thread)();                              // Python's; null where ending a handle does not need the GIL
+  int (*take_gil)();
+  void (*give_gil)(int);
 
   struct Type {
     std::int32_t torch;
@@ -100,6 +103,18 @@ void find_requires_grad(void* cpu, Torch& torch) {
   torch.delete_tensor_object(tensor);
 }
 
+// A tensor that Python has too counts its object's references, from PyTorch 2.11 on, and takes the GIL for that.
+void find_gil(Torch& torch) {
+  void* c10 = ::dlopen("libc10.so", RTLD_NOW | RTLD_NOLOAD);
+  void (*counts)(const void*) = nullptr;
+  if (c10 == nullptr || !find(c10, "_ZNK3c1010TensorImpl15decref_pyobjectEv", counts) ||
+      !find(RTLD_DEFAULT, "PyGILState_Ensure", torch.take_gil) ||
+      !find(RTLD_DEFAULT, "PyGILState_Release", torch.give_gil)) {
+    return;
+  }
+  find(RTLD_DEFAULT, "PyGILState_GetThisThreadState", torch.python_thread);
+}
+
 std::optional<Torch> find_torch() {
   void* cpu = ::dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
   if (cpu == nullptr) return std::nullopt;
@@ -134,6 +149,7 @@ std::optional<Torch> find_torch() {
   torch.cuda_device = constant("aoti_torch_device_type_cuda");
   if (!found) return std::nullopt;
   find_requires_grad(cpu, torch);
+  find_gil(torch);
   if (void* gpu = ::dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD); gpu != nullptr) {
     find(gpu, "aoti_torch_get_current_cuda_stream", torch.get_current_cuda_stream);
   }
@@ -175,11 +191,11 @@ class Held {
   explicit Held(TensorHandle handle = nullptr) : handle_(handle) {}
   Held(const Held&) = delete;
   Held& operator=(const Held&) = delete;
-  ~Held() {
-    if (handle_ != nullptr) torch().delete_tensor_object(handle_);
-  }
+  ~Held() { reset(); }
 
-  [[nodiscard]] TensorHandle get() const { return handle_; }
+  void reset() {
+    if (handle_ != nullptr) torch().delete_tensor_object(std::exchange(handle_, nullptr));
+  }
   TensorHandle* receive() { return &handle_; }
   [[nodiscard]] StableIValue release() { return std::bit_cast<StableIValue>(std::exchange(handle_, nullptr)); }
   [[nodiscard]] StableIValue another() const {
@@ -241,6 +257,24 @@ std::optional<double> take_optional_double(StableIValue value) {
   return box == nullptr ? std::nullopt : std::optional(std::bit_cast<double>(*box));
 }
 
+// A thread of Python's has the GIL, which PyTorch gave up for the operator, as long as this lives: what is ended
+// meanwhile does not take it one by one, a fifth of a microsecond each.
+class GilScope {
+ public:
+  GilScope() : has_it_(torch().python_thread != nullptr && torch().python_thread() != nullptr) {
+    if (has_it_) before_ = torch().take_gil();
+  }
+  GilScope(const GilScope&) = delete;
+  GilScope& operator=(const GilScope&) = delete;
+  ~GilScope() {
+    if (has_it_) torch().give_gil(before_);
+  }
+
+ private:
+  bool has_it_;
+  int before_ = 0;
+};
+
 // Takes what the dispatcher gives, in the order of torch_ops.py's schema, all of it before anything can fail.
 struct Arguments {
   explicit Arguments(const StableIValue* stack)
@@ -252,6 +286,14 @@ struct Arguments {
         causal((stack[5] & 1) != 0),
         backend_kwargs(take_string(stack[6])),
         max_error(take_optional_double(stack[7])) {}
+  Arguments(const Arguments&) = delete;
+  Arguments& operator=(const Arguments&) = delete;
+  ~Arguments() {
+    const GilScope gil;
+    query.reset();
+    key.reset();
+    value.reset();
+  }
 
   Held query;
   Held key;
