@@ -103,7 +103,7 @@ void find_requires_grad(void* cpu, Torch& torch) {
   torch.delete_tensor_object(tensor);
 }
 
-// A tensor that Python has too counts its object's references, from PyTorch 2.11 on, and takes the GIL for that.
+// In newer PyTorchs (2.11 was looked at) the last but Python's own reference to a tensor is given back under the GIL.
 void find_gil(Torch& torch) {
   void* c10 = ::dlopen("libc10.so", RTLD_NOW | RTLD_NOLOAD);
   void (*counts)(const void*) = nullptr;

@@ -131,8 +131,8 @@ Phase gathered_of(const Layout& layout, const Machine& machine, int rank, double
   return phase;
 }
 
-// The back end's calls for a column's heads, part by part.
-Phase whole_of(const Layout& layout, const Machine& machine, int rank, const HeadExchange& heads) {
+// The back end's calls for a column's heads, part by part, beside what is exchanged meanwhile.
+Phase whole_of(const Layout& layout, const Machine& machine, int rank, const HeadExchange& heads, double exchanged_ms) {
   const Work& work = layout.work();
   const Range rows{0, work.rows + work.text};
   const Range keys{0, work.keys + work.text};
@@ -143,8 +143,6 @@ Phase whole_of(const Layout& layout, const Machine& machine, int rank, const Hea
     phase.attention_ms +=
         machine.attention_ms(work, run.query.size(), rows.size(), keys.size(), visible_pairs(work, rows, keys));
   }
-  const double exchanged_ms = exchange_ms(layout, machine, &Layout::before, 1 - heads.first) +
-                              exchange_ms(layout, machine, &Layout::after, 1 - heads.last);
   phase.ms = beside_ms(phase.attention_ms, exchanged_ms, machine.inside);
   return phase;
 }
@@ -256,7 +254,11 @@ Phase compute_phase(const Layout& layout, const Machine& machine, const HeadExch
   const auto later = [](const Phase& a, const Phase& b) { return a.ms < b.ms ? b : a; };
   Phase slowest;
   if (layout.places() == 1) {
-    for (int rank = 0; rank < layout.ranks(); ++rank) slowest = later(slowest, whole_of(layout, machine, rank, heads));
+    const double exchanged_ms = exchange_ms(layout, machine, &Layout::before, 1 - heads.first) +
+                                exchange_ms(layout, machine, &Layout::after, 1 - heads.last);
+    for (int rank = 0; rank < layout.ranks(); ++rank) {
+      slowest = later(slowest, whole_of(layout, machine, rank, heads, exchanged_ms));
+    }
     return slowest;
   }
   if (layout.mesh().ring > 1) {
