@@ -121,7 +121,8 @@ PROVOKED = {
     "--diffusion-attention-backend is mutually exclusive with --diffusion-attention-config.default.backend.":
         command("explain", "--shape", "1,1,8,8,8", "--diffusion-attention-backend", "FLASH_ATTN",
                 "--diffusion-attention-config", '{"default": "FLASH_ATTN"}'),
-    "DITATTN_CPU_LEVEL='<level>' is not a level this CPU has: <levels>.": command("list", DITATTN_CPU_LEVEL="avx1024"),
+    "DITATTN_CPU_LEVEL='<level>' is not a level this CPU has: <levels>.":
+        command("list", "--json", DITATTN_CPU_LEVEL="avx1024"),
     "DITATTN_NUM_THREADS='<text>' is not a whole number from 1 to 1024.":
         python("import ditattn; ditattn.num_threads()", DITATTN_NUM_THREADS="many"),
     "Cannot read safetensors file '<file>': no such file.": command("compare", "--input", "nowhere.safetensors"),
