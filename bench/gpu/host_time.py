@@ -11,10 +11,10 @@ import argparse
 import functools
 import random
 import statistics
-import time
 
 import torch
 import tvm_ffi
+from compare import host_us
 from torch.nn.functional import scaled_dot_product_attention
 
 import ditattn
@@ -44,16 +44,6 @@ def calls_of(query, key, value):
     }
 
 
-def microseconds(call):
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return elapsed / CALLS * 1e6
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=31)
@@ -64,12 +54,12 @@ def main():
         calls = calls_of(*tensors)
         times = {name: [] for name in calls}
         for call in calls.values():
-            microseconds(call)
+            host_us(call, CALLS)
         order = list(calls)
         for _ in range(rounds):
             random.shuffle(order)
             for name in order:
-                times[name].append(microseconds(calls[name]))
+                times[name].append(host_us(calls[name], CALLS))
     for name, samples in times.items():
         over = statistics.median(ours / theirs for ours, theirs in zip(samples, times[SDPA]))
         low, high = min(samples), max(samples)

@@ -258,7 +258,7 @@ std::optional<double> take_optional_double(StableIValue value) {
 }
 
 // A thread of Python's has the GIL, which PyTorch gave up for the operator, as long as this lives: what is ended
-// meanwhile does not take it one by one, a fifth of a microsecond each.
+// meanwhile does not take it one by one.
 class GilScope {
  public:
   GilScope() : has_it_(torch().python_thread != nullptr && torch().python_thread() != nullptr) {
